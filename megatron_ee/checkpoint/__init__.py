@@ -1,0 +1,1 @@
+"""Run and step folders, and what is in them."""

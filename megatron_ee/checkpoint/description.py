@@ -1,0 +1,88 @@
+"""format.json: what a checkpoint holds. It is written last; without it the checkpoint does not exist."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError
+from megatron_ee.config import ExitsConfig, ModelConfig
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the run was: steps done, and samples drawn from the training data."""
+
+    iteration: int
+    consumed_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The model in a checkpoint.
+
+    Attributes:
+        files: SHA-256 of every other file of the folder; what other files are bound to is the hash over these.
+    """
+
+    model: ModelConfig
+    exits: ExitsConfig
+    tokenizer: str
+    vocab_size: int
+    progress: Progress
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        listing = "".join(f"{name} {digest}\n" for name, digest in sorted(self.files.items()))
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def write_description(folder: Path, description: Description) -> None:
+    """Write format.json so that it is whole or absent, also after a power failure."""
+    content = {
+        "version": VERSION,
+        "model": description.model.model_dump(mode="json"),
+        "exits": description.exits.model_dump(mode="json"),
+        "tokenizer": description.tokenizer,
+        "vocab_size": description.vocab_size,
+        "iteration": description.progress.iteration,
+        "consumed_samples": description.progress.consumed_samples,
+        "hash": description.hash,
+        "files": dict(description.files),
+    }
+    aside = folder / f".{FORMAT_FILE}"
+    with aside.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(folder / FORMAT_FILE)
+
+
+def read_description(folder: Path) -> Description:
+    """
+    Raises:
+        CheckpointError: the file is of another format version, or is damaged.
+    """
+    path = folder / FORMAT_FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if content["version"] != VERSION:
+            raise CheckpointError(f"{path}: format version {content['version']}; this release reads {VERSION}")
+        return Description(
+            model=ModelConfig.model_validate(content["model"]),
+            exits=ExitsConfig.model_validate(content["exits"]),
+            tokenizer=content["tokenizer"],
+            vocab_size=content["vocab_size"],
+            progress=Progress(content["iteration"], content["consumed_samples"]),
+            files=content["files"],
+        )
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from error

@@ -1,0 +1,52 @@
+"""Where checkpoints are: RUN/checkpoints/step_00001000/, and `latest`, a link to the newest whole one."""
+
+import os
+from pathlib import Path
+
+from megatron_ee.errors import UserError
+
+FORMAT_FILE = "format.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, incomplete, or of another model."""
+
+
+def step_folder(run: Path, iteration: int) -> Path:
+    return run / "checkpoints" / f"step_{iteration:08d}"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether saving ended: the format file is written last."""
+    return (folder / FORMAT_FILE).is_file()
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The whole checkpoint of the highest iteration, or None."""
+    whole = [folder for folder in (run / "checkpoints").glob("step_*") if is_whole(folder)]
+    return max(whole, key=lambda folder: folder.name, default=None)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A step folder from what a user gave: the folder itself, or a run's (its newest).
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if is_whole(path):
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint: {path} is not a folder")
+    if (newest := newest_checkpoint(path)) is not None:
+        return newest
+    raise CheckpointError(
+        f"checkpoint: {path} is neither a run with a whole checkpoint nor a step folder (no {FORMAT_FILE})"
+    )
+
+
+def link_latest(folder: Path) -> None:
+    """Point `latest` at a step folder, in one step."""
+    aside = folder.parent / f".latest.{os.getpid()}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(folder.name)
+    aside.replace(folder.parent / "latest")

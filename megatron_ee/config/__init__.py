@@ -1,0 +1,40 @@
+"""What a run is: one typed, frozen tree, read from strict YAML. Imports nothing of ours."""
+
+from megatron_ee.config.errors import ConfigError
+from megatron_ee.config.loader import load_config, to_yaml
+from megatron_ee.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ExitParams,
+    ExitsConfig,
+    InferenceConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ServingConfig,
+    StagePlacement,
+    TrainingConfig,
+    WeightScheduleConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "ExitParams",
+    "ExitsConfig",
+    "InferenceConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ServingConfig",
+    "StagePlacement",
+    "TrainingConfig",
+    "WeightScheduleConfig",
+    "load_config",
+    "to_yaml",
+]

@@ -1,0 +1,11 @@
+"""The one exception that a wrong config raises."""
+
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one line per problem, each with its place in a file or an override."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))

@@ -1,0 +1,90 @@
+"""Reads a run's YAML: one file, at most one base file under it, and `key.path=value` overrides on top."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from megatron_ee.config.dialect import Tree, dotted, parse, parse_key, to_text
+from megatron_ee.config.errors import ConfigError
+from megatron_ee.config.explain import explain, show
+from megatron_ee.config.schema import Config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, merge and validate a config file.
+
+    `base: other.yaml` in the file names a parent, relative to it, whose values hold where the file says nothing.
+    Each override `key.path=value` is YAML on its right side and is laid over the file like a child over its base.
+    Raises ConfigError with every problem, one line each.
+    """
+    tree, problems = _read_with_base(Path(path)), []
+    for override in overrides:
+        try:
+            tree = tree.merged_with(_parse_override(override, tree))
+        except ConfigError as error:
+            problems += error.problems
+    problems += tree.problems
+    try:
+        config = Config.model_validate(tree.values)
+    except ValidationError as error:
+        raise ConfigError([*problems, *explain(error, tree.places)]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved tree in the schema's order; `load_config` reads it back to an equal Config."""
+    return to_text(config.model_dump())
+
+
+def _read_with_base(path: Path) -> Tree:
+    child = _read(path)
+    if "base" not in child.values:
+        return child
+    base, place = child.values["base"], f"{child.places[('base',)]}: base"
+    if not isinstance(base, str):
+        raise ConfigError([f"{place}: {show(base)} is not a string"])
+    parent_path = path.parent / base
+    parent = _read(parent_path, named_by=f"{place}: ")
+    if "base" in parent.values:
+        raise ConfigError([f"{place}: {parent_path} has a base of its own, but only one parent is allowed"])
+    return parent.merged_with(child.without("base"))
+
+
+def _read(path: Path, *, named_by: str = "") -> Tree:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError([f"{named_by}{path}: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{named_by}{path}: not UTF-8 at byte {error.start}"]) from None
+    except ValueError as error:  # a path that no system takes
+        raise ConfigError([f"{named_by}{str(path)!r}: {error}"]) from None
+    tree = parse(text, lambda line, column: f"{path}:{line}:{column}")
+    if tree.values is None:
+        raise ConfigError([f"{named_by}{path}: empty, but a config is a mapping"])
+    if not isinstance(tree.values, dict):
+        raise ConfigError([f"{tree.places[()]}: {show(tree.values)} is not a mapping, but a config is"])
+    return tree
+
+
+def _parse_override(override: str, tree: Tree) -> Tree:
+    """The override as a tree of its own, to lay over `tree`."""
+    place = f"override {override!r}"
+    name, equals, text = override.partition("=")
+    path = tuple(parse_key(key) for key in name.split("."))
+    if not equals or "" in path:
+        raise ConfigError([f"{place}: must look like key.path=value"])
+    section = tree.values
+    for depth, key in enumerate(path):
+        if not isinstance(section, dict):
+            raise ConfigError([f"{place}: {dotted(path[:depth])} is {show(section)}, not a mapping"])
+        section = section.get(key, {})
+    value = parse(text, lambda _line, _column: place, at=path)
+    values = value.values
+    for key in reversed(path):
+        values = {key: values}
+    new_sections = {path[:depth]: place for depth in range(len(path)) if path[:depth] not in tree.places}
+    return Tree(values, {**new_sections, **value.places}, value.problems)

@@ -1,0 +1,256 @@
+"""The typed tree behind every YAML file: frozen, strict, and complete (defaults are filled in, nothing mutates it).
+
+Layers are counted from 1, and "exit layer E" always means the number of layers run. The final output is the
+exit after the last layer: it has loss weight 1 and is never listed.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+
+class InvalidFieldsError(ValueError):
+    """What is wrong between several fields: (path, message) pairs, so that the loader can point at each of them."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(f"{path}: {message}" for path, message in problems))
+
+
+class Section(BaseModel):
+    """Unknown keys, implicit conversions ("12" for 12, 1 for true) and assignment are all errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+def _list_as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Layers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_list_as_tuple)]
+Weights = Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_list_as_tuple)]
+Split = Annotated[tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat], BeforeValidator(_list_as_tuple)]
+
+
+class ModelConfig(Section):
+    """A decoder of the Llama family: RMSNorm, rotary positions, SwiGLU, grouped-query attention, untied embedding."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt = Field(
+        description="default: num_attention_heads", default_factory=lambda model: model["num_attention_heads"]
+    )
+    head_dim: PositiveInt = Field(
+        description="default: hidden_size / num_attention_heads",
+        default_factory=lambda model: max(1, model["hidden_size"] // model["num_attention_heads"]),
+    )
+    ffn_hidden_size: PositiveInt = Field(
+        description="default: 8/3 hidden_size, rounded up to a multiple of 64",
+        default_factory=lambda model: -(-8 * model["hidden_size"] // (3 * 64)) * 64,
+    )
+    vocab_size: PositiveInt | Literal["auto"] = Field("auto", description="auto: the tokenizer's, rounded up to 64")
+    rope_theta: PositiveFloat = 10000.0
+    norm_epsilon: PositiveFloat = 1e-5
+    init_std: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if self.num_attention_heads % self.num_key_value_heads:
+            problems.append(
+                ("num_key_value_heads", f"{self.num_key_value_heads} must divide the {self.num_attention_heads} heads")
+            )
+        if self.head_dim % 2:
+            problems.append(("head_dim", f"{self.head_dim} must be even: rotary positions turn pairs of channels"))
+        if problems:
+            raise InvalidFieldsError(problems)
+        return self
+
+
+class WeightScheduleConfig(Section):
+    """How an exit's loss weight goes from `start` to its target in `warmup_iters` iterations (design: w0 -> w1)."""
+
+    shape: Literal["linear", "cosine", "constant"] = "linear"
+    start: NonNegativeFloat = 0.0
+    warmup_iters: NonNegativeInt = 1000
+
+
+class ExitsConfig(Section):
+    """Early exits: where they are, what their loss weighs, and what their heads own."""
+
+    layers: Layers = Field((), description="ascending; each is the number of layers run before the exit")
+    weights: Weights = Field((), description="target loss weight of each exit; default: layer / num_layers")
+    weight_schedule: WeightScheduleConfig = WeightScheduleConfig()
+    projection: Literal["shared", "own"] = Field("shared", description="shared: one output weight for all exits")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if list(self.layers) != sorted(set(self.layers)):
+            raise InvalidFieldsError([("layers", f"{list(self.layers)} must ascend, without duplicates")])
+        if self.weights and len(self.weights) != len(self.layers):
+            raise InvalidFieldsError([("weights", f"{len(self.weights)} weights for {len(self.layers)} exits")])
+        return self
+
+
+class StagePlacement(Section):
+    """One pipeline stage of a hand-pinned layout. An exit on a border belongs to exactly one of the two stages."""
+
+    layers: PositiveInt
+    exits_at_start: bool = Field(False, description="own the exit on the left border")
+    exits_at_end: bool = Field(True, description="own the exit on the right border")
+
+
+class ParallelConfig(Section):
+    """How the model is split over processes and in which order a step's micro-batches run."""
+
+    pipeline: PositiveInt = 1
+    data: PositiveInt | Literal["auto"] = Field("auto", description="auto: world size / pipeline")
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    layout: Literal["auto"] | Annotated[tuple[StagePlacement, ...], BeforeValidator(_list_as_tuple)] = Field(
+        "auto", description="auto: equal layers, border exits at the end of a stage; or a list, one entry a stage"
+    )
+
+
+class DataConfig(Section):
+    """Token sequences for training, validation and test."""
+
+    dataset: str = Field(
+        "python-stdlib", description="python-stdlib (built in), or the path prefix of a .bin/.idx pair"
+    )
+    tokenizer: Literal["bytes"] = "bytes"
+    sequence_length: PositiveInt = 1024
+    split: Split = Field((90.0, 5.0, 5.0), description="shares of the documents for training, validation and test")
+    folder: str = Field("runs/data", description="where the built-in dataset and index caches are kept")
+
+
+class TrainingConfig(Section):
+    """How long a run trains, on batches of which size, and how often it is validated."""
+
+    train_iters: PositiveInt
+    global_batch_size: PositiveInt = Field(description="sequences per optimizer step")
+    micro_batch_size: PositiveInt
+    eval_interval: NonNegativeInt = Field(0, description="iterations between validations; 0: only at the end")
+    eval_iters: NonNegativeInt = Field(10, description="global batches per validation; 0: no validation")
+
+
+class OptimizerConfig(Section):
+    """AdamW with a linear warm-up of the learning rate, then a cosine (or no) decay to `min_lr`."""
+
+    lr: PositiveFloat = 3e-4
+    min_lr: NonNegativeFloat = 0.0
+    lr_warmup_iters: NonNegativeInt = 0
+    lr_decay: Literal["cosine", "constant"] = "cosine"
+    weight_decay: NonNegativeFloat = 0.1
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: PositiveFloat = 1e-8
+    clip_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written, and whether a run continues from one."""
+
+    interval: NonNegativeInt = Field(0, description="iterations between checkpoints; 0: only at the end")
+    resume: bool = Field(True, description="continue from the run's newest checkpoint when there is one")
+
+
+class LoggingConfig(Section):
+    """How often a run reports."""
+
+    interval: PositiveInt = Field(10, description="iterations between console lines and metrics.jsonl records")
+
+
+class ExitParams(Section):
+    """How one request may exit; the same object in Python, in YAML and over HTTP (design: section 7)."""
+
+    mode: Literal["full", "early_exit"] = "early_exit"
+    measure: Literal["max_probability"] = "max_probability"
+    threshold: Probability = Field(
+        0.9, description="an exit fires at this confidence; 1.0 never, 0.0 at the first exit"
+    )
+    thresholds: dict[PositiveInt, Probability] = Field({}, description="per exit layer, instead of `threshold`")
+    min_exit: NonNegativeInt = Field(0, description="exits below this layer never fire")
+    exits: Layers | None = Field(None, description="the exits that may fire; default: all of the model's")
+    kv_policy: Literal["recompute"] = "recompute"
+    max_pending: PositiveInt = Field(256, description="positions with missing KV before a catch-up pass")
+
+
+class InferenceConfig(Section):
+    """How text is generated when a request does not say otherwise."""
+
+    max_new_tokens: PositiveInt = 128
+    temperature: NonNegativeFloat = Field(0.0, description="0: greedy")
+    top_k: NonNegativeInt = Field(0, description="sample among the k likeliest tokens; 0: all")
+    exit: ExitParams = ExitParams()
+
+
+class ServingConfig(Section):
+    """The server's settings; it has none yet."""
+
+
+class Config(Section):
+    """Everything that describes a run. One YAML file holds it; the resolved tree is saved beside the run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    runs: str = Field("runs", description="the folder that holds run folders")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when every local rank has a GPU")
+    seed: NonNegativeInt = 0
+    model: ModelConfig
+    exits: ExitsConfig = ExitsConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    inference: InferenceConfig = InferenceConfig()
+    serving: ServingConfig = ServingConfig()
+
+    @field_validator("exits")
+    @classmethod
+    def _fill_exit_weights(cls, exits: ExitsConfig, info: ValidationInfo) -> ExitsConfig:
+        """Default weights grow with depth: 0.25 at a quarter of the layers, 0.5 at half of them."""
+        model = info.data.get("model")  # absent when it is itself invalid
+        if model is None or exits.weights:
+            return exits
+        return exits.model_copy(update={"weights": tuple(layer / model.num_layers for layer in exits.layers)})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        num_layers, pipeline = self.model.num_layers, self.parallel.pipeline
+        for layer in self.exits.layers:
+            if layer >= num_layers:
+                problems.append(
+                    (
+                        "exits.layers",
+                        f"{layer} must be below num_layers = {num_layers}: the last layer's exit is built in",
+                    )
+                )
+        layout = self.parallel.layout
+        if layout == "auto":
+            if num_layers < pipeline:
+                problems.append(("parallel.pipeline", f"{pipeline} stages for {num_layers} layers"))
+        else:
+            if len(layout) != pipeline:
+                problems.append(("parallel.layout", f"{len(layout)} stages, but parallel.pipeline is {pipeline}"))
+            if (total := sum(stage.layers for stage in layout)) != num_layers:
+                problems.append(("parallel.layout", f"places {total} layers of {num_layers}"))
+        if self.training.global_batch_size % self.training.micro_batch_size:
+            problems.append(
+                (
+                    "training.global_batch_size",
+                    f"must be a multiple of micro_batch_size = {self.training.micro_batch_size}",
+                )
+            )
+        if self.optimizer.min_lr > self.optimizer.lr:
+            problems.append(("optimizer.min_lr", f"{self.optimizer.min_lr} is above lr = {self.optimizer.lr}"))
+        if problems:
+            raise InvalidFieldsError(problems)
+        return self

@@ -1,0 +1,52 @@
+"""From a dataset to batches, by sample number: resumable at any sample, and the same for any number of ranks."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from megatron_ee.data.batch import Batch
+from megatron_ee.parallel.mesh import Mesh, MeshError
+
+
+class SampleSource(Protocol):
+    """A map-style dataset: sample number -> tensors `tokens`, `labels`, `loss_mask` of one sequence."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, torch.Tensor]: ...
+
+
+class BatchLoader:
+    """Cuts this rank's share out of every global batch.
+
+    Micro-batch m of data-parallel rank r holds samples `first + (m * data_size + r) * micro_batch_size` and on, so
+    what a global batch contains depends on `first` alone.
+    """
+
+    def __init__(self, source: SampleSource, mesh: Mesh, *, global_batch_size: int, micro_batch_size: int) -> None:
+        """
+        Raises:
+            MeshError: the global batch doesn't divide over data-parallel ranks and micro-batches.
+        """
+        across = micro_batch_size * mesh.data_size
+        if global_batch_size % across:
+            raise MeshError(
+                f"training.global_batch_size: {global_batch_size} must be a multiple of micro_batch_size x "
+                f"data-parallel ranks = {micro_batch_size} x {mesh.data_size}"
+            )
+        self._source, self._mesh = source, mesh
+        self._micro_batch_size = micro_batch_size
+        self.num_microbatches = global_batch_size // across
+
+    def batch(self, first_sample: int) -> Batch:
+        """This rank's share of the global batch that begins at a sample number."""
+        size, data_size, data_rank = self._micro_batch_size, self._mesh.data_size, self._mesh.data_rank
+        starts = (first_sample + (m * data_size + data_rank) * size for m in range(self.num_microbatches))
+        samples = [self._source[start + row] for start in starts for row in range(size)]
+
+        def stack(name: str) -> torch.Tensor:
+            rows = torch.stack([sample[name] for sample in samples])
+            return rows.unflatten(0, (self.num_microbatches, size)).to(self._mesh.device.torch)
+
+        return Batch(stack("tokens"), stack("labels"), stack("loss_mask"))

@@ -1,0 +1,63 @@
+"""The one place that knows whether a run is on CPUs or on GPUs. Choose the device before megatron-core is imported."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_ee.device.cpu_view import install_cpu_view
+from megatron_ee.errors import UserError
+
+__all__ = ["Device", "DeviceError", "choose_device"]
+
+
+class DeviceError(UserError):
+    """The device that the config asks for is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where this process computes.
+
+    Attributes:
+        torch: where its tensors live.
+        backend: the torch.distributed backend, nccl or gloo.
+        has_transformer_engine: whether Transformer Engine's layers are used instead of megatron-core's own.
+        reason: one line for the log: what was chosen and why.
+    """
+
+    torch: torch.device
+    backend: Literal["nccl", "gloo"]
+    has_transformer_engine: bool
+    reason: str
+
+    def synchronize(self) -> None:
+        """Wait until all submitted work is done, so that a clock reads what it should."""
+        if self.torch.type == "cuda":
+            torch.cuda.synchronize(self.torch)
+
+
+def choose_device(choice: Literal["auto", "cpu", "cuda"]) -> Device:
+    """Settle on CPU or CUDA for this process and prepare megatron-core for it.
+
+    `auto` takes CUDA only when every local rank has a GPU of its own; torchrun says which rank this is.
+
+    Raises:
+        DeviceError: `cuda` was asked for and there are fewer GPUs than local ranks.
+    """
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = f"{num_ranks} local rank{'s' * (num_ranks != 1)}, {num_gpus} GPU{'s' * (num_gpus != 1)}"
+    if choice == "cuda" and num_gpus < num_ranks:
+        raise DeviceError(f"device: cuda needs a GPU for every local rank; found {counts}")
+    if choice == "cpu" or num_gpus < num_ranks:
+        install_cpu_view()
+        return Device(torch.device("cpu"), "gloo", False, f"device: CPU ({choice}: {counts})")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(index)
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    layers = "Transformer Engine's layers" if has_engine else "megatron-core's own layers"
+    reason = f"device: CUDA ({choice}: {counts}), {layers}"
+    return Device(torch.device("cuda", index), "nccl", has_engine, reason)

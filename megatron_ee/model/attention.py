@@ -1,0 +1,70 @@
+"""Core attention on torch's scaled_dot_product_attention, with or without a key-value store.
+
+Shapes: S query positions, T positions attended to, B batch, H query heads, G key-value heads, D head dimension.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class KeyValueStore(Protocol):
+    """Past keys and values of a sequence, for the layers that run with it."""
+
+    def extend(
+        self, layer: int, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Store this launch's keys and values; return all that its queries may see.
+
+        Returns:
+            key [T, B, G, D], value [T, B, G, D], and a boolean mask [S, T]: true where query s sees position t.
+        """
+        ...
+
+
+class CoreAttention(MegatronModule):
+    """Attention proper, between megatron-core's QKV and output projections.
+
+    megatron-core hands its `attention_mask` through untouched; here it is None (causal self-attention within the
+    sequence) or a `KeyValueStore`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query_SBHD: torch.Tensor,
+        key_SBGD: torch.Tensor,
+        value_SBGD: torch.Tensor,
+        attention_mask: KeyValueStore | None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """Attend; returns [S, B, H*D]."""
+        mask_ST = None
+        if attention_mask is not None:
+            key_SBGD, value_SBGD, mask_ST = attention_mask.extend(self.layer_number, key_SBGD, value_SBGD)
+        context_BHSD = scaled_dot_product_attention(
+            *(tensor.permute(1, 2, 0, 3) for tensor in (query_SBHD, key_SBGD, value_SBGD)),
+            attn_mask=mask_ST,
+            is_causal=mask_ST is None,
+            scale=self.softmax_scale,
+            enable_gqa=query_SBHD.shape[2] != key_SBGD.shape[2],
+        )
+        return context_BHSD.permute(2, 0, 1, 3).flatten(2)

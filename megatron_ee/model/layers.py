@@ -1,0 +1,119 @@
+"""megatron-core's layers, put together by ModuleSpecs; Transformer Engine's where the device has them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn.functional import rms_norm, silu
+
+from megatron_ee.config import ModelConfig
+from megatron_ee.device import Device
+from megatron_ee.model.attention import CoreAttention
+
+
+class RMSNorm(torch.nn.Module):
+    """arXiv 1910.07467. Not torch's own module: megatron-core's wrapper of that refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """The modules that a transformer layer and an exit head are made of."""
+
+    norm: type
+    column_linear: type
+    row_linear: type
+
+
+def layer_parts(device: Device) -> LayerParts:
+    """Transformer Engine's parts on a device that has them, megatron-core's own elsewhere."""
+    if not device.has_transformer_engine:
+        return LayerParts(RMSNorm, ColumnParallelLinear, RowParallelLinear)
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+
+    return LayerParts(TENorm, TEColumnParallelLinear, TERowParallelLinear)
+
+
+def layer_spec(parts: LayerParts) -> ModuleSpec:
+    """A pre-norm layer: attention, then SwiGLU, each added to the residual stream."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=parts.norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=parts.column_linear,
+                    core_attention=CoreAttention,
+                    linear_proj=parts.row_linear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=parts.norm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def transformer_config(model: ModelConfig, *, dtype: torch.dtype = torch.float32) -> TransformerConfig:
+    """megatron-core's description of one layer.
+
+    It is told nothing of pipeline stages: layers are numbered globally by whoever builds them. Fused kernels are off
+    because they need CUDA, and parameters are left as they are for `initialize` to fill by name.
+    """
+
+    def leave(weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    unfused: dict[str, Any] = dict.fromkeys(
+        (
+            "bias_activation_fusion",
+            "bias_dropout_fusion",
+            "apply_rope_fusion",
+            "masked_softmax_fusion",
+            "gradient_accumulation_fusion",
+            "persist_layer_norm",
+        ),
+        False,
+    )
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        init_method=leave,
+        output_layer_init_method=leave,
+        embedding_init_method=leave,
+        calculate_per_token_loss=True,  # gradients are summed over data-parallel ranks: losses are normalised already
+        **unfused,
+    )

@@ -1,0 +1,127 @@
+"""Runs one stage's share of a plan: exactly its actions, in exactly its order."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.parallel.p2p import Inbox, MessageSpec, Outbox
+from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
+
+
+class StageProgram(Protocol):
+    """What F, X and B compute. The runtime moves hidden states and gradients between stages and knows no model."""
+
+    def forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor:
+        """F: the stage's output x_SBH, from the previous stage's output (None where the tokens enter)."""
+        ...
+
+    def exits(self, action: Action) -> None:
+        """X: the losses of the stage's exits."""
+        ...
+
+    def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """B: the gradient of what F received, from the gradient of what it returned (None at the final exit)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When an action ran, in seconds of this process's monotonic clock; a receive's span is the wait."""
+
+    action: Action
+    start: float
+    end: float
+
+
+class Runtime:
+    """Executes plans on this rank's stage.
+
+    Args:
+        record: called with each action's span as it ends (the device is synchronised around it, so leave it out
+            of runs whose speed matters).
+    """
+
+    def __init__(self, mesh: Mesh, message: MessageSpec, *, record: Callable[[Span], None] | None = None) -> None:
+        self._mesh, self._message, self._record = mesh, message, record
+
+    def run(self, plan: Plan, program: StageProgram) -> None:
+        """Run this stage's actions and return when all of its messages have left."""
+        assert plan.num_stages == self._mesh.pipeline_size, "the plan is for another pipeline"
+        _Execution(self._mesh, self._message, plan, program, self._record).run()
+
+
+class _Execution:
+    """The state of one run: messages under way, and what waits between two actions."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        message: MessageSpec,
+        plan: Plan,
+        program: StageProgram,
+        record: Callable[[Span], None] | None,
+    ) -> None:
+        self.mesh, self.plan, self.program, self.record = mesh, plan, program, record
+        self.actions = plan.actions[mesh.pipeline_rank]
+        self.outbox = Outbox()
+        sources = Counter(self._channel(action) for action in self.actions if action.kind in _RECEIVES)
+        self.inboxes = {
+            (peer, group): Inbox(count, message, source=peer, group=group) for (peer, group), count in sources.items()
+        }
+        self.held: dict[tuple[Kind, int, int], torch.Tensor | None] = {}
+
+    def run(self) -> None:
+        for action in self.actions:
+            if self.record is None:
+                self._execute(action)
+                continue
+            self.mesh.device.synchronize()
+            start = time.perf_counter()
+            self._execute(action)
+            self.mesh.device.synchronize()
+            self.record(Span(action, start, time.perf_counter()))
+        self.outbox.flush()
+
+    def _execute(self, action: Action) -> None:
+        def take(kind: Kind) -> torch.Tensor | None:
+            return self.held.pop((kind, action.chunk, action.microbatch), None)
+
+        def hold(tensor: torch.Tensor | None) -> None:
+            if tensor is not None:
+                self.held[action.kind, action.chunk, action.microbatch] = tensor
+
+        match action.kind:
+            case Kind.F:
+                output = self.program.forward(action, take(Kind.RECV_FORWARD))
+                hold(output if self.plan.successor(action.stage, action.chunk) is not None else None)
+            case Kind.X:
+                self.program.exits(action)
+            case Kind.B:
+                hold(self.program.backward(action, take(Kind.RECV_BACKWARD)))
+            case Kind.SEND_FORWARD | Kind.SEND_BACKWARD:
+                tensor = take(_PRODUCER[action.kind])
+                assert tensor is not None, f"nothing to send at {action}"
+                peer, group = self._channel(action)
+                self.outbox.send(tensor, to=peer, group=group)
+            case Kind.RECV_FORWARD | Kind.RECV_BACKWARD:
+                hold(self.inboxes[self._channel(action)].receive())
+
+    def _channel(self, action: Action) -> tuple[int, dist.ProcessGroup]:
+        """The rank at the other end of a send or receive, and the group that carries it."""
+        towards_end = action.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD)
+        neighbour = self.plan.successor if towards_end else self.plan.predecessor
+        peer = neighbour(action.stage, action.chunk)
+        assert peer is not None, f"no stage at the other end of {action}"
+        is_forward = action.kind in (Kind.SEND_FORWARD, Kind.RECV_FORWARD)
+        group = self.mesh.forward_link if is_forward else self.mesh.backward_link
+        return self.mesh.pipeline_ranks[peer[0]], group
+
+
+_RECEIVES = (Kind.RECV_FORWARD, Kind.RECV_BACKWARD)
+_PRODUCER = {Kind.SEND_FORWARD: Kind.F, Kind.SEND_BACKWARD: Kind.B}

@@ -1,0 +1,133 @@
+"""Pipeline schedules: pure functions that give each stage its F and B in order, and one rule for where X goes.
+
+A new schedule is one more function in SCHEDULES; the exits and the transfers are put in by passes that all schedules
+share.
+
+Where X goes. On a stage that waits for gradients, the exits of all the micro-batches that have run forward run just
+before the next such wait: after the stage's run of forwards, so that no output leaves later on their account, and
+before the gradient is needed. In the steady state of 1F1B that reads F, send, X, receive, B. Measured with `simulate`
+against X right after each F, and against X just before its own B (mean step time over the same pipeline without
+exits; P = 8, M = 16, F = 1, B = 2, X = 3h on every stage, transfer 0.05, each duration times a log-normal factor of
+spread 0.1):
+
+                                     h = .25     .5      1      2
+  before the next wait for a gradient  1.011  1.004  1.003  1.010
+  right after each F                   1.011  1.004  1.004  1.014
+  just before its own B                1.013  1.010  1.015  1.028
+
+Without that jitter all three give 1.000; where an early stage has the dearest exits (twice the last stage's), the first
+two are equal and the third is up to 7 % longer, because X left over for the cool-down delays the gradients of the
+stages before. Under GPipe, X right after F delays every stage downstream, by up to 25 %.
+A stage that waits for no gradient has nothing to hide X in: the last one runs F, X, B (EE-LLM's order: Chen et al.
+2023), and without any B each X follows its F, so that a hidden state is kept for one micro-batch only.
+
+Length of a step, F_s, X_s, B_s being the durations on stage s of the P stages, and last = P - 1:
+  T <= sum_s(F_s + B_s) + X_last + (M-1) (max_s F_s + max_s X_s + max_s B_s), where each exit fits into its first wait:
+       X_s <= sum_{r>s}(F_r + B_r) + X_last;
+  T >= sum_s(F_s + B_s) + X_last + (M-1) (F_last + X_last + B_last), always;
+so both are equalities where the last stage is the slowest in F, in X and in B.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan, make_plan
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What a schedule is made for. `has_exits[stage]`: that stage has an exit head, the last one the final exit's."""
+
+    num_stages: int
+    num_microbatches: int
+    has_exits: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_stages < 1 or self.num_microbatches < 1:
+            raise ValueError(
+                f"a pipeline needs a stage and a micro-batch at least, "
+                f"not {self.num_stages} stages and {self.num_microbatches} micro-batches"
+            )
+        if len(self.has_exits) != self.num_stages:
+            raise ValueError(f"has_exits has {len(self.has_exits)} entries for {self.num_stages} stages")
+        if not self.has_exits[-1]:
+            raise ValueError("the last stage has no exit: the final output is an exit too")
+
+
+Schedule = Callable[[Pipeline, int], list[Action]]
+"""The F and B actions of one stage, in order."""
+
+
+def build_plan(schedule: str, *, num_stages: int, num_microbatches: int, has_exits: Sequence[bool]) -> Plan:
+    """The plan of one step: the named schedule's F and B, with exits and transfers put in.
+
+    Args:
+        schedule: a key of SCHEDULES.
+        has_exits: for each stage, whether it has any exit; the last stage has the final one.
+
+    Raises:
+        ValueError: the schedule is unknown, or the pipeline makes no sense.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
+    pipeline = Pipeline(num_stages, num_microbatches, tuple(has_exits))
+    work = [_put_exits(pipeline, stage, SCHEDULES[schedule](pipeline, stage)) for stage in range(num_stages)]
+    return make_plan(schedule, num_microbatches, work)
+
+
+def gpipe(pipeline: Pipeline, stage: int) -> list[Action]:
+    """Every forward, then every backward; all M micro-batches live at once (GPipe: Huang et al. 2019)."""
+    microbatches = range(pipeline.num_microbatches)
+    return [_forward(stage, i) for i in microbatches] + [_backward(stage, i) for i in microbatches]
+
+
+def one_forward_one_backward(pipeline: Pipeline, stage: int) -> list[Action]:
+    """1F1B: P - 1 - s forwards, then a forward and a backward in turn; min(P - s, M) micro-batches live on stage s.
+
+    PipeDream-flush, Narayanan et al. 2021.
+    """
+    num_microbatches = pipeline.num_microbatches
+    num_warmup = min(pipeline.num_stages - 1 - stage, num_microbatches)
+    warmup = [_forward(stage, i) for i in range(num_warmup)]
+    steady = [
+        step
+        for i in range(num_microbatches - num_warmup)
+        for step in (_forward(stage, num_warmup + i), _backward(stage, i))
+    ]
+    cooldown = [_backward(stage, i) for i in range(num_microbatches - num_warmup, num_microbatches)]
+    return warmup + steady + cooldown
+
+
+def forward_only(pipeline: Pipeline, stage: int) -> list[Action]:
+    """Forwards and exits without gradients, for validation."""
+    return [_forward(stage, i) for i in range(pipeline.num_microbatches)]
+
+
+SCHEDULES: Mapping[str, Schedule] = {"gpipe": gpipe, "1f1b": one_forward_one_backward, "forward-only": forward_only}
+
+
+def _put_exits(pipeline: Pipeline, stage: int, work: list[Action]) -> list[Action]:
+    """`work` with an X for each F, where the module's docstring says."""
+    if not pipeline.has_exits[stage]:
+        return work
+    waits_for_gradient = stage < pipeline.num_stages - 1
+    with_backward = {replace(action, kind=Kind.X) for action in work if action.kind is Kind.B}
+    placed: list[Action] = []
+    pending: list[Action] = []
+    for action in work:
+        exits = replace(action, kind=Kind.X)
+        if action.kind is Kind.B:
+            placed += pending if waits_for_gradient else [exits]
+            pending = []
+        placed.append(action)
+        if action.kind is Kind.F:
+            (pending if exits in with_backward else placed).append(exits)
+    return placed
+
+
+def _forward(stage: int, microbatch: int) -> Action:
+    return Action(Kind.F, stage, 0, microbatch)
+
+
+def _backward(stage: int, microbatch: int) -> Action:
+    return Action(Kind.B, stage, 0, microbatch)

@@ -1,0 +1,137 @@
+"""The rules that a plan has to keep before it makes sense to run it, in whatever order its stages take turns."""
+
+from collections.abc import Iterator
+
+from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
+
+
+class InvalidPlanError(ValueError):
+    """A plan that cannot be run, or would not compute the step."""
+
+
+def check_rules(plan: Plan) -> None:
+    """Raise InvalidPlanError, which names the action, unless the plan keeps all of these rules.
+
+    - An action stands on its own stage, once.
+    - F stands after its input's receive, X after F, B after F and X and the gradient's receive, a send after its work.
+    - Every micro-batch enters at the first stage, and what is received is worked on.
+    - If there is any B, a micro-batch that goes no deeper turns round with a B; if there is none, exits see every F.
+    - Over each link (to one stage and chunk, in one direction) all that is sent is received, in the same order.
+    """
+    rules = _Rules(plan)
+    rules.check_stages()
+    rules.check_completeness()
+    rules.check_links()
+
+
+def receive_of(plan: Plan, send: Action) -> Action:
+    """The receive at the other end of a send."""
+    forward = send.kind is Kind.SEND_FORWARD
+    other_end = (plan.successor if forward else plan.predecessor)(send.stage, send.chunk)
+    assert other_end is not None, f"{send} has no stage at its other end"
+    return Action(Kind.RECV_FORWARD if forward else Kind.RECV_BACKWARD, *other_end, send.microbatch)
+
+
+class _Rules:
+    def __init__(self, plan: Plan) -> None:
+        if len(plan.actions) != plan.num_stages:
+            raise InvalidPlanError(f"actions for {len(plan.actions)} stages in a plan of {plan.num_stages}")
+        self.plan = plan
+        self.all = [action for actions in plan.actions for action in actions]
+        self.planned = set(self.all)
+        self.exits = {(action.stage, action.chunk) for action in self.all if action.kind is Kind.X}
+        self.has_backward = any(action.kind is Kind.B for action in self.all)
+
+    def check_stages(self) -> None:
+        for stage, actions in enumerate(self.plan.actions):
+            done: set[Action] = set()
+            for action in actions:
+                self._check_place(stage, action)
+                if action in done:
+                    raise InvalidPlanError(f"{action} is there twice")
+                for needed in self._needed_before(action):
+                    if needed not in done:
+                        raise InvalidPlanError(f"{action} has no {needed} before it")
+                done.add(action)
+
+    def check_completeness(self) -> None:
+        for microbatch in range(self.plan.num_microbatches):
+            self._check_planned(Action(Kind.F, 0, 0, microbatch), "every micro-batch enters at the first stage")
+        for action in self.all:
+            for needed in self._needed_somewhere(action):
+                self._check_planned(needed, f"{action} asks for it")
+
+    def check_links(self) -> None:
+        sent: dict[tuple[Kind, int, int], list[Action]] = {}
+        received: dict[tuple[Kind, int, int], list[Action]] = {}
+        for action in self.all:
+            if action.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
+                receive = receive_of(self.plan, action)
+                self._check_planned(receive, f"{action} sends to it")
+                sent.setdefault((receive.kind, receive.stage, receive.chunk), []).append(receive)
+            elif action.kind in (Kind.RECV_FORWARD, Kind.RECV_BACKWARD):
+                received.setdefault((action.kind, action.stage, action.chunk), []).append(action)
+        for link, receives in received.items():
+            _check_link(sent.get(link, []), receives)
+
+    def _check_place(self, stage: int, action: Action) -> None:
+        plan = self.plan
+        if action.stage != stage or action.chunk not in range(plan.num_chunks):
+            raise InvalidPlanError(f"{action} cannot stand on stage {stage} of {plan.num_stages}")
+        if action.microbatch not in range(plan.num_microbatches):
+            raise InvalidPlanError(f"{action} is not of the {plan.num_microbatches} micro-batches")
+        to_successor = action.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD)
+        to_predecessor = action.kind in (Kind.RECV_FORWARD, Kind.SEND_BACKWARD)
+        if (to_successor and plan.successor(stage, action.chunk) is None) or (
+            to_predecessor and plan.predecessor(stage, action.chunk) is None
+        ):
+            raise InvalidPlanError(f"{action} has no stage at its other end")
+
+    def _check_planned(self, action: Action, reason: str) -> None:
+        if action not in self.planned:
+            raise InvalidPlanError(f"{action} is missing: {reason}")
+
+    def _needed_before(self, action: Action) -> Iterator[Action]:
+        """What has to stand before an action on its stage."""
+        match action.kind:
+            case Kind.F:
+                if self.plan.predecessor(action.stage, action.chunk):
+                    yield _beside(action, Kind.RECV_FORWARD)
+            case Kind.X | Kind.SEND_FORWARD:
+                yield _beside(action, Kind.F)
+            case Kind.B:
+                yield _beside(action, Kind.F)
+                if (action.stage, action.chunk) in self.exits:
+                    yield _beside(action, Kind.X)
+                # A micro-batch that fills a bubble may turn round before the last stage: then no gradient comes.
+                successor = self.plan.successor(action.stage, action.chunk)
+                if successor and Action(Kind.B, *successor, action.microbatch) in self.planned:
+                    yield _beside(action, Kind.RECV_BACKWARD)
+            case Kind.SEND_BACKWARD:
+                yield _beside(action, Kind.B)
+
+    def _needed_somewhere(self, action: Action) -> Iterator[Action]:
+        """What a plan that holds an action has to hold too, anywhere on that stage."""
+        match action.kind:
+            case Kind.RECV_FORWARD:
+                yield _beside(action, Kind.F)
+            case Kind.RECV_BACKWARD:
+                yield _beside(action, Kind.B)
+            case Kind.F if self.has_backward and _beside(action, Kind.SEND_FORWARD) not in self.planned:
+                yield _beside(action, Kind.B)
+            case Kind.F if not self.has_backward and (action.stage, action.chunk) in self.exits:
+                yield _beside(action, Kind.X)
+
+
+def _check_link(sent: list[Action], received: list[Action]) -> None:
+    unsent = set(received) - set(sent)
+    if unsent:
+        first = next(receive for receive in received if receive in unsent)
+        raise InvalidPlanError(f"{first} waits for a message that nobody sends")
+    for arriving, receive in zip(sent, received, strict=True):
+        if arriving != receive:
+            raise InvalidPlanError(f"{receive} would take the message of {arriving}: links keep their order")
+
+
+def _beside(action: Action, kind: Kind) -> Action:
+    return Action(kind, action.stage, action.chunk, action.microbatch)

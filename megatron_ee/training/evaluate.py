@@ -1,0 +1,57 @@
+"""Validation: every exit's loss on held-out text, through the same pipeline."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from megatron_ee.data.batch import Batch
+from megatron_ee.data.loader import BatchLoader
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.parallel.pipeline.plan import Plan
+from megatron_ee.parallel.pipeline.runtime import Runtime
+from megatron_ee.training.metrics import ExitMeter
+from megatron_ee.training.stage_step import StageStep
+
+
+class Evaluator:
+    """Measures the same `num_batches` global batches each time.
+
+    Args:
+        plan: a forward-only plan with as many micro-batches as the loader's batches have.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        loader: BatchLoader,
+        runtime: Runtime,
+        plan: Plan,
+        meter: ExitMeter,
+        mesh: Mesh,
+        *,
+        num_batches: int,
+        global_batch_size: int,
+    ) -> None:
+        self._stage, self._loader, self._runtime, self._plan = stage, loader, runtime, plan
+        self._meter, self._mesh = meter, mesh
+        self._num_batches, self._global_batch_size = num_batches, global_batch_size
+
+    def evaluate(self, weights: Mapping[int, float]) -> dict[str, float]:
+        """Loss, perplexity and accuracy of every exit. Collective."""
+        self._stage.eval()
+        for number in range(self._num_batches):
+            batch = self._loader.batch(number * self._global_batch_size)
+            step = StageStep(self._stage, batch, loss_scales=None)
+            self._runtime.run(self._plan, step)
+            self._meter.add(step.losses, count_tokens(batch, self._mesh))
+        self._stage.train()
+        return self._meter.read("val", weights)
+
+
+def count_tokens(batch: Batch, mesh: Mesh) -> float:
+    """Unmasked tokens of the global batch: what every summed loss is divided by. Collective over data ranks."""
+    total = batch.mask_MBS.sum(dtype=torch.float64).to(torch.float32)
+    dist.all_reduce(total, group=mesh.groups.dp)
+    return float(total)

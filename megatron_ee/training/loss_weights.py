@@ -1,0 +1,31 @@
+"""The loss weight of every exit over time (design: section 3)."""
+
+import math
+from collections.abc import Mapping
+
+from megatron_ee.config import ExitsConfig, WeightScheduleConfig
+
+
+def loss_weights(exits: ExitsConfig, num_layers: int, iteration: int) -> Mapping[int, float]:
+    """Weight of each exit's loss at an iteration (0 is the first); the final exit's is 1.
+
+    Warm-up (start below target) and cool-down (start above it) are the same formula.
+    """
+    share = _share(exits.weight_schedule, iteration)
+    start = exits.weight_schedule.start
+    weights = {
+        layer: start + share * (target - start) for layer, target in zip(exits.layers, exits.weights, strict=True)
+    }
+    return {**weights, num_layers: 1.0}
+
+
+def _share(schedule: WeightScheduleConfig, iteration: int) -> float:
+    """How far the weights are from start (0) to target (1)."""
+    x = min(1.0, iteration / schedule.warmup_iters) if schedule.warmup_iters else 1.0
+    match schedule.shape:
+        case "constant":
+            return 1.0
+        case "linear":
+            return x
+        case "cosine":
+            return (1 - math.cos(math.pi * x)) / 2

@@ -1,0 +1,44 @@
+"""Losses of every exit, summed wherever the exit is, and read on every rank."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.training.losses import ExitLoss
+
+
+class ExitMeter:
+    """Sums each exit's loss over micro-batches, steps, stages and data-parallel ranks.
+
+    Args:
+        exits: all of the model's exits, ascending, the final one last.
+    """
+
+    def __init__(self, exits: Sequence[int], mesh: Mesh) -> None:
+        self._exits, self._mesh = exits, mesh
+        self._sums = torch.zeros(len(exits), 2, dtype=torch.float64)
+        self._tokens = 0.0
+
+    def add(self, losses: Mapping[int, ExitLoss], num_tokens: float) -> None:
+        """This rank's losses of one batch; `num_tokens` is the global batch's number of unmasked tokens."""
+        for row, layer in enumerate(self._exits):
+            if layer in losses:
+                self._sums[row] += torch.stack(losses[layer]).to(self._sums)
+        self._tokens += num_tokens
+
+    def read(self, kind: str, weights: Mapping[int, float]) -> dict[str, float]:
+        """Figures per exit and the weighted loss, as means per token since the last read. Collective."""
+        sums = self._mesh.sum_over_ranks(self._sums.to(torch.float32).to(self._mesh.device.torch)).tolist()
+        figures = {f"{kind}/loss": 0.0, f"{kind}/tokens": self._tokens}
+        for layer, (cross_entropy, correct) in zip(self._exits, sums, strict=True):
+            loss = cross_entropy / self._tokens
+            figures[f"{kind}/loss"] += weights[layer] * loss
+            figures[f"{kind}/exit_{layer}/loss"] = loss
+            figures[f"{kind}/exit_{layer}/ppl"] = math.exp(min(loss, 700.0))
+            figures[f"{kind}/exit_{layer}/accuracy"] = correct / self._tokens
+            figures[f"{kind}/exit_{layer}/weight"] = weights[layer]
+        self._sums.zero_()
+        self._tokens = 0.0
+        return figures

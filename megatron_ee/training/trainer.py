@@ -1,0 +1,124 @@
+"""The training loop."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ee.checkpoint.description import Description, Progress
+from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, model_state, save_checkpoint
+from megatron_ee.config import Config
+from megatron_ee.data.batch import Batch
+from megatron_ee.data.loader import BatchLoader
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.parallel.pipeline.plan import Plan
+from megatron_ee.parallel.pipeline.runtime import Runtime
+from megatron_ee.training.evaluate import Evaluator, count_tokens
+from megatron_ee.training.loggers import Figures, Logger
+from megatron_ee.training.loss_weights import loss_weights
+from megatron_ee.training.lr_schedule import learning_rate
+from megatron_ee.training.metrics import ExitMeter
+from megatron_ee.training.optimizer import StageOptimizer
+from megatron_ee.training.stage_step import StageStep
+
+
+@dataclass
+class Trainer:
+    """Everything one rank needs to train its stage; `build_trainer` puts it together.
+
+    All ranks call the same methods in the same order. Only the main rank has loggers.
+    """
+
+    config: Config
+    run_folder: Path
+    description: Description
+    mesh: Mesh
+    stage: Stage
+    optimizer: StageOptimizer
+    loader: BatchLoader
+    runtime: Runtime
+    plan: Plan
+    meter: ExitMeter
+    evaluator: Evaluator | None
+    progress: Progress = Progress(0, 0)
+    loggers: Sequence[Logger] = ()
+
+    def train(self, until: int | None = None) -> None:
+        """Run iterations up to `until` (default: all), logging, validating and saving on the way."""
+        training = self.config.training
+        stop = min(until or training.train_iters, training.train_iters)
+        seconds, num_steps = 0.0, 0
+        while (iteration := self.progress.iteration) < stop:
+            started = time.perf_counter()
+            gradient_norm = self.train_step(self.loader.batch(self.progress.consumed_samples), iteration)
+            consumed = self.progress.consumed_samples + training.global_batch_size
+            self.progress = Progress(iteration + 1, consumed)
+            seconds, num_steps = seconds + time.perf_counter() - started, num_steps + 1
+            if self._is_due(self.config.logging.interval):
+                self._log_training(iteration, gradient_norm, seconds / num_steps)
+                seconds, num_steps = 0.0, 0
+            if self.evaluator and self._is_due(training.eval_interval):
+                self._log(self.evaluator.evaluate(self._weights(iteration)))
+            if self._is_due(self.config.checkpoint.interval):
+                self.save()
+
+    def train_step(self, batch: Batch, iteration: int) -> float:
+        """One optimizer step on one global batch; returns the gradient norm."""
+        num_tokens = count_tokens(batch, self.mesh)
+        loss_scales = {layer: weight / num_tokens for layer, weight in self._weights(iteration).items()}
+        step = StageStep(self.stage, batch, loss_scales)
+        self.optimizer.zero_gradients()
+        self.runtime.run(self.plan, step)
+        self.optimizer.reduce_gradients()
+        rate = learning_rate(self.config.optimizer, self.config.training.train_iters, iteration)
+        gradient_norm = self.optimizer.step(rate)
+        self.meter.add(step.losses, num_tokens)
+        return gradient_norm
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment; returns its step folder."""
+        model = model_state(self.stage, self.mesh)
+        state = {"model": model, "optimizer": self.optimizer.sharded_state_dict(model)}
+        description = replace(self.description, progress=self.progress)
+        return save_checkpoint(self.run_folder, state, description, config=self.config, mesh=self.mesh)
+
+    def load(self, folder: Path) -> None:
+        """Continue from a step folder: parameters, optimizer state and progress.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+        """
+        saved = check_same_model(folder, self.description)
+        model = model_state(self.stage, self.mesh)
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=True)
+        state = load_checkpoint(folder, {"model": model, "optimizer": optimizer})
+        self.stage.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = saved.progress
+
+    def _weights(self, iteration: int) -> Mapping[int, float]:
+        return loss_weights(self.config.exits, self.config.model.num_layers, iteration)
+
+    def _is_due(self, interval: int) -> bool:
+        """Every `interval` iterations (0: never), and at the end."""
+        done = self.progress.iteration
+        return done == self.config.training.train_iters or (interval > 0 and done % interval == 0)
+
+    def _log_training(self, iteration: int, gradient_norm: float, seconds_per_step: float) -> None:
+        config = self.config
+        tokens_per_step = config.training.global_batch_size * config.data.sequence_length
+        self._log(
+            {
+                **self.meter.read("train", self._weights(iteration)),
+                "train/lr": learning_rate(config.optimizer, config.training.train_iters, iteration),
+                "train/grad_norm": gradient_norm,
+                "perf/tokens_per_s": tokens_per_step / seconds_per_step,
+                "perf/iter_time_s": seconds_per_step,
+                "perf/seconds_left": (config.training.train_iters - self.progress.iteration) * seconds_per_step,
+            }
+        )
+
+    def _log(self, figures: Figures) -> None:
+        for logger in self.loggers:
+            logger.log(self.progress.iteration, figures)

@@ -1,0 +1,138 @@
+"""What the config tree accepts, derives and refuses, given plain Python values."""
+
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_ee.config import Config, ExitParams, ExitsConfig, ModelConfig, TrainingConfig
+from megatron_ee.config.schema import Layers, NonNegativeFloat, PositiveInt, Probability
+
+MODEL = {"num_layers": 8, "hidden_size": 96, "num_attention_heads": 4}
+TRAINING = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate({"name": "run", "model": MODEL, "training": TRAINING, **sections})
+
+
+@pytest.mark.parametrize("value", [True, False, 1.0, "12", None, 0, -1])
+def test_integers_are_strict(value: Any) -> None:
+    with pytest.raises(ValidationError):
+        config(model={**MODEL, "num_layers": value})
+    with pytest.raises(ValidationError):
+        config(exits={"layers": [value]})
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", "yes", None])
+def test_booleans_are_strict(value: Any) -> None:
+    with pytest.raises(ValidationError):
+        config(checkpoint={"resume": value})
+
+
+@pytest.mark.parametrize("value", [True, False, "0.5", None, -0.1, 1.1, float("nan"), float("inf")])
+def test_thresholds_are_probabilities(value: Any) -> None:
+    with pytest.raises(ValidationError):
+        ExitParams(threshold=value)
+    with pytest.raises(ValidationError):
+        ExitParams(thresholds={6: value})
+
+
+def test_an_integer_threshold_is_a_number() -> None:
+    params = ExitParams.model_validate({"threshold": 1, "thresholds": {6: 0}})
+    assert (repr(params.threshold), repr(params.thresholds)) == ("1.0", "{6: 0.0}")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-a", ".a", "a/b", "a\n", "ä"])
+def test_a_name_is_fit_for_a_folder(name: str) -> None:
+    with pytest.raises(ValidationError):
+        config(name=name)
+
+
+def test_unknown_keys_are_refused_everywhere() -> None:
+    for section in Config.model_fields:
+        with pytest.raises(ValidationError):
+            config(**{section: {"unknown": 1}})
+    with pytest.raises(ValidationError):
+        config(unknown=1)
+
+
+def test_nothing_can_be_assigned() -> None:
+    run = config()
+    with pytest.raises(ValidationError, match="frozen"):
+        run.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        run.model.num_layers = 1  # type: ignore[misc]
+
+
+def test_the_model_derives_what_is_not_given() -> None:
+    model = config().model
+    assert (model.num_key_value_heads, model.head_dim, model.ffn_hidden_size) == (4, 24, 256)
+    given = {"num_key_value_heads": 2, "head_dim": 8, "ffn_hidden_size": 100}
+    assert ModelConfig.model_validate({**MODEL, **given}).model_dump(include=set(given)) == given
+
+
+def test_exit_weights_grow_with_depth() -> None:
+    assert config(exits={"layers": [2, 4]}).exits.weights == (0.25, 0.5)
+    assert config(exits={"layers": [2, 4], "weights": [1, 0]}).exits.weights == (1.0, 0.0)
+    assert config().exits.weights == ()
+
+
+def test_sections_may_be_given_as_objects() -> None:
+    run = Config(
+        name="run",
+        model=ModelConfig(num_layers=8, hidden_size=96, num_attention_heads=4),
+        exits=ExitsConfig(layers=(2, 4)),
+        training=TrainingConfig(train_iters=10, global_batch_size=8, micro_batch_size=2),
+    )
+    assert run == config(exits={"layers": [2, 4]})
+
+
+def test_defaults_stand_for_all_that_is_not_said() -> None:
+    run = config()
+    assert (run.runs, run.device, run.seed) == ("runs", "auto", 0)
+    assert (run.parallel.pipeline, run.parallel.data, run.parallel.layout) == (1, "auto", "auto")
+    assert (run.data.dataset, run.data.split) == ("python-stdlib", (90.0, 5.0, 5.0))
+    assert run.inference.exit == ExitParams(mode="early_exit", threshold=0.9, exits=None)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"exits": {"layers": [4, 2]}},
+        {"exits": {"layers": [2, 2]}},
+        {"exits": {"layers": [8]}},
+        {"exits": {"layers": [2], "weights": [1, 2]}},
+        {"exits": {"weights": [1]}},
+        {"parallel": {"pipeline": 9}},
+        {"parallel": {"pipeline": 2, "layout": [{"layers": 8}]}},
+        {"parallel": {"pipeline": 2, "layout": [{"layers": 4}, {"layers": 5}]}},
+        {"training": {**TRAINING, "micro_batch_size": 3}},
+        {"optimizer": {"lr": 1e-3, "min_lr": 1e-2}},
+        {"model": {**MODEL, "num_key_value_heads": 3}},
+        {"model": {**MODEL, "head_dim": 3}},
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(sections: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        config(**sections)
+
+
+def test_a_pinned_layout_places_every_layer() -> None:
+    layout = config(parallel={"pipeline": 2, "layout": [{"layers": 3}, {"layers": 5}]}).parallel.layout
+    assert [stage.layers for stage in layout] == [3, 5]
+    assert [(stage.exits_at_start, stage.exits_at_end) for stage in layout] == [(False, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [(Layers, [1, 2], (1, 2)), (PositiveInt, 3, 3), (Probability, 1, 1.0), (NonNegativeFloat, 0, 0.0)],
+)
+def test_field_types_stand_alone(kind: Any, value: Any, expected: Any) -> None:
+    assert TypeAdapter(kind).validate_python(value) == expected
+
+
+def test_derived_fields_are_optional_in_the_json_schema() -> None:
+    schema = Config.model_json_schema()
+    assert schema["required"] == ["name", "model", "training"]
+    assert schema["$defs"]["ModelConfig"]["required"] == ["num_layers", "hidden_size", "num_attention_heads"]

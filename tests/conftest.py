@@ -1,0 +1,24 @@
+"""Tests run on the CPU. Processes for multi-rank tests are started once per session and run many cases."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from helpers.ranks import RankPool
+from megatron_ee.device import Device, choose_device
+from megatron_ee.log import quiet_dependencies
+
+quiet_dependencies()
+_CPU = choose_device("cpu")  # before any test module imports megatron-core
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Device:
+    return _CPU
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.close()

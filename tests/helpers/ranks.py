@@ -1,0 +1,104 @@
+"""Real gloo processes for tests: started once, each case gets a fresh process group of the size it wants."""
+
+import importlib.util
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+CASE_TIMEOUT_S = 120.0
+
+
+class RankPool:
+    """Up to four worker processes. A case is a module-level function; it runs on ranks 0 to n - 1 at once."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[multiprocessing.process.BaseProcess, multiprocessing.connection.Connection]] = []
+
+    def run(self, world_size: int, case: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `case(*args)` returns on each rank. A rank that raises fails the test with its traceback."""
+        self._start(world_size)
+        folder = tempfile.mkdtemp(prefix="ranks-")
+        where = (case.__code__.co_filename, case.__name__)
+        for rank, (_, connection) in enumerate(self._workers[:world_size]):
+            connection.send((where, args, rank, world_size, folder))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + CASE_TIMEOUT_S
+        while len(results) < world_size:
+            waiting = {self._workers[rank][1]: rank for rank in range(world_size) if rank not in results}
+            ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                raise AssertionError(f"ranks {sorted(waiting.values())} did not end in {CASE_TIMEOUT_S} s: {where}")
+            for connection in ready:
+                succeeded, value = connection.recv()  # type: ignore[union-attr]
+                if not succeeded:
+                    self.close()  # the other ranks wait for this one
+                    raise AssertionError(f"rank {waiting[connection]}:\n{value}")  # type: ignore[index]
+                results[waiting[connection]] = value  # type: ignore[index]
+        return [results[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.terminate()
+            process.join()
+        self._workers.clear()
+
+    def _start(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self._workers) < count:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+
+def _serve(connection: multiprocessing.connection.Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ee.device import choose_device
+    from megatron_ee.log import quiet_dependencies
+
+    torch.set_num_threads(1)
+    quiet_dependencies()
+    choose_device("cpu")
+    from megatron_ee.parallel.mesh import close_mesh
+
+    while True:
+        try:
+            (path, name), args, rank, world_size, folder = connection.recv()
+        except EOFError:
+            return
+        try:
+            store = dist.FileStore(str(Path(folder) / "store"), world_size)
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            )
+            connection.send((True, getattr(_module_of(path), name)(*args)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))
+        finally:
+            close_mesh()
+
+
+def _module_of(path: str) -> Any:
+    """A test module by its file: test folders are no packages."""
+    name = "rank_case_" + Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]

@@ -1,0 +1,81 @@
+"""The model once more in plain torch, without megatron-core and without any split: the oracle of the real one."""
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn.functional import cross_entropy, silu
+
+from megatron_ee.config import ModelConfig
+
+Parameters = Mapping[str, torch.Tensor]
+
+
+def exit_logits(parameters: Parameters, model: ModelConfig, exits: list[int], tokens_BS: torch.Tensor) -> dict:
+    """Logits [B, S, V] of each exit, the final one under the number of layers."""
+    x = parameters["embedding.weight"][tokens_BS]
+    logits = {}
+    for layer in range(1, model.num_layers + 1):
+        x = _layer(parameters, f"layers.{layer}.", model, x)
+        if layer in exits or layer == model.num_layers:
+            own = parameters.get(f"exits.{layer}.output.weight")
+            projection = parameters["output.weight"] if own is None else own
+            logits[layer] = _norm(x, parameters[f"exits.{layer}.norm.weight"], model.norm_epsilon) @ projection.T
+    return logits
+
+
+def weighted_loss(
+    logits: Mapping[int, torch.Tensor], labels_BS: torch.Tensor, mask_BS: torch.Tensor, weights: Mapping[int, float]
+) -> torch.Tensor:
+    """sum_e w_e CE_e, each CE a mean over the unmasked tokens."""
+    total = torch.zeros(())
+    for layer, weight in weights.items():
+        losses = cross_entropy(logits[layer].flatten(0, 1), labels_BS.flatten(), reduction="none")
+        total = total + weight * (losses * mask_BS.flatten()).sum() / mask_BS.sum()
+    return total
+
+
+def _layer(parameters: Parameters, prefix: str, model: ModelConfig, x: torch.Tensor) -> torch.Tensor:
+    weight = {name: parameters[prefix + name] for name in _NAMES}
+    normed = _norm(x, weight["input_layernorm.weight"], model.norm_epsilon)
+    x = x + _attention(normed, weight["self_attention.linear_qkv.weight"], model) @ weight[_PROJECTION].T
+    normed = _norm(x, weight["pre_mlp_layernorm.weight"], model.norm_epsilon)
+    gate, up = (normed @ weight["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
+    return x + (silu(gate) * up) @ weight["mlp.linear_fc2.weight"].T
+
+
+def _attention(x: torch.Tensor, qkv: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    groups, size = model.num_key_value_heads, model.head_dim
+    per_group = model.num_attention_heads // groups
+    batch, length, _ = x.shape
+    mixed = (x @ qkv.T).view(batch, length, groups, per_group + 2, size)  # a group's queries, then its key and value
+    query, key, value = mixed[..., :per_group, :], mixed[..., per_group, :], mixed[..., per_group + 1, :]
+    query, key = _rotate(query, model), _rotate(key.unsqueeze(3), model).squeeze(3)
+    scores = torch.einsum("bsgqd,btgd->bgqst", query, key) / size**0.5
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    shares = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return torch.einsum("bgqst,btgd->bsgqd", shares, value).reshape(batch, length, -1)
+
+
+def _rotate(x: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """x [B, S, ...heads, D]: channel i turns with channel i + D/2."""
+    size = model.head_dim
+    frequencies = model.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), frequencies).to(x.dtype)
+    cos, sin = (part.view(1, x.shape[1], 1, 1, size // 2) for part in (angles.cos(), angles.sin()))
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
+
+
+_PROJECTION = "self_attention.linear_proj.weight"
+_NAMES = (
+    "input_layernorm.weight",
+    "self_attention.linear_qkv.weight",
+    _PROJECTION,
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)

@@ -1,0 +1,130 @@
+"""What each schedule's plan looks like: the order of actions, where X stands, and how many micro-batches live at once."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
+from megatron_ee.parallel.pipeline.schedules import SCHEDULES, build_plan
+from megatron_ee.parallel.pipeline.simulate import check, simulate
+
+TRAINING = ["gpipe", "1f1b"]
+
+
+@st.composite
+def plans(draw: st.DrawFn, schedules: list[str] | None = None) -> tuple[Plan, list[bool]]:
+    num_stages = draw(st.integers(1, 5))
+    has_exits = [*draw(st.lists(st.booleans(), min_size=num_stages - 1, max_size=num_stages - 1)), True]
+    schedule = draw(st.sampled_from(schedules or sorted(SCHEDULES)))
+    num_microbatches = draw(st.integers(1, 8))
+    plan = build_plan(schedule, num_stages=num_stages, num_microbatches=num_microbatches, has_exits=has_exits)
+    return plan, has_exits
+
+
+def lane(plan: Plan, stage: int) -> str:
+    """A stage's actions as text, with `>` for a send and `<` for a receive."""
+    short = {
+        Kind.SEND_FORWARD: ">F",
+        Kind.RECV_FORWARD: "<F",
+        Kind.SEND_BACKWARD: ">B",
+        Kind.RECV_BACKWARD: "<B",
+    }
+    return " ".join(f"{short.get(action.kind, action.kind)}{action.microbatch}" for action in plan.actions[stage])
+
+
+def test_1f1b_runs_exits_between_the_send_and_the_wait() -> None:
+    plan = build_plan("1f1b", num_stages=3, num_microbatches=4, has_exits=[True, False, True])
+    assert lane(plan, 0) == (
+        "F0 >F0 F1 >F1 F2 >F2 X0 X1 X2 <B0 B0 F3 >F3 X3 <B1 B1 <B2 B2 <B3 B3"  # fmt: skip
+    )
+    assert lane(plan, 1) == ("<F0 F0 >F0 <F1 F1 >F1 <B0 B0 >B0 <F2 F2 >F2 <B1 B1 >B1 <F3 F3 >F3 <B2 B2 >B2 <B3 B3 >B3")
+    assert lane(plan, 2) == "<F0 F0 X0 B0 >B0 <F1 F1 X1 B1 >B1 <F2 F2 X2 B2 >B2 <F3 F3 X3 B3 >B3"
+
+
+def test_gpipe_runs_exits_before_the_first_wait() -> None:
+    plan = build_plan("gpipe", num_stages=2, num_microbatches=2, has_exits=[True, True])
+    assert lane(plan, 0) == "F0 >F0 F1 >F1 X0 X1 <B0 B0 <B1 B1"
+    assert lane(plan, 1) == "<F0 F0 <F1 F1 X0 B0 >B0 X1 B1 >B1"
+
+
+def test_forward_only_has_no_backward_and_runs_exits_at_once() -> None:
+    plan = build_plan("forward-only", num_stages=2, num_microbatches=2, has_exits=[True, True])
+    assert lane(plan, 0) == "F0 >F0 X0 F1 >F1 X1"
+    assert lane(plan, 1) == "<F0 F0 X0 <F1 F1 X1"
+
+
+def test_one_stage_sends_nothing() -> None:
+    for schedule, order in {"1f1b": "F0 X0 B0 F1 X1 B1", "gpipe": "F0 F1 X0 B0 X1 B1"}.items():
+        assert lane(build_plan(schedule, num_stages=1, num_microbatches=2, has_exits=[True]), 0) == order
+
+
+@given(plans())
+@settings(max_examples=150, deadline=None)
+def test_every_plan_is_valid_and_complete(case: tuple[Plan, list[bool]]) -> None:
+    plan, has_exits = case
+    check(plan)
+    for stage, actions in enumerate(plan.actions):
+        work = [Kind.F] + [Kind.X] * has_exits[stage] + [Kind.B] * (plan.schedule != "forward-only")
+        expected = {Action(kind, stage, 0, i) for kind in work for i in range(plan.num_microbatches)}
+        assert {action for action in actions if action.kind in (Kind.F, Kind.X, Kind.B)} == expected
+
+
+@given(plans())
+@settings(max_examples=150, deadline=None)
+def test_exits_run_after_the_send_and_before_the_wait_for_the_gradient(case: tuple[Plan, list[bool]]) -> None:
+    plan, _ = case
+    for actions in plan.actions:
+        order = {(action.kind, action.microbatch): index for index, action in enumerate(actions)}
+        for kind, microbatch in order:
+            if kind is not Kind.X:
+                continue
+            here = order[kind, microbatch]
+            assert order.get((Kind.SEND_FORWARD, microbatch), -1) < here
+            assert here < order.get((Kind.RECV_BACKWARD, microbatch), len(actions))
+
+
+@given(plans(schedules=TRAINING))
+@settings(max_examples=100, deadline=None)
+def test_microbatches_alive(case: tuple[Plan, list[bool]]) -> None:
+    plan, _ = case
+    num_stages, num_microbatches = plan.num_stages, plan.num_microbatches
+    alive = {
+        "gpipe": tuple(num_microbatches for _ in range(num_stages)),
+        "1f1b": tuple(min(num_stages - stage, num_microbatches) for stage in range(num_stages)),
+    }
+    assert simulate(plan, lambda action: 1).peak_activations == alive[plan.schedule]
+
+
+def test_validation_holds_one_microbatch_at_a_time() -> None:
+    plan = build_plan("forward-only", num_stages=3, num_microbatches=4, has_exits=[True, False, True])
+    assert simulate(plan, lambda action: 1).peak_activations == (1, 1, 1)
+
+
+def test_unknown_schedule_names_the_choices() -> None:
+    with pytest.raises(ValueError, match="unknown schedule '1b1f'; choose from gpipe, 1f1b, forward-only"):
+        build_plan("1b1f", num_stages=1, num_microbatches=1, has_exits=[True])
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "num_microbatches", "has_exits", "message"),
+    [
+        (0, 1, [], "not 0 stages"),
+        (1, 0, [True], "0 micro-batches"),
+        (2, 1, [True], "1 entries for 2 stages"),
+        (2, 1, [True, False], "the last stage has no exit"),
+    ],
+)
+def test_impossible_pipelines_are_refused(
+    num_stages: int, num_microbatches: int, has_exits: list[bool], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_plan("1f1b", num_stages=num_stages, num_microbatches=num_microbatches, has_exits=has_exits)
+
+
+def test_plans_are_made_without_torch() -> None:
+    modules = ("schedules", "simulate", "timeline", "validity")
+    imports = "; ".join(f"import megatron_ee.parallel.pipeline.{module}" for module in modules)
+    subprocess.run([sys.executable, "-c", f"{imports}; import sys; assert 'torch' not in sys.modules"], check=True)

@@ -1,0 +1,154 @@
+"""Losses and every gradient of a pipeline equal those of one autograd over an independent model in one process."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import reference
+from helpers.ranks import RankPool
+from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, RandomSamples, tiny_config
+
+from megatron_ee.config import Config
+from megatron_ee.data.loader import BatchLoader
+from megatron_ee.device import choose_device
+from megatron_ee.model.initialize import initialize
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.layout import place
+from megatron_ee.parallel.mesh import open_mesh
+from megatron_ee.parallel.p2p import MessageSpec
+from megatron_ee.parallel.pipeline.runtime import Runtime
+from megatron_ee.parallel.pipeline.schedules import build_plan
+from megatron_ee.training.evaluate import count_tokens
+from megatron_ee.training.loss_weights import loss_weights
+from megatron_ee.training.metrics import ExitMeter
+from megatron_ee.training.optimizer import StageOptimizer
+from megatron_ee.training.stage_step import StageStep
+
+Arrays = dict[str, np.ndarray]
+
+
+def _two_stages(left_end: bool, right_start: bool) -> list[dict[str, Any]]:
+    return [{"layers": 4, "exits_at_end": left_end}, {"layers": 4, "exits_at_start": right_start}]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Exits after `exits`, on `data` pipelines of as many stages as `parallel` says."""
+
+    name: str
+    exits: list[int]
+    parallel: dict[str, Any]
+    data: int = 1
+    projection: str = "shared"
+    model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel.get("pipeline", 1) * self.data
+
+    def config(self) -> Config:
+        exits = {"layers": self.exits, "projection": self.projection}
+        return tiny_config(exits=exits, parallel=self.parallel, model=self.model)
+
+
+CASES = [
+    Case("one process", [2, 5], {}),
+    Case("one process, own projections", [2, 5], {}, projection="own"),
+    Case("exit in the middle of each stage", [2, 6], {"pipeline": 2}),
+    Case("two exits on one stage", [1, 3], {"pipeline": 2}),
+    Case("exit at the end of a stage", [4], {"pipeline": 2}),
+    Case("exit at the start of a stage", [4], {"pipeline": 2, "layout": _two_stages(False, True)}),
+    Case("exits only in the last stage", [5, 7], {"pipeline": 2}),
+    Case("no early exits", [], {"pipeline": 2}),
+    Case("unequal stages", [3, 6], {"pipeline": 2, "layout": [{"layers": 5}, {"layers": 3}]}),
+    Case("own projections", [2, 4, 7], {"pipeline": 2}, projection="own"),
+    Case("gpipe", [2, 4, 6], {"pipeline": 2, "schedule": "gpipe"}),
+    Case("two pipelines", [2, 4, 6], {"pipeline": 2}, data=2),
+    Case("data parallel alone", [3], {}, data=2),
+    Case("four stages, one without exits", [2, 4, 7], {"pipeline": 4}),
+    Case("four stages, own projections", [1, 2, 5], {"pipeline": 4}, projection="own"),
+    Case("four stages, exit on every layer", [1, 2, 3, 4, 5, 6, 7], {"pipeline": 4}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_one_autograd_over_the_whole_model(case: Case, ranks: RankPool) -> None:
+    results = ranks.run(case.world_size, _step, case.config())
+    parameters = _merge(result["parameters"] for result in results)
+    losses, gradients = _reference_step(case.config(), parameters)
+    for result in results:
+        for layer, loss in losses.items():
+            assert result["figures"][f"train/exit_{layer}/loss"] == pytest.approx(loss, abs=1e-5)
+    measured = _merge(result["gradients"] for result in results)
+    assert measured.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        scale = max(1.0, float(np.abs(gradient).max()))
+        np.testing.assert_allclose(measured[name], gradient, atol=1e-5 * scale, rtol=0, err_msg=name)
+    norm = float(np.sqrt(sum(np.square(gradient).sum() for gradient in gradients.values())))
+    for result in results:
+        assert result["gradient_norm"] == pytest.approx(norm, rel=1e-5), "a copy counts once"
+
+
+def _step(config: Config) -> dict[str, Any]:
+    """On each rank: one step on the first global batch."""
+    device = choose_device("cpu")
+    mesh = open_mesh(config.parallel, device)
+    layouts = place(config.model, config.exits, config.parallel)
+    layout = layouts[mesh.pipeline_rank]
+    stage = Stage(config.model, config.exits, layout, vocab_size=VOCAB_SIZE, groups=mesh.groups, device=device)
+    initialize(stage, config.seed)
+    parameters = {name: parameter.detach().numpy().copy() for name, parameter in stage.named_parameters()}
+    optimizer = StageOptimizer(stage, config.optimizer, mesh, layouts)
+    loader = BatchLoader(RandomSamples(), mesh, global_batch_size=8, micro_batch_size=1)
+    batch = loader.batch(0)
+    num_tokens = count_tokens(batch, mesh)
+    weights = loss_weights(config.exits, config.model.num_layers, 0)
+    step = StageStep(stage, batch, {layer: weight / num_tokens for layer, weight in weights.items()})
+    plan = build_plan(
+        config.parallel.schedule,
+        num_stages=mesh.pipeline_size,
+        num_microbatches=loader.num_microbatches,
+        has_exits=[bool(layout.exits) for layout in layouts],
+    )
+    optimizer.zero_gradients()
+    Runtime(mesh, MessageSpec((SEQUENCE_LENGTH, 1, 32), torch.float32, device.torch)).run(plan, step)
+    optimizer.reduce_gradients()
+    gradients = {name: parameter.main_grad.numpy().copy() for name, parameter in stage.named_parameters()}
+    meter = ExitMeter([*config.exits.layers, config.model.num_layers], mesh)
+    meter.add(step.losses, num_tokens)
+    figures = meter.read("train", weights)
+    return {
+        "parameters": parameters,
+        "gradients": gradients,
+        "figures": figures,
+        "gradient_norm": optimizer.step(1e-3),
+    }
+
+
+def _reference_step(config: Config, parameters: Arrays) -> tuple[dict[int, float], Arrays]:
+    leaves = {name: torch.tensor(value, requires_grad=True) for name, value in parameters.items()}
+    samples = [RandomSamples()[index] for index in range(8)]
+    tokens_BS, labels_BS, mask_BS = (
+        torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")
+    )
+    logits = reference.exit_logits(leaves, config.model, list(config.exits.layers), tokens_BS)
+    weights = loss_weights(config.exits, config.model.num_layers, 0)
+    losses = {
+        layer: float(reference.weighted_loss(logits, labels_BS, mask_BS, {layer: 1.0})) for layer in weights
+    }
+    reference.weighted_loss(logits, labels_BS, mask_BS, weights).backward()
+    return losses, {name: leaf.grad.numpy() for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def _merge(parts: Any) -> Arrays:
+    """All stages' arrays under their global names; what several ranks hold must be equal."""
+    merged: Arrays = {}
+    for part in parts:
+        for name, value in part.items():
+            if name in merged:
+                np.testing.assert_array_equal(merged[name], value, err_msg=name)
+            merged[name] = value
+    return merged
