@@ -1,4 +1,4 @@
-"""Train an early-exit model: pretrain_ee.py CONFIG [key.path=value ...], on each rank (scripts/train.sh starts them)."""
+"""Train an early-exit model on this rank: pretrain_ee.py CONFIG [key.path=value ...]; scripts/train.sh starts all."""
 
 import argparse
 import os

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-
 from helpers.ranks import RankPool
+
 from megatron_ee.device import Device, choose_device
 from megatron_ee.log import quiet_dependencies
 

@@ -172,6 +172,10 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_scalar(self, tag: str, value: str, style: str | None = None) -> yaml.ScalarNode:
+        # Escapes are the only spelling that survives for every line break and space that Unicode knows.
+        return super().represent_scalar(tag, value, style if value.isprintable() else '"')
+
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
         only_scalars = not any(isinstance(item, dict | list | tuple) for item in sequence)
         return super().represent_sequence(tag, sequence, flow_style=only_scalars)

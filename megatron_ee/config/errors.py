@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
+from megatron_ee.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """Everything that is wrong with a config, one line per problem, each with its place in a file or an override."""
 
     def __init__(self, problems: Iterable[str]) -> None:

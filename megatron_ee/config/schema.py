@@ -4,6 +4,8 @@ Layers are counted from 1, and "exit layer E" always means the number of layers 
 exit after the last layer: it has loss weight 1 and is never listed.
 """
 
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -66,6 +68,9 @@ class ModelConfig(Section):
             problems.append(
                 ("num_key_value_heads", f"{self.num_key_value_heads} must divide the {self.num_attention_heads} heads")
             )
+        if "head_dim" not in self.model_fields_set and self.hidden_size % self.num_attention_heads:
+            heads = self.num_attention_heads
+            problems.append(("hidden_size", f"{self.hidden_size} doesn't divide over {heads} heads; or set head_dim"))
         if self.head_dim % 2:
             problems.append(("head_dim", f"{self.head_dim} must be even: rotary positions turn pairs of channels"))
         if problems:
@@ -74,7 +79,7 @@ class ModelConfig(Section):
 
 
 class WeightScheduleConfig(Section):
-    """How an exit's loss weight goes from `start` to its target in `warmup_iters` iterations (design: w0 -> w1)."""
+    """How an exit's loss weight goes from `start` to its target in `warmup_iters` iterations."""
 
     shape: Literal["linear", "cosine", "constant"] = "linear"
     start: NonNegativeFloat = 0.0
@@ -167,7 +172,7 @@ class LoggingConfig(Section):
 
 
 class ExitParams(Section):
-    """How one request may exit; the same object in Python, in YAML and over HTTP (design: section 7)."""
+    """How one request may exit; the same object in Python, in YAML and over HTTP."""
 
     mode: Literal["full", "early_exit"] = "early_exit"
     measure: Literal["max_probability"] = "max_probability"
@@ -223,34 +228,51 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problems = []
-        num_layers, pipeline = self.model.num_layers, self.parallel.pipeline
-        for layer in self.exits.layers:
-            if layer >= num_layers:
-                problems.append(
-                    (
-                        "exits.layers",
-                        f"{layer} must be below num_layers = {num_layers}: the last layer's exit is built in",
-                    )
-                )
-        layout = self.parallel.layout
-        if layout == "auto":
-            if num_layers < pipeline:
-                problems.append(("parallel.pipeline", f"{pipeline} stages for {num_layers} layers"))
-        else:
-            if len(layout) != pipeline:
-                problems.append(("parallel.layout", f"{len(layout)} stages, but parallel.pipeline is {pipeline}"))
-            if (total := sum(stage.layers for stage in layout)) != num_layers:
-                problems.append(("parallel.layout", f"places {total} layers of {num_layers}"))
-        if self.training.global_batch_size % self.training.micro_batch_size:
-            problems.append(
-                (
-                    "training.global_batch_size",
-                    f"must be a multiple of micro_batch_size = {self.training.micro_batch_size}",
-                )
-            )
-        if self.optimizer.min_lr > self.optimizer.lr:
-            problems.append(("optimizer.min_lr", f"{self.optimizer.min_lr} is above lr = {self.optimizer.lr}"))
+        problems = [*_exit_problems(self), *_layout_problems(self), *_training_problems(self)]
         if problems:
             raise InvalidFieldsError(problems)
         return self
+
+
+def _exit_problems(config: Config) -> Iterator[tuple[str, str]]:
+    num_layers, exits = config.model.num_layers, config.exits.layers
+    for layer in exits:
+        if layer >= num_layers:
+            yield (
+                "exits.layers",
+                f"{layer} must be below num_layers = {num_layers}: the last layer's exit is built in",
+            )
+    params = config.inference.exit
+    for field, layers in (("exits", params.exits or ()), ("thresholds", params.thresholds)):
+        for layer in layers:
+            if layer not in exits:
+                yield f"inference.exit.{field}", f"there is no exit after layer {layer}, only after {list(exits)}"
+
+
+def _layout_problems(config: Config) -> Iterator[tuple[str, str]]:
+    num_layers, pipeline, layout = config.model.num_layers, config.parallel.pipeline, config.parallel.layout
+    if layout == "auto":
+        if num_layers < pipeline:
+            yield "parallel.pipeline", f"{pipeline} stages for {num_layers} layers"
+        return
+    if len(layout) != pipeline:
+        yield "parallel.layout", f"{len(layout)} stages, but parallel.pipeline is {pipeline}"
+    stops = list(accumulate(stage.layers for stage in layout))
+    if not stops or stops[-1] != num_layers:
+        yield "parallel.layout", f"places {sum(stage.layers for stage in layout)} layers of {num_layers}"
+    for stage, (border, (left, right)) in enumerate(zip(stops, pairwise(layout), strict=False)):
+        if border in config.exits.layers and left.exits_at_end == right.exits_at_start:
+            whose = "both" if left.exits_at_end else "neither"
+            yield (
+                "parallel.layout",
+                f"exit {border} is on the border of stages {stage} and {stage + 1} and is given to {whose}: set either "
+                f"exits_at_end of the first or exits_at_start of the second, and not both",
+            )
+
+
+def _training_problems(config: Config) -> Iterator[tuple[str, str]]:
+    if config.training.global_batch_size % config.training.micro_batch_size:
+        size = config.training.micro_batch_size
+        yield "training.global_batch_size", f"must be a multiple of micro_batch_size = {size}"
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield "optimizer.min_lr", f"{config.optimizer.min_lr} is above lr = {config.optimizer.lr}"

@@ -54,7 +54,10 @@ class _MegatronFinder(MetaPathFinder):
         cpu = torch.device("cpu")
         place = {"current_device": lambda: cpu, "device_count": lambda: 1}
         random = {"get_rng_state": state, "manual_seed": torch.manual_seed, "_lazy_call": lambda call, **kwargs: call()}
-        generators = {"default_generators": {cpu: torch.default_generator}, "random": SimpleNamespace(get_rng_state=state)}
+        generators = {
+            "default_generators": {cpu: torch.default_generator},
+            "random": SimpleNamespace(get_rng_state=state),
+        }
         cuda = _View(torch.cuda, {**waiting, **place, **random, **generators})
         factories = ("zeros", "ones", "empty", "full", "tensor", "arange")
         on_cpu = {name: partial(_create_on_cpu, getattr(torch, name)) for name in factories}

@@ -1,0 +1,1 @@
+"""Decoding: full depth, or exit where a head is confident."""

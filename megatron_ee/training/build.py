@@ -120,9 +120,7 @@ def _checkpoint_to_resume(config: Config, run_folder: Path, mesh: Mesh) -> Path 
 
 def _build_stage(config: Config, layouts: Sequence[StageLayout], vocab_size: int, mesh: Mesh) -> Stage:
     layout = layouts[mesh.pipeline_rank]
-    stage = Stage(
-        config.model, config.exits, layout, vocab_size=vocab_size, groups=mesh.groups, device=mesh.device
-    )
+    stage = Stage(config.model, config.exits, layout, vocab_size=vocab_size, groups=mesh.groups, device=mesh.device)
     initialize(stage, config.seed)
     return stage
 

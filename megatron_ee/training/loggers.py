@@ -47,14 +47,16 @@ class Console:
 
     def log(self, iteration: int, figures: Figures) -> None:
         kind = "val" if "val/loss" in figures else "train"
-        exits = "  ".join(
-            f"exit {layer}: {figures[f'{kind}/exit_{layer}/loss']:.4f}" for layer in self._exits[:-1]
-        )
+        exits = "  ".join(f"exit {layer}: {figures[f'{kind}/exit_{layer}/loss']:.4f}" for layer in self._exits[:-1])
         final = f"final: {figures[f'{kind}/exit_{self._exits[-1]}/loss']:.4f}"
         head = "validation" if kind == "val" else f"{iteration}/{self._train_iters}"
-        tail = "" if kind == "val" else (
-            f"  lr {figures['train/lr']:.2e}  norm {figures['train/grad_norm']:.2f}"
-            f"  {figures['perf/tokens_per_s']:,.0f} tokens/s  {_duration(figures['perf/seconds_left'])} left"
+        tail = (
+            ""
+            if kind == "val"
+            else (
+                f"  lr {figures['train/lr']:.2e}  norm {figures['train/grad_norm']:.2f}"
+                f"  {figures['perf/tokens_per_s']:,.0f} tokens/s  {_duration(figures['perf/seconds_left'])} left"
+            )
         )
         self._bar.update(iteration - self._bar.n)
         with tqdm.external_write_mode():

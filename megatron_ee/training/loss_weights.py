@@ -1,4 +1,4 @@
-"""The loss weight of every exit over time (design: section 3)."""
+"""The loss weight of every exit over time (EE-LLM, arXiv 2312.04916, section 3: warm-up and cool-down)."""
 
 import math
 from collections.abc import Mapping

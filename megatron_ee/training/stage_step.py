@@ -1,4 +1,10 @@
-"""What F, X and B do on one stage during one step (design: section 3, "backward without extra messages")."""
+"""What F, X and B do on one stage during one step.
+
+A stage receives g = dL/dy for its output y. With the losses L_s of its own exits, the gradient of `L_s + <g, y>`, g
+held constant, with respect to the stage's weights and input is that of the whole loss (EE-LLM, arXiv 2312.04916,
+section 3.1): no message between stages grows. Here the exits' share is split off: X leaves d_e = dL_s/dh_e at each
+exit's hidden state h_e, never logits, and B starts from g at y and from d_e at every h_e.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

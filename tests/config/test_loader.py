@@ -244,7 +244,7 @@ def test_overrides_are_yaml_and_the_last_one_wins() -> None:
         "optimizer.lr=3e-4",
         "exits.layers=[2,4]",
         "parallel.layout=auto",
-        "inference.exit.thresholds.6=0.8",
+        "inference.exit.thresholds.4=0.8",
         "inference.exit.exits=",
         "data.dataset=a=b",
         "seed=1",

@@ -136,3 +136,28 @@ def test_derived_fields_are_optional_in_the_json_schema() -> None:
     schema = Config.model_json_schema()
     assert schema["required"] == ["name", "model", "training"]
     assert schema["$defs"]["ModelConfig"]["required"] == ["num_layers", "hidden_size", "num_attention_heads"]
+
+
+@pytest.mark.parametrize(
+    ("left_end", "right_start", "whose"), [(True, True, "both"), (False, False, "neither"), (True, False, None)]
+)
+def test_a_border_exit_belongs_to_exactly_one_stage(left_end: bool, right_start: bool, whose: str | None) -> None:
+    layout = [{"layers": 2, "exits_at_end": left_end}, {"layers": 6, "exits_at_start": right_start}]
+    sections: dict[str, Any] = {"exits": {"layers": [2]}, "parallel": {"pipeline": 2, "layout": layout}}
+    if whose is None:
+        config(**sections)
+    else:
+        with pytest.raises(ValidationError, match=f"exit 2 is on the border of stages 0 and 1 and is given to {whose}"):
+            config(**sections)
+
+
+def test_requests_name_exits_that_the_model_has() -> None:
+    with pytest.raises(ValidationError, match=r"exit.thresholds: there is no exit after layer 3, only after \[2\]"):
+        config(exits={"layers": [2]}, inference={"exit": {"thresholds": {3: 0.5}}})
+
+
+def test_hidden_size_divides_over_heads_unless_head_dim_is_given() -> None:
+    model = {"num_layers": 1, "hidden_size": 10, "num_attention_heads": 4}
+    with pytest.raises(ValidationError, match="10 doesn't divide over 4 heads"):
+        config(model=model)
+    assert config(model={**model, "head_dim": 4}).model.head_dim == 4

@@ -1,6 +1,5 @@
 """Losses and every gradient of a pipeline equal those of one autograd over an independent model in one process."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,9 +135,7 @@ def _reference_step(config: Config, parameters: Arrays) -> tuple[dict[int, float
     )
     logits = reference.exit_logits(leaves, config.model, list(config.exits.layers), tokens_BS)
     weights = loss_weights(config.exits, config.model.num_layers, 0)
-    losses = {
-        layer: float(reference.weighted_loss(logits, labels_BS, mask_BS, {layer: 1.0})) for layer in weights
-    }
+    losses = {layer: float(reference.weighted_loss(logits, labels_BS, mask_BS, {layer: 1.0})) for layer in weights}
     reference.weighted_loss(logits, labels_BS, mask_BS, weights).backward()
     return losses, {name: leaf.grad.numpy() for name, leaf in leaves.items() if leaf.grad is not None}
 

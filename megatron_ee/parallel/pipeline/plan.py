@@ -1,6 +1,6 @@
 """A pipeline schedule as data: for each stage, the list of actions that it runs, in order.
 
-The kinds of work on one micro-batch (design: section 3):
+The kinds of work on one micro-batch:
   F  run the stage's layers; keep the output and the hidden state at each of the stage's exits
   X  run the stage's exit heads, their losses, and the backward pass of the heads only
   B  receive the gradient of the output, and run the backward pass of the layers

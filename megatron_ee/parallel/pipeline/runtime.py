@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.p2p import Inbox, MessageSpec, Outbox
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
+from megatron_ee.parallel.pipeline.timeline import Span
 
 
 class StageProgram(Protocol):
@@ -30,21 +30,12 @@ class StageProgram(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """When an action ran, in seconds of this process's monotonic clock; a receive's span is the wait."""
-
-    action: Action
-    start: float
-    end: float
-
-
 class Runtime:
     """Executes plans on this rank's stage.
 
     Args:
-        record: called with each action's span as it ends (the device is synchronised around it, so leave it out
-            of runs whose speed matters).
+        record: called with each action's span as it ends, in seconds of this process's monotonic clock; a receive's
+            span is the wait. The device is synchronised around each action, so leave it out where speed matters.
     """
 
     def __init__(self, mesh: Mesh, message: MessageSpec, *, record: Callable[[Span], None] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What each schedule's plan looks like: the order of actions, where X stands, and how many micro-batches live at once."""
+"""What each schedule's plan looks like: the order, where X stands, and how many micro-batches live at once."""
 
 import subprocess
 import sys
@@ -37,9 +37,7 @@ def lane(plan: Plan, stage: int) -> str:
 
 def test_1f1b_runs_exits_between_the_send_and_the_wait() -> None:
     plan = build_plan("1f1b", num_stages=3, num_microbatches=4, has_exits=[True, False, True])
-    assert lane(plan, 0) == (
-        "F0 >F0 F1 >F1 F2 >F2 X0 X1 X2 <B0 B0 F3 >F3 X3 <B1 B1 <B2 B2 <B3 B3"  # fmt: skip
-    )
+    assert lane(plan, 0) == "F0 >F0 F1 >F1 F2 >F2 X0 X1 X2 <B0 B0 F3 >F3 X3 <B1 B1 <B2 B2 <B3 B3"
     assert lane(plan, 1) == ("<F0 F0 >F0 <F1 F1 >F1 <B0 B0 >B0 <F2 F2 >F2 <B1 B1 >B1 <F3 F3 >F3 <B2 B2 >B2 <B3 B3 >B3")
     assert lane(plan, 2) == "<F0 F0 X0 B0 >B0 <F1 F1 X1 B1 >B1 <F2 F2 X2 B2 >B2 <F3 F3 X3 B3 >B3"
 

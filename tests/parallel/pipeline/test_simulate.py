@@ -1,4 +1,4 @@
-"""The simulator against an independent critical path, and its figures and drawing on plans small enough to do by hand."""
+"""The simulator against an independent critical path; its figures and its drawing on plans done by hand."""
 
 import random
 import time

@@ -1,0 +1,87 @@
+"""Continues one request's text, token by token."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_ee.checkpoint.description import read_description
+from megatron_ee.checkpoint.sharded import load_stage
+from megatron_ee.config import Config, ParallelConfig
+from megatron_ee.device import Device
+from megatron_ee.inference.decoder import Decoder
+from megatron_ee.inference.policies import max_probability, thresholds_of
+from megatron_ee.inference.request import Emission, Request
+from megatron_ee.inference.sampling import sample
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.layout import place
+from megatron_ee.parallel.mesh import open_mesh
+from megatron_ee.tokenizer import Tokenizer, open_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A model ready to decode, one request at a time."""
+
+    stage: Stage
+    tokenizer: Tokenizer
+    exits: list[int]
+
+    def generate(self, request: Request) -> Iterator[Emission]:
+        """Tokens until the stop token or the request's limit.
+
+        Raises:
+            ValueError: the request names an exit that the model doesn't have.
+        """
+        thresholds = thresholds_of(request.exit, self.exits)
+        decoder = Decoder(
+            self.stage,
+            thresholds,
+            max_probability,
+            max_pending=request.exit.max_pending,
+            capacity=len(request.prompt) + request.max_new_tokens,
+        )
+        generator = torch.Generator().manual_seed(request.seed)
+        tokens = list(request.prompt)
+        for _ in range(request.max_new_tokens):
+            outcome = decoder.feed(tokens)
+            logits_V = outcome.logits_V[: self.tokenizer.vocab_size]  # beyond it is padding
+            token = sample(logits_V, temperature=request.temperature, top_k=request.top_k, generator=generator)
+            if token == request.stop:
+                return
+            yield Emission(token, outcome.exit_layer, outcome.confidence)
+            tokens = [token]
+
+    @torch.no_grad()
+    def full_depth_choices(self, tokens: list[int]) -> list[int]:
+        """The token that the full model would choose after each of these, given all before it: the truth that an
+        exit's choices are held against."""
+        positions = torch.arange(len(tokens), device=next(self.stage.parameters()).device)
+        x_SBH = self.stage.embed(positions.new_tensor([tokens]))
+        num_layers = self.stage.model.num_layers
+        y_SBH, _ = self.stage.run_layers(x_SBH, positions, 0, num_layers)
+        logits_SBV = self.stage.exit_logits(y_SBH, num_layers)[..., : self.tokenizer.vocab_size]
+        return logits_SBV.argmax(-1).flatten().tolist()
+
+
+def load_engine(folder: Path, config: Config, device: Device) -> Engine:
+    """Open a step folder, whatever layout wrote it, on this one process.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    description = read_description(folder)
+    mesh = open_mesh(ParallelConfig(), device)
+    (layout,) = place(description.model, description.exits, ParallelConfig())
+    stage = Stage(
+        description.model,
+        description.exits,
+        layout,
+        vocab_size=description.vocab_size,
+        groups=mesh.groups,
+        device=device,
+    )
+    load_stage(folder, stage, mesh)
+    stage.eval().requires_grad_(False)
+    return Engine(stage, open_tokenizer(description.tokenizer), list(description.exits.layers))

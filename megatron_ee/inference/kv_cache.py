@@ -1,0 +1,44 @@
+"""Keys and values of one sequence, for every layer.
+
+Shapes: S rows of a launch, T positions up to the launch's last, G key-value heads, D head dimension; batch is 1.
+"""
+
+import torch
+
+from megatron_ee.model.stage import Stage
+
+
+class KeyValueCache:
+    """A `KeyValueStore` of fixed capacity. A launch's rows may be any ascending positions, not only the newest."""
+
+    def __init__(self, stage: Stage, capacity: int) -> None:
+        config = stage.config
+        shape = (capacity, 1, config.num_query_groups, config.kv_channels)
+        parameter = next(stage.parameters())
+
+        def empty() -> torch.Tensor:
+            return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+
+        self._layers = {int(layer): (empty(), empty()) for layer in stage.layers}
+        self._positions_S = torch.empty(0, dtype=torch.int64)
+        self._mask_ST = torch.empty(0, 0, dtype=torch.bool)
+
+    def begin_launch(self, positions_S: torch.Tensor) -> None:
+        """Say which positions the rows of the coming layers are; int64, ascending."""
+        self._positions_S = positions_S
+        seen_T = torch.arange(int(positions_S[-1]) + 1, device=positions_S.device)
+        self._mask_ST = seen_T <= positions_S[:, None]
+
+    def extend(
+        self, layer: int, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Write the launch's rows; each sees all positions up to its own. See `KeyValueStore`."""
+        keys, values = self._layers[layer]
+        keys[self._positions_S], values[self._positions_S] = key_SBGD, value_SBGD
+        length = self._mask_ST.shape[1]
+        return keys[:length], values[:length], self._mask_ST
+
+    def read(self, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [length, 1, G, D] of the first positions of a layer."""
+        keys, values = self._layers[layer]
+        return keys[:length], values[:length]

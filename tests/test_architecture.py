@@ -1,0 +1,127 @@
+"""The structure of the package, held by a test: imports go one way, and each outside library has one door."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_ee.config import load_config
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "megatron_ee"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# A package may import those below it, never one beside or above it.
+LEVELS = [
+    ["server"],
+    ["training", "inference"],
+    ["checkpoint"],
+    ["data", "model"],
+    ["parallel"],
+    ["config", "tokenizer", "device", "log"],
+    ["errors"],
+]
+
+# Outside library -> the files that may import it. The standard library, torch and numpy are everybody's.
+DOORS = {
+    "megatron": {
+        "parallel/mesh.py",
+        "data/corpus.py",
+        "data/dataset.py",
+        "model/attention.py",
+        "model/exit_head.py",
+        "model/layers.py",
+        "model/stage.py",
+        "checkpoint/sharded.py",
+        "training/optimizer.py",
+    },
+    "pydantic": {"config/schema.py", "config/loader.py", "config/explain.py", "config/errors.py", "config/__main__.py"},
+    "pydantic_core": {"config/explain.py"},
+    "yaml": {"config/loader.py", "config/dialect.py"},
+    "tqdm": {"training/loggers.py"},
+}
+
+# Host logic: schedulers, plans, ledgers and settings are plain Python, tested in milliseconds.
+WITHOUT_TORCH = [
+    *(PACKAGE / "config").glob("*.py"),
+    PACKAGE / "errors.py",
+    PACKAGE / "log.py",
+    PACKAGE / "tokenizer.py",
+    PACKAGE / "parallel/layout.py",
+    *(path for path in (PACKAGE / "parallel/pipeline").glob("*.py") if path.name != "runtime.py"),
+    PACKAGE / "checkpoint/folders.py",
+    PACKAGE / "checkpoint/description.py",
+    PACKAGE / "training/loss_weights.py",
+    PACKAGE / "training/lr_schedule.py",
+    PACKAGE / "inference/request.py",
+    PACKAGE / "inference/show.py",
+]
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def _level(part: str) -> int:
+    (level,) = [number for number, names in enumerate(LEVELS) if part in names]
+    return level
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path: Path) -> None:
+    part = _part(path)
+    for name in _imports(path):
+        if not name.startswith("megatron_ee.") or part == "__init__":
+            continue
+        imported = name.split(".")[1]
+        if imported != part:
+            assert _level(imported) > _level(part), f"{part} may not import {imported}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_outside_library_has_one_door(path: Path) -> None:
+    for name in _imports(path):
+        library = name.split(".")[0]
+        if library in sys.stdlib_module_names or library in ("megatron_ee", "torch", "numpy"):
+            continue
+        assert library in DOORS, f"{library} has no door; choose one"
+        assert str(path.relative_to(PACKAGE)) in DOORS[library], f"{library} is for {sorted(DOORS[library])}"
+
+
+@pytest.mark.parametrize("path", WITHOUT_TORCH, ids=lambda path: str(path.relative_to(ROOT)))
+def test_host_logic_imports_no_torch(path: Path) -> None:
+    assert not {name for name in _imports(path) if name.split(".")[0] in ("torch", "numpy", "megatron")}
+
+
+def test_only_the_device_package_asks_for_cuda() -> None:
+    asking = [path for path in MODULES if "cuda.is_available" in path.read_text() and _part(path) != "device"]
+    assert not asking
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_loads(path: Path) -> None:
+    load_config(path)
+
+
+def test_entry_file_only_composes() -> None:
+    assert len((ROOT / "pretrain_ee.py").read_text().splitlines()) < 40
+
+
+@pytest.mark.parametrize("path", [*MODULES, ROOT / "pretrain_ee.py"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 50, f"{node.name} is long"
