@@ -5,16 +5,27 @@ from collections.abc import Iterator
 import pytest
 from helpers.ranks import RankPool
 
+from megatron_ee.config import ParallelConfig
 from megatron_ee.device import Device, choose_device
 from megatron_ee.log import quiet_dependencies
 
 quiet_dependencies()
-_CPU = choose_device("cpu")  # before any test module imports megatron-core
+_CPU = choose_device("cpu")
+
+from megatron_ee.parallel.mesh import Mesh, close_mesh, open_mesh  # noqa: E402  (needs a chosen device)
 
 
 @pytest.fixture(scope="session")
 def cpu() -> Device:
     return _CPU
+
+
+@pytest.fixture(scope="session")
+def mesh(cpu: Device) -> Iterator[Mesh]:
+    """This very process as a mesh of one."""
+    mesh = open_mesh(ParallelConfig(), cpu)
+    yield mesh
+    close_mesh()
 
 
 @pytest.fixture(scope="session")

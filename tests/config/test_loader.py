@@ -253,7 +253,7 @@ def test_overrides_are_yaml_and_the_last_one_wins() -> None:
     )
     assert config.optimizer.lr == 3e-4
     assert (config.exits.layers, config.parallel.layout, config.inference.exit.exits) == ((2, 4), "auto", None)
-    assert config.inference.exit.thresholds == {2: 0.5, 6: 0.8}
+    assert config.inference.exit.thresholds == {2: 0.5, 4: 0.8}
     assert (config.data.dataset, config.seed, config.logging.interval) == ("a=b", 2, 7)
 
 

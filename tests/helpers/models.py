@@ -1,0 +1,20 @@
+"""Models for tests that need one in this very process."""
+
+import torch
+
+from helpers.tiny import VOCAB_SIZE, tiny_config
+from megatron_ee.model.initialize import initialize
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.layout import place
+from megatron_ee.parallel.mesh import Mesh
+
+
+def whole_model(mesh: Mesh, *, exits: list[int], dtype: torch.dtype = torch.float32) -> Stage:
+    """The tiny model on one stage, for inference."""
+    config = tiny_config(exits={"layers": exits})
+    (layout,) = place(config.model, config.exits, config.parallel)
+    stage = Stage(
+        config.model, config.exits, layout, vocab_size=VOCAB_SIZE, groups=mesh.groups, device=mesh.device, dtype=dtype
+    )
+    initialize(stage, 0)
+    return stage.eval().requires_grad_(False)

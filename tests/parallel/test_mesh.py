@@ -1,0 +1,39 @@
+"""Which rank holds what."""
+
+import pytest
+from helpers.ranks import RankPool
+
+from megatron_ee.config import ParallelConfig
+from megatron_ee.device import choose_device
+from megatron_ee.parallel.mesh import MeshError, data_parallel_size, open_mesh
+
+
+def _place() -> tuple[int, int, list[int], bool]:
+    mesh = open_mesh(ParallelConfig(pipeline=2), choose_device("cpu"))
+    return mesh.pipeline_rank, mesh.data_rank, mesh.pipeline_ranks, mesh.is_main
+
+
+def test_stages_are_outermost(ranks: RankPool) -> None:
+    assert ranks.run(4, _place) == [
+        (0, 0, [0, 2], True),
+        (0, 1, [1, 3], False),
+        (1, 0, [0, 2], False),
+        (1, 1, [1, 3], False),
+    ]
+
+
+def test_data_parallel_size_follows_from_the_processes() -> None:
+    assert data_parallel_size(ParallelConfig(pipeline=2), 8) == 4
+    assert data_parallel_size(ParallelConfig(pipeline=2, data=4), 8) == 4
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "message"),
+    [
+        (ParallelConfig(pipeline=3), 8, "parallel.pipeline: 8 processes don't divide into 3 stages"),
+        (ParallelConfig(pipeline=2, data=2), 8, "parallel.data: 2 x 2 stages need 4 processes, not 8"),
+    ],
+)
+def test_processes_that_do_not_fit_are_refused(parallel: ParallelConfig, world_size: int, message: str) -> None:
+    with pytest.raises(MeshError, match=message):
+        data_parallel_size(parallel, world_size)
