@@ -21,7 +21,9 @@ def main() -> int:
         device = choose_device(config.device)
         from megatron_ee.training.build import build_trainer  # imports megatron-core, which needs a chosen device
 
-        build_trainer(config, device).train()
+        trainer = build_trainer(config, device)
+        trainer.train()
+        trainer.close()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(error, file=sys.stderr)

@@ -28,7 +28,7 @@ LEVELS = [
 DOORS = {
     "megatron": {
         "parallel/mesh.py",
-        "data/corpus.py",
+        "data/indexed.py",
         "data/dataset.py",
         "model/attention.py",
         "model/exit_head.py",

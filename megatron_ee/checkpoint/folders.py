@@ -23,8 +23,12 @@ def is_whole(folder: Path) -> bool:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The whole checkpoint of the highest iteration, or None."""
-    whole = [folder for folder in (run / "checkpoints").glob("step_*") if is_whole(folder)]
-    return max(whole, key=lambda folder: folder.name, default=None)
+    steps = {
+        int(folder.name.removeprefix("step_")): folder
+        for folder in (run / "checkpoints").glob("step_*")
+        if folder.name.removeprefix("step_").isdecimal() and is_whole(folder)
+    }
+    return steps[max(steps)] if steps else None
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -1,46 +1,31 @@
-"""The built-in corpus: the source files of the running Python's standard library, as megatron-core's indexed dataset.
+"""The built-in corpus: the source files of the running Python's standard library.
 
-It is real text (some 10 MB of code and prose), it is on every machine, and nothing is downloaded.
+It is real text (some 12 MB of code and prose), it is on every machine, and nothing is downloaded.
 """
 
 import hashlib
-import os
 import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_ee.data.indexed import index_path, write_indexed
 from megatron_ee.tokenizer import Tokenizer
 
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}
 
 
-def write_corpus(folder: Path, tokenizer: Tokenizer, tokenizer_name: str) -> Path:
-    """Write the corpus unless it is there; returns the path prefix of its .bin and .idx.
+def corpus_prefix(folder: Path, tokenizer_name: str) -> Path:
+    """Where the corpus of this Python is kept; another Python's library is another corpus."""
+    return folder / f"python-stdlib-{platform.python_version()}-{tokenizer_name}"
 
-    Both files are written aside and renamed, the index last, so a half-written dataset is never read.
-    """
-    prefix = folder / f"python-stdlib-{platform.python_version()}-{tokenizer_name}"
-    if index_path(prefix).exists():
-        return prefix
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = prefix.with_name(f"{prefix.name}.{os.getpid()}.tmp")
-    try:
-        builder = IndexedDatasetBuilder(str(aside), dtype=np.uint16)
-        for text in documents():
-            tokens = [*tokenizer.encode(text), tokenizer.eod]
-            builder.add_document(torch.tensor(tokens, dtype=torch.int64), [len(tokens)])
-        builder.finalize(str(aside) + ".idx")
-        aside.replace(bin_path(prefix))
-        Path(str(aside) + ".idx").replace(index_path(prefix))
-    finally:
-        aside.unlink(missing_ok=True)
-        Path(str(aside) + ".idx").unlink(missing_ok=True)
-    return prefix
+
+def write_corpus(prefix: Path, tokenizer: Tokenizer) -> None:
+    """Write the corpus as an indexed dataset, unless it is there."""
+    if not index_path(prefix).exists():
+        write_indexed(prefix, documents(), tokenizer)
 
 
 def documents() -> Iterator[str]:
@@ -51,14 +36,6 @@ def documents() -> Iterator[str]:
         text = path.read_bytes().decode(errors="replace")
         if text.strip():
             yield text
-
-
-def bin_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".bin")
-
-
-def index_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".idx")
 
 
 def bigram_cross_entropy(tokens: np.ndarray) -> float:

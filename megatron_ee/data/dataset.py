@@ -1,15 +1,14 @@
-"""Training, validation and test sequences through megatron-core's GPTDataset."""
+"""Training and validation sequences through megatron-core's GPTDataset."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ee.config import Config
-from megatron_ee.data.corpus import bigram_cross_entropy, bin_path, index_path, write_corpus
+from megatron_ee.config import Config, DataConfig
+from megatron_ee.data.corpus import corpus_prefix, write_corpus
+from megatron_ee.data.indexed import bin_path, index_path
 from megatron_ee.errors import UserError
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.tokenizer import Tokenizer
@@ -23,16 +22,10 @@ class DatasetError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Datasets:
-    """The splits, each with the samples that the run asked for (the test split is for tools; a run doesn't open it)."""
+    """The splits of a run, each with as many samples as it asks for; `valid` is None where it asks for none."""
 
     train: GPTDataset
     valid: GPTDataset | None
-    prefix: Path
-
-    def bigram_cross_entropy(self) -> float:
-        """Nats per token: see `corpus.bigram_cross_entropy`."""
-        dataset = IndexedDataset(str(self.prefix))
-        return bigram_cross_entropy(np.concatenate([dataset[i] for i in range(len(dataset))]))
 
 
 def open_datasets(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Datasets:
@@ -42,13 +35,11 @@ def open_datasets(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Datasets:
         DatasetError: no .bin/.idx pair at `data.dataset`, or a split without documents for its samples.
     """
     data, training = config.data, config.training
-    folder = Path(data.folder)
-    prefix = Path(data.dataset)
+    prefix = dataset_prefix(data)
     if data.dataset == BUILT_IN:
         if mesh.is_main:
-            write_corpus(folder, tokenizer, data.tokenizer)
+            write_corpus(prefix, tokenizer)
         mesh.barrier()
-        prefix = write_corpus(folder, tokenizer, data.tokenizer)
     for path in (bin_path(prefix), index_path(prefix)):
         if not path.exists():
             raise DatasetError(f"data.dataset: {path} does not exist ({BUILT_IN} is built in)")
@@ -62,7 +53,7 @@ def open_datasets(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Datasets:
             sequence_length=data.sequence_length,
             blend=([str(prefix)], None),
             split=",".join(str(share) for share in data.split),
-            path_to_cache=str(folder / "cache"),
+            path_to_cache=str(Path(data.folder) / "cache"),
             tokenizer=_IdentifiedTokenizer(tokenizer, data.tokenizer),
             reset_position_ids=False,
             reset_attention_mask=False,
@@ -72,7 +63,12 @@ def open_datasets(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Datasets:
     ).build()
     if train is None or (num_valid and valid is None):
         raise DatasetError(f"data.split: no documents left for {'training' if train is None else 'validation'}")
-    return Datasets(train, valid, prefix)
+    return Datasets(train, valid if num_valid else None)
+
+
+def dataset_prefix(data: DataConfig) -> Path:
+    """The path prefix of the .bin and .idx that a config names."""
+    return corpus_prefix(Path(data.folder), data.tokenizer) if data.dataset == BUILT_IN else Path(data.dataset)
 
 
 class _IdentifiedTokenizer:

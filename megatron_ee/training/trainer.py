@@ -11,7 +11,7 @@ from megatron_ee.config import Config
 from megatron_ee.data.batch import Batch
 from megatron_ee.data.loader import BatchLoader
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.parallel.mesh import Mesh, close_mesh
 from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.runtime import Runtime
 from megatron_ee.training.evaluate import Evaluator, count_tokens
@@ -96,6 +96,12 @@ class Trainer:
         self.stage.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = saved.progress
+
+    def close(self) -> None:
+        """End the loggers and leave the process groups."""
+        for logger in self.loggers:
+            logger.close()
+        close_mesh()
 
     def _weights(self, iteration: int) -> Mapping[int, float]:
         return loss_weights(self.config.exits, self.config.model.num_layers, iteration)

@@ -46,17 +46,21 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
-        for process, connection in self._workers:
+        """End the workers: a closed pipe tells an idle one to leave; one that hangs is killed."""
+        for _, connection in self._workers:
             connection.close()
-            process.terminate()
-            process.join()
+        for process, _ in self._workers:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+                process.join()
         self._workers.clear()
 
     def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
         while len(self._workers) < count:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,))
             process.start()
             theirs.close()
             self._workers.append((process, ours))

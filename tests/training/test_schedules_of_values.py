@@ -1,0 +1,63 @@
+"""Loss weights and the learning rate over time."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ee.config import ExitsConfig, OptimizerConfig, WeightScheduleConfig
+from megatron_ee.training.loss_weights import loss_weights
+from megatron_ee.training.lr_schedule import learning_rate
+
+
+def _exits(shape: str, start: float = 0.0, warmup_iters: int = 100) -> ExitsConfig:
+    schedule = {"shape": shape, "start": start, "warmup_iters": warmup_iters}
+    return ExitsConfig.model_validate({"layers": [3, 6], "weights": [0.1, 0.2], "weight_schedule": schedule})
+
+
+def test_default_warm_up_takes_a_thousand_iterations_from_zero() -> None:
+    assert WeightScheduleConfig() == WeightScheduleConfig(shape="linear", start=0.0, warmup_iters=1000)
+
+
+@pytest.mark.parametrize(
+    ("shape", "start", "iteration", "expected"),
+    [
+        ("linear", 0.0, 0, [0.0, 0.0]),
+        ("linear", 0.0, 25, [0.025, 0.05]),
+        ("linear", 0.0, 100, [0.1, 0.2]),
+        ("linear", 0.0, 5000, [0.1, 0.2]),
+        ("linear", 0.4, 50, [0.25, 0.3]),  # a cool-down
+        ("cosine", 0.0, 50, [0.05, 0.1]),
+        ("cosine", 0.0, 25, [0.1 * 0.1464466, 0.2 * 0.1464466]),
+        ("constant", 0.7, 0, [0.1, 0.2]),
+    ],
+)
+def test_loss_weights(shape: str, start: float, iteration: int, expected: list[float]) -> None:
+    weights = loss_weights(_exits(shape, start), 12, iteration)
+    assert [weights[3], weights[6]] == pytest.approx(expected)
+    assert weights[12] == 1.0
+    assert list(weights) == [3, 6, 12]
+
+
+def test_no_warm_up_is_the_target_at_once() -> None:
+    assert loss_weights(_exits("linear", warmup_iters=0), 12, 0)[3] == 0.1
+
+
+@given(st.sampled_from(["linear", "cosine"]), st.floats(0, 2), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_weights_go_monotonically_from_start_to_target(shape: str, start: float, first: int, second: int) -> None:
+    exits = _exits(shape, start, warmup_iters=10**5)
+    earlier, later = (loss_weights(exits, 12, iteration)[3] for iteration in sorted((first, second)))
+    assert abs(later - 0.1) <= abs(earlier - 0.1) + 1e-12
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    optimizer = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_iters=4)
+    rates = [learning_rate(optimizer, 12, iteration) for iteration in range(13)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[8] == pytest.approx(0.55), "half-way down"
+    assert rates[12] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_learning_rate_may_stay() -> None:
+    optimizer = OptimizerConfig(lr=1.0, lr_warmup_iters=2, lr_decay="constant")
+    assert [learning_rate(optimizer, 5, iteration) for iteration in range(5)] == [0.5, 1, 1, 1, 1]
