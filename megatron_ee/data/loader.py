@@ -47,6 +47,6 @@ class BatchLoader:
 
         def stack(name: str) -> torch.Tensor:
             rows = torch.stack([sample[name] for sample in samples])
-            return rows.unflatten(0, (self.num_microbatches, size)).to(self._mesh.device.torch)
+            return rows.view(self.num_microbatches, size, -1).to(self._mesh.device.torch)
 
         return Batch(stack("tokens"), stack("labels"), stack("loss_mask"))

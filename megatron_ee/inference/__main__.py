@@ -9,11 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ee.checkpoint.folders import find_checkpoint
-from megatron_ee.config import Config, ExitParams, load_config
+from megatron_ee.config import Config, load_config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
 from megatron_ee.inference.request import Emission, Request
@@ -59,7 +60,7 @@ def show(engine: "Engine", config: Config, prompts: Sequence[str]) -> None:
     for prompt in prompts:
         print(prompt, end="", flush=True)
         emissions, started = [], time.perf_counter()
-        for emission in engine.generate(make_request(engine, config, prompt, config.inference.exit)):
+        for emission in engine.generate(make_request(engine, config, prompt)):
             emissions.append(emission)
             print(painter.paint(emission), end="", flush=True)
         summary = Summary(emissions, time.perf_counter() - started)
@@ -67,29 +68,34 @@ def show(engine: "Engine", config: Config, prompts: Sequence[str]) -> None:
 
 
 def compare(engine: "Engine", config: Config, prompts: Sequence[str]) -> None:
-    """Print a table: a row for full depth and for each threshold, over all prompts.
+    """Print a table: a row for full depth and for each threshold, over all prompts, decoded greedily.
 
-    `agreement` is the share of greedy tokens that full depth would have chosen too, given the same text before them.
+    `agreement` is the share of tokens that full depth would have chosen too, given the same text before them.
     """
     base = config.inference.exit
     settings = [("full depth", base.model_copy(update={"mode": "full"}))]
     for threshold in COMPARED_THRESHOLDS:
         changed = {"mode": "early_exit", "threshold": threshold, "thresholds": {}}
         settings.append((f"threshold {threshold}", base.model_copy(update=changed)))
-    greedy = config.inference.temperature == 0
+    requests = [make_request(engine, config, prompt) for prompt in prompts]
+    list(engine.generate(replace(requests[0], max_new_tokens=8, temperature=0)))  # the first tokens are slow
     print(f"{'':16}{'mean depth':>12}{'agreement':>12}{'tokens/s':>12}{'speed':>8}   tokens by exit layer")
     full_speed = None
     for name, params in settings:
-        summary, agreement = _measure(engine, config, prompts, params)
+        summary, agreement = _measure(engine, [replace(request, temperature=0, exit=params) for request in requests])
+        if not summary.emissions:
+            print(f"{name:16}no tokens: the text ended at once")
+            continue
         full_speed = full_speed or summary.tokens_per_second
         used = ", ".join(f"{layer}: {count}" for layer, count in summary.exits_used().items())
-        shown = f"{agreement:>11.1%}" if greedy else f"{'-':>11}"
-        ratio = summary.tokens_per_second / full_speed
-        print(f"{name:16}{summary.mean_depth:>12.2f} {shown}{summary.tokens_per_second:>12.1f}{ratio:>7.2f}x   {used}")
+        speed = summary.tokens_per_second
+        print(
+            f"{name:16}{summary.mean_depth:>12.2f}{agreement:>12.1%}{speed:>12.1f}{speed / full_speed:>7.2f}x   {used}"
+        )
 
 
-def make_request(engine: "Engine", config: Config, prompt: str, exit_params: ExitParams) -> Request:
-    """A request from a prompt and the config's sampling; an empty prompt starts a document."""
+def make_request(engine: "Engine", config: Config, prompt: str) -> Request:
+    """A request from a prompt and the config's `inference` section; an empty prompt starts a document."""
     return Request(
         prompt=tuple(engine.tokenizer.encode(prompt)) or (engine.tokenizer.eod,),
         max_new_tokens=config.inference.max_new_tokens,
@@ -97,16 +103,15 @@ def make_request(engine: "Engine", config: Config, prompt: str, exit_params: Exi
         temperature=config.inference.temperature,
         top_k=config.inference.top_k,
         seed=config.seed,
-        exit=exit_params,
+        exit=config.inference.exit,
     )
 
 
-def _measure(engine: "Engine", config: Config, prompts: Sequence[str], params: ExitParams) -> tuple[Summary, float]:
-    """Decode all prompts; the share of tokens that full depth agrees with is measured outside the clock."""
+def _measure(engine: "Engine", requests: Sequence[Request]) -> tuple[Summary, float]:
+    """Decode all requests; the share of tokens that full depth agrees with is measured outside the clock."""
     emissions: list[Emission] = []
     seconds, agreed = 0.0, 0
-    for prompt in prompts:
-        request = make_request(engine, config, prompt, params)
+    for request in requests:
         started = time.perf_counter()
         text = list(engine.generate(request))
         seconds += time.perf_counter() - started

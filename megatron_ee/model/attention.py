@@ -61,7 +61,9 @@ class CoreAttention(MegatronModule):
         if attention_mask is not None:
             key_SBGD, value_SBGD, mask_ST = attention_mask.extend(self.layer_number, key_SBGD, value_SBGD)
         context_BHSD = scaled_dot_product_attention(
-            *(tensor.permute(1, 2, 0, 3) for tensor in (query_SBHD, key_SBGD, value_SBGD)),
+            query_SBHD.permute(1, 2, 0, 3),
+            key_SBGD.permute(1, 2, 0, 3),
+            value_SBGD.permute(1, 2, 0, 3),
             attn_mask=mask_ST,
             is_causal=mask_ST is None,
             scale=self.softmax_scale,

@@ -91,7 +91,7 @@ def open_mesh(parallel: ParallelConfig, device: Device) -> Mesh:
         if dist.is_torchelastic_launched():
             dist.init_process_group(device.backend)
         else:
-            dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     data_size = data_parallel_size(parallel, world_size)
     parallel_state.initialize_model_parallel(

@@ -62,7 +62,7 @@ class StageOptimizer:
         """Sum gradients over data-parallel ranks, then over the stages that hold a copy of the shared projection."""
         self._ddp.finish_grad_sync()
         if self._projection is not None:
-            dist.all_reduce(self._projection.main_grad, group=self._projection_owners)
+            dist.all_reduce(self._projection.main_grad, group=self._projection_owners)  # type: ignore[attr-defined]
 
     def step(self, learning_rate: float) -> float:
         """Clip, and update the parameters; returns the norm of all stages' gradients before clipping."""

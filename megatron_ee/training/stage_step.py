@@ -65,7 +65,7 @@ class StageStep:
             else:
                 leaf_SBH = hidden_SBH.detach().requires_grad_()
                 loss = exit_loss(self._stage.exit_logits(leaf_SBH, tap.layer), labels_BS, mask_BS)
-                (loss.cross_entropy * self._loss_scales[tap.layer]).backward()
+                torch.autograd.backward(loss.cross_entropy * self._loss_scales[tap.layer])
                 assert leaf_SBH.grad is not None
                 live.tap_gradients[tap] = leaf_SBH.grad
             self._add(tap.layer, loss)

@@ -135,7 +135,7 @@ def _reference_step(config: Config, parameters: Arrays) -> tuple[dict[int, float
     )
     logits = reference.exit_logits(leaves, config.model, list(config.exits.layers), tokens_BS)
     weights = loss_weights(config.exits, config.model.num_layers, 0)
-    losses = {layer: float(reference.weighted_loss(logits, labels_BS, mask_BS, {layer: 1.0})) for layer in weights}
+    losses = {layer: reference.weighted_loss(logits, labels_BS, mask_BS, {layer: 1.0}).item() for layer in weights}
     reference.weighted_loss(logits, labels_BS, mask_BS, weights).backward()
     return losses, {name: leaf.grad.numpy() for name, leaf in leaves.items() if leaf.grad is not None}
 

@@ -1,0 +1,49 @@
+# `make` lists the targets. Everything runs in .venv, which `make install` builds and every other target keeps current.
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## build .venv (another Python: make install PYTHON=python3.12)
+
+demo: $(INSTALLED) ## train a small early-exit model on this machine's CPUs or GPUs, check it and decode with it
+	@PYTHON=$(CURDIR)/$(BIN)/python scripts/demo.sh
+
+# One thread per process: tests start several processes, and tiny tensors gain nothing from more.
+test: $(INSTALLED) ## run the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(INSTALLED) ## run the long sweeps, which `make test` leaves out
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED) ## check style, spelling and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## rewrite the code in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove caches and build leftovers (runs/ and .venv/ stay)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# torch goes first and alone, pinned: a looser requirement would let pip pass over the build that its settings lead to.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "megatron_ee needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	    "name another: make install PYTHON=python3.12" >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" --constraint constraints.txt
+	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt
+	@touch $@

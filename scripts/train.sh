@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Train on one node or many:  scripts/train.sh CONFIG [key.path=value ...]
+#
+# The config says what to train. These environment variables say where, and nothing else:
+#   NPROC_PER_NODE  processes on this node. Default: as many as parallel.pipeline x parallel.data asks for; where
+#                   data is auto, one for each GPU; without enough GPUs for one pipeline, one for each of its stages
+#                   (`device: auto` then takes the CPU)
+#   NNODES          nodes (1)
+#   NODE_RANK       this node's number, from 0. Optional: node 0 hosts the rendezvous. Without it, the node whose
+#                   address MASTER_ADDR is does
+#   MASTER_ADDR     address of that node, as the others see it; needed for more than one node
+#   MASTER_PORT     its port (29500)
+#   PYTHON          interpreter (.venv/bin/python of this repository, otherwise python3)
+#
+# Several nodes: run the same line on each, with its own NODE_RANK, for example
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 scripts/train.sh configs/train/demo.yaml
+# They share the run's folder and the data's. Rank 0, which writes the log, may be on any of them.
+#
+# Paths in the config are relative to where you call this from. Ctrl-C stops every rank of this node.
+
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+fail() {
+  echo "train.sh: $1" >&2
+  exit 2
+}
+
+case ${1-} in
+  -h | --help) usage && exit ;;
+  '') usage >&2 && exit 2 ;;
+esac
+
+if [[ -z ${PYTHON-} ]]; then
+  PYTHON=python3
+  if [[ -x $root/.venv/bin/python ]]; then PYTHON=$root/.venv/bin/python; fi
+fi
+nnodes=${NNODES:-1}
+[[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES: $nnodes is not a number of nodes"
+
+# The ranks run the package beside pretrain_ee.py, installed or not; what is asked below has to be the same one.
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+# A wrong config is one message here; from inside torchrun it would be a page.
+config=$("$PYTHON" -m megatron_ee.config "$@") || exit
+read -r name device pipeline data < <("$PYTHON" -c '
+import sys, yaml
+config = yaml.safe_load(sys.stdin)
+print(config["name"], config["device"], config["parallel"]["pipeline"], config["parallel"]["data"])' <<<"$config")
+
+default_nproc() {
+  local gpus=0 wanted
+  if [[ $data != auto ]]; then
+    echo $(((pipeline * data + nnodes - 1) / nnodes))
+    return
+  fi
+  if [[ $device != cpu ]]; then
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+  fi
+  wanted=$(((pipeline + nnodes - 1) / nnodes))
+  echo $((gpus > wanted ? gpus : wanted))
+}
+nproc=${NPROC_PER_NODE:-$(default_nproc)}
+
+launch=(--nproc-per-node "$nproc" --nnodes "$nnodes")
+if ((nnodes == 1)); then
+  launch+=(--standalone)
+else
+  [[ -n ${MASTER_ADDR-} ]] || fail "MASTER_ADDR: $nnodes nodes need the address of the one that hosts the rendezvous"
+  launch+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-id "$name")
+  if [[ -n ${NODE_RANK-} ]]; then
+    launch+=(--rdzv-conf "is_host=$((NODE_RANK == 0 ? 1 : 0))")
+  fi
+fi
+
+# One thread for each rank: the ranks of a node share its cores, and torch would give every one of them all of them.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+exec "$PYTHON" -m torch.distributed.run "${launch[@]}" "$root/pretrain_ee.py" "$@"

@@ -1,0 +1,75 @@
+"""Reads RUN/metrics.jsonl, the record that training keeps of its figures."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_ee.errors import UserError
+
+
+class MetricsError(UserError):
+    """A run has no figures, or its file of figures cannot be read."""
+
+
+class ExitLosses(NamedTuple):
+    """One measurement.
+
+    Attributes:
+        losses: nats per token by exit layer, ascending; the last is the final output.
+    """
+
+    iteration: int
+    losses: dict[int, float]
+
+
+class Metrics(NamedTuple):
+    """A run's measurements, by iteration."""
+
+    training: list[ExitLosses]
+    validation: list[ExitLosses]
+
+
+def read_metrics(run: Path) -> Metrics:
+    """The losses of a run.
+
+    A resumed run may repeat iterations: the later line holds. A last line without its end is still being written,
+    and is left out.
+
+    Raises:
+        MetricsError: there is no such file, it is empty, or a line of it is not a record.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise MetricsError(f"{path}: {error.strerror}") from None
+    if not lines:
+        raise MetricsError(f"{path}: empty; has the run logged anything yet?")
+    records = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return Metrics(_select(records, "train"), _select(records, "val"))
+
+
+def exit_names(layers: Sequence[int]) -> dict[int, str]:
+    """What to call each exit, given all of them, ascending."""
+    return {layer: f"exit {layer}" for layer in layers[:-1]} | {layers[-1]: f"final ({layers[-1]} layers)"}
+
+
+def _parse(line: bytes, place: str) -> dict[str, float]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+        raise MetricsError(f"{place}: not a record of figures")
+    return record
+
+
+def _select(records: Sequence[dict[str, float]], kind: str) -> list[ExitLosses]:
+    newest = {}
+    for record in records:
+        matches = [(re.fullmatch(rf"{kind}/exit_(\d+)/loss", name), value) for name, value in record.items()]
+        if losses := {int(match[1]): value for match, value in matches if match}:
+            newest[int(record["iteration"])] = dict(sorted(losses.items()))
+    return [ExitLosses(*item) for item in sorted(newest.items())]
