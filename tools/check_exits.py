@@ -1,15 +1,18 @@
 """Hold the last validation loss of every exit against a baseline: check_exits.py RUN --baseline NATS
 
-Prints a line for each exit. Exit status 1: some exit does not beat the baseline.
+Prints a line for each exit. Exit status 1: some exit does not beat the baseline, or is worse than a shallower one.
 """
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from metrics_file import ExitLosses, exit_names, read_metrics
 
 from megatron_ee.errors import UserError
+
+TOLERANCE = 0.01  # nats per token
 
 
 def main() -> int:
@@ -28,7 +31,10 @@ def main() -> int:
     print(f"{arguments.baseline_name:<18}{arguments.baseline:7.4f}")
     for layer, loss in losses.items():
         print(f"{names[layer]:<18}{loss:7.4f}  {verdict(loss, arguments.baseline, arguments.baseline_name)}")
-    return 0 if all(loss < arguments.baseline for loss in losses.values()) else 1
+    worse = worse_than_shallower(losses)
+    for layer in worse:
+        print(f"{names[layer]} is worse than the exit before it by more than {TOLERANCE}")
+    return 1 if worse or any(not loss < arguments.baseline for loss in losses.values()) else 0
 
 
 def last_validation(run: Path) -> ExitLosses:
@@ -40,6 +46,11 @@ def last_validation(run: Path) -> ExitLosses:
     if not validation:
         raise UserError(f"{run / 'metrics.jsonl'}: holds no validation record; is training.eval_iters 0?")
     return validation[-1]
+
+
+def worse_than_shallower(losses: dict[int, float]) -> list[int]:
+    """The exits whose loss is above that of the exit before them: depth has to be worth something."""
+    return [deep for shallow, deep in pairwise(losses) if not losses[deep] <= losses[shallow] + TOLERANCE]
 
 
 def verdict(loss: float, baseline: float, name: str) -> str:

@@ -10,7 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_ee.checkpoint.description import Description, read_description, write_description
-from megatron_ee.checkpoint.folders import CheckpointError, link_latest, step_folder
+from megatron_ee.checkpoint.folders import CheckpointError, is_whole, link_latest, step_folder
 from megatron_ee.config import Config, to_yaml
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
@@ -25,12 +25,16 @@ def model_state(stage: Stage, mesh: Mesh) -> ShardedStateDict:
 def save_checkpoint(
     run: Path, state: ShardedStateDict, description: Description, *, config: Config, mesh: Mesh
 ) -> Path:
-    """Write a step folder; every rank calls it. Until its last moment the folder is no checkpoint.
+    """Write a step folder, unless this step is saved already; every rank calls it. Until its last moment the folder is
+    no checkpoint.
 
     Args:
         state: shards (see `model_state`), and plain values that all ranks agree on.
     """
     folder = step_folder(run, description.progress.iteration)
+    if is_whole(folder):
+        return folder
+    mesh.barrier()  # no rank may look after another has begun to write
     if mesh.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed save left
         folder.mkdir(parents=True)

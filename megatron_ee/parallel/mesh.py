@@ -5,6 +5,7 @@ Ranks are numbered as megatron-core does: pipeline stage outermost, data-paralle
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,8 @@ class Mesh:
         return values
 
     def barrier(self) -> None:
-        dist.barrier()
+        """Wait for all ranks."""
+        dist.barrier(device_ids=[self.device.torch.index] if self.device.torch.type == "cuda" else None)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -100,7 +102,7 @@ def open_mesh(parallel: ParallelConfig, device: Device) -> Mesh:
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # its tracker must exist; parameters are seeded by name
     pipeline_rank, data_rank = divmod(rank, data_size)
     stages = range(parallel.pipeline)
-    return Mesh(
+    mesh = Mesh(
         device=device,
         rank=rank,
         world_size=world_size,
@@ -112,12 +114,32 @@ def open_mesh(parallel: ParallelConfig, device: Device) -> Mesh:
         forward_link=_new_group_per_pipeline(stages, data_size, data_rank),
         backward_link=_new_group_per_pipeline(stages, data_size, data_rank),
     )
+    _connect_neighbours(mesh)
+    return mesh
 
 
 def close_mesh() -> None:
     """Leave all groups; the process may open another mesh afterwards."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _connect_neighbours(mesh: Mesh) -> None:
+    """A first message over each link, pair by pair from the first stage on.
+
+    NCCL connects a pair at its first message and both sides wait for it. Left to the first step, a stage that posts its
+    receives ahead would wait for a gradient that it has yet to make possible.
+    """
+    token = torch.zeros(1, device=mesh.device.torch)
+    for left, right in pairwise(range(mesh.pipeline_size)):
+        ends = {left: mesh.pipeline_ranks[right], right: mesh.pipeline_ranks[left]}
+        if mesh.pipeline_rank in ends:
+            peer = ends[mesh.pipeline_rank]
+            for link, source in ((mesh.forward_link, left), (mesh.backward_link, right)):
+                if mesh.pipeline_rank == source:
+                    dist.send(token, dst=peer, group=link)
+                else:
+                    dist.recv(token, src=peer, group=link)
 
 
 def _new_group_per_pipeline(stages: Sequence[int], data_size: int, data_rank: int) -> dist.ProcessGroup:

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 
-import torch
-import torch.distributed as dist
-
-from megatron_ee.data.batch import Batch
 from megatron_ee.data.loader import BatchLoader
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.runtime import Runtime
+from megatron_ee.training.losses import count_tokens
 from megatron_ee.training.metrics import ExitMeter
 from megatron_ee.training.stage_step import StageStep
 
@@ -48,10 +45,3 @@ class Evaluator:
             self._meter.add(step.losses, count_tokens(batch, self._mesh))
         self._stage.train()
         return self._meter.read("val", weights)
-
-
-def count_tokens(batch: Batch, mesh: Mesh) -> float:
-    """Unmasked tokens of the global batch: what every summed loss is divided by. Collective over data ranks."""
-    total = batch.mask_MBS.sum(dtype=torch.float64).to(torch.float32)
-    dist.all_reduce(total, group=mesh.groups.dp)
-    return float(total)

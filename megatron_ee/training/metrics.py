@@ -30,14 +30,15 @@ class ExitMeter:
 
     def read(self, kind: str, weights: Mapping[int, float]) -> dict[str, float]:
         """Figures per exit and the weighted loss, as means per token since the last read. Collective."""
-        sums = self._mesh.sum_over_ranks(self._sums.to(torch.float32).to(self._mesh.device.torch)).tolist()
+        sums = self._mesh.sum_over_ranks(self._sums.to(self._mesh.device.torch, copy=True)).tolist()
+        tokens = max(1.0, self._tokens)  # a batch may be masked altogether
         figures = {f"{kind}/loss": 0.0, f"{kind}/tokens": self._tokens}
         for layer, (cross_entropy, correct) in zip(self._exits, sums, strict=True):
-            loss = cross_entropy / self._tokens
+            loss = cross_entropy / tokens
             figures[f"{kind}/loss"] += weights[layer] * loss
             figures[f"{kind}/exit_{layer}/loss"] = loss
             figures[f"{kind}/exit_{layer}/ppl"] = math.exp(min(loss, 700.0))
-            figures[f"{kind}/exit_{layer}/accuracy"] = correct / self._tokens
+            figures[f"{kind}/exit_{layer}/accuracy"] = correct / tokens
             figures[f"{kind}/exit_{layer}/weight"] = weights[layer]
         self._sums.zero_()
         self._tokens = 0.0

@@ -14,9 +14,10 @@ from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh, close_mesh
 from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.runtime import Runtime
-from megatron_ee.training.evaluate import Evaluator, count_tokens
+from megatron_ee.training.evaluate import Evaluator
 from megatron_ee.training.loggers import Figures, Logger
 from megatron_ee.training.loss_weights import loss_weights
+from megatron_ee.training.losses import count_tokens
 from megatron_ee.training.lr_schedule import learning_rate
 from megatron_ee.training.metrics import ExitMeter
 from megatron_ee.training.optimizer import StageOptimizer
@@ -47,7 +48,7 @@ class Trainer:
     def train(self, until: int | None = None) -> None:
         """Run iterations up to `until` (default: all), logging, validating and saving on the way."""
         training = self.config.training
-        stop = min(until or training.train_iters, training.train_iters)
+        stop = training.train_iters if until is None else min(until, training.train_iters)
         seconds, num_steps = 0.0, 0
         while (iteration := self.progress.iteration) < stop:
             started = time.perf_counter()
@@ -66,7 +67,7 @@ class Trainer:
     def train_step(self, batch: Batch, iteration: int) -> float:
         """One optimizer step on one global batch; returns the gradient norm."""
         num_tokens = count_tokens(batch, self.mesh)
-        loss_scales = {layer: weight / num_tokens for layer, weight in self._weights(iteration).items()}
+        loss_scales = {layer: weight / max(1.0, num_tokens) for layer, weight in self._weights(iteration).items()}
         step = StageStep(self.stage, batch, loss_scales)
         self.optimizer.zero_gradients()
         self.runtime.run(self.plan, step)

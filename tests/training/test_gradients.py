@@ -20,8 +20,8 @@ from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.runtime import Runtime
 from megatron_ee.parallel.pipeline.schedules import build_plan
-from megatron_ee.training.evaluate import count_tokens
 from megatron_ee.training.loss_weights import loss_weights
+from megatron_ee.training.losses import count_tokens
 from megatron_ee.training.metrics import ExitMeter
 from megatron_ee.training.optimizer import StageOptimizer
 from megatron_ee.training.stage_step import StageStep
