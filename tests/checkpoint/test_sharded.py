@@ -11,6 +11,8 @@ from megatron.core import dist_checkpointing
 
 from megatron_ee.checkpoint.folders import newest_checkpoint
 from megatron_ee.device import choose_device
+from megatron_ee.errors import UserError
+from megatron_ee.training.build import build_trainer
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +59,6 @@ def test_the_resolved_config_and_all_files_digests_are_inside(step: Path) -> Non
 
 
 def _resume(config: Any) -> str:
-    from megatron_ee.errors import UserError
-    from megatron_ee.training.build import build_trainer
-
     try:
         build_trainer(config, choose_device("cpu"))
     except UserError as error:
@@ -94,3 +93,16 @@ def test_a_killed_save_is_overwritten(folder: Path, ranks: RankPool) -> None:
     ranks.run(1, _train_two, config)
     assert newest_checkpoint(folder / "runs/killed") == left_over
     assert not (left_over / "__0_9.distcp").exists()
+
+
+def _save_twice(config: Any) -> tuple[float, float]:
+    trainer = build_trainer(config, choose_device("cpu"))
+    trainer.loggers = []
+    trainer.train(until=1)
+    written = (trainer.save() / "format.json").stat().st_mtime_ns
+    return written, (trainer.save() / "format.json").stat().st_mtime_ns
+
+
+def test_a_step_that_is_saved_is_not_written_again(folder: Path, ranks: RankPool) -> None:
+    ((first, second),) = ranks.run(1, _save_twice, run_config(folder, name="twice"))
+    assert first == second

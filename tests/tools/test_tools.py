@@ -1,0 +1,77 @@
+"""The small programs around a run, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def _tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def _record(run: Path, *lines: dict[str, float]) -> None:
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _validation(iteration: int, *losses: float) -> dict[str, float]:
+    return {"iteration": iteration} | {f"val/exit_{layer}/loss": loss for layer, loss in enumerate(losses, start=1)}
+
+
+@pytest.mark.parametrize(
+    ("losses", "status", "said"),
+    [
+        ([2.2, 2.0, 1.9], 0, "exit 1             2.2000  beats the bigram by 0.2000"),
+        ([2.2, 2.205, 1.9], 0, "final (3 layers)   1.9000  beats"),
+        ([2.5, 2.0, 1.9], 1, "exit 1             2.5000  does NOT beat the bigram"),
+        ([2.0, 2.2, 1.9], 1, "exit 2 is worse than the exit before it by more than 0.01"),
+        ([2.0, float("nan"), 1.9], 1, "does NOT beat the bigram"),
+    ],
+    ids=["good", "within tolerance", "baseline", "depth", "nan"],
+)
+def test_check_exits_gives_a_verdict(tmp_path: Path, losses: list[float], status: int, said: str) -> None:
+    _record(tmp_path, _validation(10, 9.0, 9.0, 9.0), _validation(20, *losses))
+    done = _tool("check_exits.py", tmp_path, "--baseline", 2.4, "--baseline-name", "bigram")
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout
+
+
+def test_plot_losses_draws_the_same_picture_twice(tmp_path: Path) -> None:
+    training = [{"iteration": step, "train/exit_1/loss": 3 / step, "train/exit_2/loss": 2 / step} for step in (1, 2, 3)]
+    _record(tmp_path, *training, _validation(3, 1.1, 0.9))
+    pictures = []
+    for _ in range(2):
+        done = _tool("plot_losses.py", tmp_path, "--baseline", 1.5)
+        assert done.returncode == 0, done.stderr
+        pictures.append((tmp_path / "pictures/losses.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    assert pictures[0].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("tool", ["check_exits.py", "plot_losses.py"])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "No such file"), ("", "empty"), ("{}\n", ":1: not a record of figures")]
+)
+def test_a_run_without_figures_is_one_message(tmp_path: Path, tool: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    done = _tool(tool, tmp_path, "--baseline", 1)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_corpus_stats_names_what_is_missing(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text(
+        "name: a\nmodel: {num_layers: 2, hidden_size: 8, num_attention_heads: 2}\n"
+        "training: {train_iters: 1, global_batch_size: 1, micro_batch_size: 1}\n"
+    )
+    done = _tool("corpus_stats.py", config, f"data.dataset={tmp_path}/none")
+    assert (done.returncode, done.stderr.splitlines()) == (2, [f"data.dataset: {tmp_path}/none.idx does not exist"])

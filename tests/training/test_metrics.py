@@ -1,0 +1,55 @@
+"""Figures per exit, from sums wherever the exit is."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.training.losses import ExitLoss, exit_loss
+from megatron_ee.training.metrics import ExitMeter
+
+
+def _loss(cross_entropy: float, correct: float) -> ExitLoss:
+    return ExitLoss(torch.tensor(cross_entropy), torch.tensor(correct))
+
+
+def test_means_per_token_over_batches_then_from_zero_again(mesh: Mesh) -> None:
+    meter = ExitMeter([2, 4], mesh)
+    meter.add({2: _loss(6.0, 1.0), 4: _loss(2.0, 2.0)}, num_tokens=2)
+    meter.add({2: _loss(3.0, 0.0), 4: _loss(2.5, 1.0)}, num_tokens=1)
+    figures = meter.read("train", {2: 0.5, 4: 1.0})
+    assert figures == pytest.approx(
+        {
+            "train/loss": 3.0,
+            "train/tokens": 3,
+            "train/exit_2/loss": 3.0,
+            "train/exit_2/ppl": math.exp(3.0),
+            "train/exit_2/accuracy": 1 / 3,
+            "train/exit_2/weight": 0.5,
+            "train/exit_4/loss": 1.5,
+            "train/exit_4/ppl": math.exp(1.5),
+            "train/exit_4/accuracy": 1.0,
+            "train/exit_4/weight": 1.0,
+        }
+    )
+    meter.add({2: _loss(1.0, 0.0), 4: _loss(1.0, 0.0)}, num_tokens=1)
+    assert meter.read("train", {2: 0.5, 4: 1.0})["train/exit_4/loss"] == 1.0
+
+
+def test_a_batch_without_tokens_is_no_division_by_zero(mesh: Mesh) -> None:
+    meter = ExitMeter([2], mesh)
+    meter.add({2: _loss(0.0, 0.0)}, num_tokens=0)
+    assert meter.read("train", {2: 1.0})["train/exit_2/loss"] == 0.0
+
+
+def test_a_loss_counts_unmasked_tokens_alone() -> None:
+    logits_SBV = torch.randn(5, 2, 7, generator=torch.Generator().manual_seed(0))
+    labels_BS = logits_SBV.transpose(0, 1).argmax(-1)
+    mask_BS = torch.tensor([[1.0, 0, 1, 0, 0], [0, 0, 0, 0, 1]])
+    loss = exit_loss(logits_SBV, labels_BS, mask_BS)
+    expected = -logits_SBV.transpose(0, 1).log_softmax(-1).amax(-1)[mask_BS.bool()].sum()
+    torch.testing.assert_close(loss.cross_entropy, expected)
+    assert float(loss.correct) == 3
+    labels_BS[0, 1] = (labels_BS[0, 1] + 1) % 7
+    torch.testing.assert_close(exit_loss(logits_SBV, labels_BS, mask_BS), loss, msg="a masked label doesn't matter")
