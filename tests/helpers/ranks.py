@@ -24,8 +24,22 @@ class RankPool:
 
     def run(self, world_size: int, case: Callable[..., Any], *args: Any) -> list[Any]:
         """What `case(*args)` returns on each rank. A rank that raises fails the test with its traceback."""
+        with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+            return self._run(world_size, folder, case, args)
+
+    def close(self) -> None:
+        """End the workers: a closed pipe tells an idle one to leave; one that hangs is killed."""
+        for _, connection in self._workers:
+            connection.close()
+        for process, _ in self._workers:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._workers.clear()
+
+    def _run(self, world_size: int, folder: str, case: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         self._start(world_size)
-        folder = tempfile.mkdtemp(prefix="ranks-")
         where = (case.__code__.co_filename, case.__name__)
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
             connection.send((where, args, rank, world_size, folder))
@@ -44,17 +58,6 @@ class RankPool:
                     raise AssertionError(f"rank {waiting[connection]}:\n{value}")  # type: ignore[index]
                 results[waiting[connection]] = value  # type: ignore[index]
         return [results[rank] for rank in range(world_size)]
-
-    def close(self) -> None:
-        """End the workers: a closed pipe tells an idle one to leave; one that hangs is killed."""
-        for _, connection in self._workers:
-            connection.close()
-        for process, _ in self._workers:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._workers.clear()
 
     def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
