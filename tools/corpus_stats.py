@@ -1,9 +1,9 @@
-"""What a run's dataset is, and what a model has to beat: corpus_stats.py CONFIG [key.path=value ...]"""
+"""What a run's datasets are, and what a model has to beat on each: corpus_stats.py CONFIG [key.path=value ...]"""
 
 import argparse
 import sys
 
-from megatron_ee.config import load_config
+from megatron_ee.config import Config, load_config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
 from megatron_ee.log import quiet_dependencies
@@ -16,28 +16,34 @@ def main() -> int:
     arguments = parser.parse_args()
     quiet_dependencies()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        show(load_config(arguments.config, arguments.overrides))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    choose_device("cpu")
-    from megatron_ee.data.corpus import bigram_cross_entropy, write_corpus
-    from megatron_ee.data.dataset import BUILT_IN, dataset_prefix
-    from megatron_ee.data.indexed import index_path, read_tokens
-    from megatron_ee.tokenizer import open_tokenizer
-
-    prefix = dataset_prefix(config.data)
-    if config.data.dataset == BUILT_IN:
-        write_corpus(prefix, open_tokenizer(config.data.tokenizer))
-    if not index_path(prefix).exists():
-        print(f"data.dataset: {index_path(prefix)} does not exist", file=sys.stderr)
-        return 2
-    tokens = read_tokens(prefix)
-    unit = "byte" if config.data.tokenizer == "bytes" else "token"
-    print(f"dataset: {prefix}")
-    print(f"tokens: {len(tokens):,}")
-    print(f"{unit}-bigram cross-entropy: {bigram_cross_entropy(tokens):.4f} nats")
     return 0
+
+
+def show(config: Config) -> None:
+    """Print a block of figures for each dataset of the blend; most runs have one."""
+    choose_device("cpu")
+    from megatron_ee.data.corpus import bigram_cross_entropy
+    from megatron_ee.data.dataset import check_sources, sources_of, write_built_in
+    from megatron_ee.data.indexed import read_tokens
+    from megatron_ee.tokenizer import BYTES, open_tokenizer
+
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    sources = sources_of(config.data, tokenizer)
+    write_built_in(sources, tokenizer)
+    total_weight = sum(source.weight for source in sources)
+    unit = "byte" if tokenizer.name == BYTES else "token"
+    for source, index in zip(sources, check_sources(sources, config, tokenizer), strict=True):
+        tokens = read_tokens(source.prefix)
+        print(f"dataset: {source.prefix}")
+        if len(sources) > 1:
+            print(f"share: {source.weight / total_weight:.1%}")
+        print(f"documents: {len(index.lengths):,}")
+        print(f"tokens: {len(tokens):,}")
+        print(f"{unit}-bigram cross-entropy: {bigram_cross_entropy(tokens):.4f} nats")
 
 
 if __name__ == "__main__":

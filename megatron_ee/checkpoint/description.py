@@ -27,6 +27,7 @@ class Description:
     """The model in a checkpoint.
 
     Attributes:
+        tokenizer: its name, which says what it is and not where; its files, if it has any, lie beside format.json.
         files: SHA-256 of every other file of the folder; what other files are bound to is the hash over these.
     """
 

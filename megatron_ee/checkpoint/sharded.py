@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +24,20 @@ def model_state(stage: Stage, mesh: Mesh) -> ShardedStateDict:
 
 
 def save_checkpoint(
-    run: Path, state: ShardedStateDict, description: Description, *, config: Config, mesh: Mesh
+    run: Path,
+    state: ShardedStateDict,
+    description: Description,
+    *,
+    config: Config,
+    mesh: Mesh,
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a step folder, unless this step is saved already; every rank calls it. Until its last moment the folder is
     no checkpoint.
 
     Args:
         state: shards (see `model_state`), and plain values that all ranks agree on.
+        files: name -> content of what else the folder needs to stand alone: the tokenizer's.
     """
     folder = step_folder(run, description.progress.iteration)
     if is_whole(folder):
@@ -42,6 +50,8 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(folder))
     if mesh.is_main:
         (folder / "config.yaml").write_text(to_yaml(config))
+        for name, content in (files or {}).items():
+            (folder / name).write_bytes(content)
     digests = _digests_of_all_ranks(folder, mesh)
     if mesh.is_main:
         write_description(folder, replace(description, files=digests))

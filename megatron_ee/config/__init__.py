@@ -3,6 +3,7 @@
 from megatron_ee.config.errors import ConfigError
 from megatron_ee.config.loader import load_config, to_yaml
 from megatron_ee.config.schema import (
+    BlendEntry,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -16,10 +17,12 @@ from megatron_ee.config.schema import (
     ServingConfig,
     StagePlacement,
     TrainingConfig,
+    WandbConfig,
     WeightScheduleConfig,
 )
 
 __all__ = [
+    "BlendEntry",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -34,6 +37,7 @@ __all__ = [
     "ServingConfig",
     "StagePlacement",
     "TrainingConfig",
+    "WandbConfig",
     "WeightScheduleConfig",
     "load_config",
     "to_yaml",

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_ee.config.checks import InvalidFieldsError
 from megatron_ee.config.dialect import KeyPath, dotted
-from megatron_ee.config.schema import Config, InvalidFieldsError, Section
+from megatron_ee.config.schema import Config, Section
 
 
 class Choice(NamedTuple):

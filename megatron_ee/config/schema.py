@@ -4,19 +4,11 @@ Layers are counted from 1, and "exit layer E" always means the number of layers 
 exit after the last layer: it has loss weight 1 and is never listed.
 """
 
-from collections.abc import Iterator
-from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-
-class InvalidFieldsError(ValueError):
-    """What is wrong between several fields: (path, message) pairs, so that the loader can point at each of them."""
-
-    def __init__(self, problems: list[tuple[str, str]]) -> None:
-        self.problems = problems
-        super().__init__("; ".join(f"{path}: {message}" for path, message in problems))
+from megatron_ee.config.checks import InvalidFieldsError, problems_of
 
 
 class Section(BaseModel):
@@ -35,6 +27,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Layers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_list_as_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_list_as_tuple)]
 Weights = Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_list_as_tuple)]
 Split = Annotated[tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat], BeforeValidator(_list_as_tuple)]
 
@@ -116,19 +109,27 @@ class ParallelConfig(Section):
 
     pipeline: PositiveInt = 1
     data: PositiveInt | Literal["auto"] = Field("auto", description="auto: world size / pipeline")
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    schedule: str = Field("1f1b", description="1f1b, gpipe, or a plug-in's")
     layout: Literal["auto"] | Annotated[tuple[StagePlacement, ...], BeforeValidator(_list_as_tuple)] = Field(
         "auto", description="auto: equal layers, border exits at the end of a stage; or a list, one entry a stage"
     )
 
 
+class BlendEntry(Section):
+    """One dataset of a blend; weights are relative to each other."""
+
+    path: str = Field(description="path prefix of a .bin/.idx pair")
+    weight: PositiveFloat
+
+
 class DataConfig(Section):
     """Token sequences for training, validation and test."""
 
-    dataset: str = Field(
-        "python-stdlib", description="python-stdlib (built in), or the path prefix of a .bin/.idx pair"
+    dataset: str | Annotated[tuple[BlendEntry, ...], Field(min_length=1), BeforeValidator(_list_as_tuple)] = Field(
+        "python-stdlib",
+        description="python-stdlib (built in), the path prefix of a .bin/.idx pair, or a weighted list of such",
     )
-    tokenizer: Literal["bytes"] = "bytes"
+    tokenizer: str = Field("bytes", description="bytes, a tokenizer.json, or the folder of a Hugging Face tokenizer")
     sequence_length: PositiveInt = 1024
     split: Split = Field((90.0, 5.0, 5.0), description="shares of the documents for training, validation and test")
     folder: str = Field("runs/data", description="where the built-in dataset and index caches are kept")
@@ -145,13 +146,18 @@ class TrainingConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with a linear warm-up of the learning rate, then a cosine (or no) decay to `min_lr`."""
+    """AdamW with a linear warm-up of the learning rate, then a decay to `min_lr`."""
 
+    backend: str = Field("megatron", description="megatron (megatron-core's AdamW), or a plug-in's")
     lr: PositiveFloat = 3e-4
     min_lr: NonNegativeFloat = 0.0
     lr_warmup_iters: NonNegativeInt = 0
-    lr_decay: Literal["cosine", "constant"] = "cosine"
+    lr_decay: str = Field("cosine", description="cosine, linear, wsd, constant, or a plug-in's")
+    lr_cooldown_iters: NonNegativeInt = Field(0, description="wsd: iterations of the decay at the end")
     weight_decay: NonNegativeFloat = 0.1
+    no_weight_decay: Names = Field(
+        (), description="patterns of parameters without decay, beside all norms: embedding.*"
+    )
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     epsilon: PositiveFloat = 1e-8
@@ -165,17 +171,28 @@ class CheckpointConfig(Section):
     resume: bool = Field(True, description="continue from the run's newest checkpoint when there is one")
 
 
+class WandbConfig(Section):
+    """A run on Weights & Biases. Where and as whom is in its own environment and login, never here."""
+
+    project: str
+    entity: str | None = None
+    mode: Literal["online", "offline", "disabled"] | None = Field(None, description="default: its own WANDB_MODE")
+    tags: Names = ()
+
+
 class LoggingConfig(Section):
-    """How often a run reports."""
+    """Where a run reports, beside the console and metrics.jsonl, and how often."""
 
     interval: PositiveInt = Field(10, description="iterations between console lines and metrics.jsonl records")
+    tensorboard: bool = Field(False, description="write event files into the run's folder")
+    wandb: WandbConfig | None = None
 
 
 class ExitParams(Section):
     """How one request may exit; the same object in Python, in YAML and over HTTP."""
 
     mode: Literal["full", "early_exit"] = "early_exit"
-    measure: Literal["max_probability"] = "max_probability"
+    measure: str = Field("max_probability", description="confidence of an exit: max_probability, or a plug-in's")
     threshold: Probability = Field(
         0.9, description="an exit fires at this confidence; 1.0 never, 0.0 at the first exit"
     )
@@ -206,6 +223,7 @@ class Config(Section):
     runs: str = Field("runs", description="the folder that holds run folders")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when every local rank has a GPU")
     seed: NonNegativeInt = 0
+    plugins: Names = Field((), description="Python files with policies, schedules and optimizers of one's own")
     model: ModelConfig
     exits: ExitsConfig = ExitsConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -228,51 +246,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problems = [*_exit_problems(self), *_layout_problems(self), *_training_problems(self)]
-        if problems:
+        if problems := list(problems_of(self)):
             raise InvalidFieldsError(problems)
         return self
-
-
-def _exit_problems(config: Config) -> Iterator[tuple[str, str]]:
-    num_layers, exits = config.model.num_layers, config.exits.layers
-    for layer in exits:
-        if layer >= num_layers:
-            yield (
-                "exits.layers",
-                f"{layer} must be below num_layers = {num_layers}: the last layer's exit is built in",
-            )
-    params = config.inference.exit
-    for field, layers in (("exits", params.exits or ()), ("thresholds", params.thresholds)):
-        for layer in layers:
-            if layer not in exits:
-                yield f"inference.exit.{field}", f"there is no exit after layer {layer}, only after {list(exits)}"
-
-
-def _layout_problems(config: Config) -> Iterator[tuple[str, str]]:
-    num_layers, pipeline, layout = config.model.num_layers, config.parallel.pipeline, config.parallel.layout
-    if layout == "auto":
-        if num_layers < pipeline:
-            yield "parallel.pipeline", f"{pipeline} stages for {num_layers} layers"
-        return
-    if len(layout) != pipeline:
-        yield "parallel.layout", f"{len(layout)} stages, but parallel.pipeline is {pipeline}"
-    stops = list(accumulate(stage.layers for stage in layout))
-    if not stops or stops[-1] != num_layers:
-        yield "parallel.layout", f"places {sum(stage.layers for stage in layout)} layers of {num_layers}"
-    for stage, (border, (left, right)) in enumerate(zip(stops, pairwise(layout), strict=False)):
-        if border in config.exits.layers and left.exits_at_end == right.exits_at_start:
-            whose = "both" if left.exits_at_end else "neither"
-            yield (
-                "parallel.layout",
-                f"exit {border} is on the border of stages {stage} and {stage + 1} and is given to {whose}: set either "
-                f"exits_at_end of the first or exits_at_start of the second, and not both",
-            )
-
-
-def _training_problems(config: Config) -> Iterator[tuple[str, str]]:
-    if config.training.global_batch_size % config.training.micro_batch_size:
-        size = config.training.micro_batch_size
-        yield "training.global_batch_size", f"must be a multiple of micro_batch_size = {size}"
-    if config.optimizer.min_lr > config.optimizer.lr:
-        yield "optimizer.min_lr", f"{config.optimizer.min_lr} is above lr = {config.optimizer.lr}"

@@ -42,8 +42,6 @@ def bigram_cross_entropy(tokens: np.ndarray) -> float:
     """Nats per token of the best predictor that sees only the previous token, on the very text it was counted on:
     H(next | previous) of the empirical distribution. A model that does not beat it has learned no context."""
     size = int(tokens.max()) + 1
-    pairs = np.bincount(tokens[:-1].astype(np.int64) * size + tokens[1:], minlength=size * size)
-    joint = pairs.reshape(size, size) / pairs.sum()
-    previous = joint.sum(axis=1, keepdims=True)
-    conditional = np.divide(joint, previous, out=np.ones_like(joint), where=joint > 0)
-    return float(-(joint * np.log(conditional)).sum())
+    pairs, counts = np.unique(tokens[:-1].astype(np.int64) * size + tokens[1:], return_counts=True)
+    previous = np.bincount(tokens[:-1], minlength=size)
+    return float((counts * np.log(previous[pairs // size] / counts)).sum() / counts.sum())

@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 
 from megatron_ee.data.batch import Batch
-from megatron_ee.parallel.mesh import Mesh, MeshError
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.parallel.world import count_microbatches
 
 
 class SampleSource(Protocol):
@@ -29,15 +30,9 @@ class BatchLoader:
         Raises:
             MeshError: the global batch doesn't divide over data-parallel ranks and micro-batches.
         """
-        across = micro_batch_size * mesh.data_size
-        if global_batch_size % across:
-            raise MeshError(
-                f"training.global_batch_size: {global_batch_size} must be a multiple of micro_batch_size x "
-                f"data-parallel ranks = {micro_batch_size} x {mesh.data_size}"
-            )
+        self.num_microbatches = count_microbatches(global_batch_size, micro_batch_size, mesh.data_size)
         self._source, self._mesh = source, mesh
         self._micro_batch_size = micro_batch_size
-        self.num_microbatches = global_batch_size // across
 
     def batch(self, first_sample: int) -> Batch:
         """This rank's share of the global batch that begins at a sample number."""

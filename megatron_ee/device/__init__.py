@@ -2,7 +2,11 @@
 
 import importlib.util
 import os
+import re
+import resource
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -38,6 +42,17 @@ class Device:
         if self.torch.type == "cuda":
             torch.cuda.synchronize(self.torch)
 
+    @property
+    def gpu_name(self) -> str | None:
+        """The GPU's name as its driver gives it; None on a CPU."""
+        return torch.cuda.get_device_name(self.torch) if self.torch.type == "cuda" else None
+
+    def peak_memory_bytes(self) -> int:
+        """The most that this process has held so far: of the GPU's memory in tensors, on a CPU of the machine's."""
+        if self.torch.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.torch)
+        return _peak_resident_bytes()
+
 
 def choose_device(choice: Literal["auto", "cpu", "cuda"]) -> Device:
     """Settle on CPU or CUDA for this process and prepare megatron-core for it.
@@ -61,3 +76,12 @@ def choose_device(choice: Literal["auto", "cpu", "cuda"]) -> Device:
     layers = "Transformer Engine's layers" if has_engine else "megatron-core's own layers"
     reason = f"device: CUDA ({choice}: {counts}), {layers}"
     return Device(torch.device("cuda", index), "nccl", has_engine, reason)
+
+
+def _peak_resident_bytes() -> int:
+    """Linux's own mark first: the one of getrusage outlives exec, so that a process starts with its parent's."""
+    status = Path("/proc/self/status")
+    if status.exists() and (match := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(match[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

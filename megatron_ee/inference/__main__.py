@@ -38,6 +38,7 @@ def main() -> int:
     try:
         folder = find_checkpoint(arguments.checkpoint)
         config = load_config(folder / "config.yaml", arguments.overrides)
+        check_plugins(config, arguments.overrides)
         device = choose_device(config.device)
         from megatron_ee.inference.engine import load_engine  # imports megatron-core, which needs a chosen device
 
@@ -48,6 +49,16 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def check_plugins(config: Config, overrides: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: the checkpoint's config lists plug-ins. They are code, so the user has to name them.
+    """
+    if config.plugins and not any(override.startswith("plugins=") for override in overrides):
+        names = ", ".join(config.plugins)
+        raise UserError(f"plugins: the run used [{names}], which is code; say what may be run: plugins=[{names}] or []")
 
 
 def show(engine: "Engine", config: Config, prompts: Sequence[str]) -> None:

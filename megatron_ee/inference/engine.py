@@ -1,23 +1,25 @@
 """Continues one request's text, token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_ee.checkpoint.description import read_description
+from megatron_ee.checkpoint.description import Description, read_description
+from megatron_ee.checkpoint.folders import CheckpointError
 from megatron_ee.checkpoint.sharded import load_stage
 from megatron_ee.config import Config, ParallelConfig
 from megatron_ee.device import Device
 from megatron_ee.inference.decoder import Decoder
-from megatron_ee.inference.policies import max_probability, thresholds_of
+from megatron_ee.inference.policies import MEASURES, Measure, thresholds_of
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.sampling import sample
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.layout import place
 from megatron_ee.parallel.mesh import open_mesh
-from megatron_ee.tokenizer import Tokenizer, open_tokenizer
+from megatron_ee.plugins import choose, load_plugins
+from megatron_ee.tokenizer import BYTES, Tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Engine:
     stage: Stage
     tokenizer: Tokenizer
     exits: list[int]
+    measures: Mapping[str, Measure]
 
     def generate(self, request: Request) -> Iterator[Emission]:
         """Tokens until the stop token or the request's limit.
@@ -38,7 +41,7 @@ class Engine:
         decoder = Decoder(
             self.stage,
             thresholds,
-            max_probability,
+            choose("inference.exit.measure", request.exit.measure, self.measures, {}),
             max_pending=request.exit.max_pending,
             capacity=len(request.prompt) + request.max_new_tokens,
         )
@@ -84,4 +87,19 @@ def load_engine(folder: Path, config: Config, device: Device) -> Engine:
     )
     load_stage(folder, stage, mesh)
     stage.eval().requires_grad_(False)
-    return Engine(stage, open_tokenizer(description.tokenizer), list(description.exits.layers))
+    measures = {**MEASURES, **load_plugins(config.plugins).exit_measures}
+    return Engine(stage, open_checkpoint_tokenizer(folder, description), list(description.exits.layers), measures)
+
+
+def open_checkpoint_tokenizer(folder: Path, description: Description) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with, from the checkpoint's own files.
+
+    Raises:
+        UserError: the files are damaged or gone, or their library is not installed.
+    """
+    if description.tokenizer == BYTES:
+        return open_tokenizer(BYTES)
+    tokenizer = open_tokenizer(str(folder), field="checkpoint")
+    if tokenizer.name != description.tokenizer:
+        raise CheckpointError(f"checkpoint: {folder} holds tokenizer {tokenizer.name}, not {description.tokenizer}")
+    return tokenizer

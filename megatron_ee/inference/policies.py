@@ -1,13 +1,21 @@
 """When an exit fires."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from megatron_ee.config import ExitParams
+
+Measure = Callable[[torch.Tensor], float]
+"""Confidence of an exit in [0, 1], from its logits_V."""
 
 
 def max_probability(logits_V: torch.Tensor) -> float:
     """Confidence of an exit in its likeliest token, in [0, 1]; from the logits as they are, before any sampling."""
     return float(logits_V.float().softmax(-1).max())
+
+
+MEASURES: Mapping[str, Measure] = {"max_probability": max_probability}
 
 
 def fires(confidence: float, threshold: float) -> bool:

@@ -14,11 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ee.config import ParallelConfig
 from megatron_ee.device import Device
-from megatron_ee.errors import UserError
-
-
-class MeshError(UserError):
-    """The processes that were started do not fit the config's `parallel` section."""
+from megatron_ee.parallel.world import data_parallel_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +60,6 @@ class Mesh:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(device_ids=[self.device.torch.index] if self.device.torch.type == "cuda" else None)
-
-
-def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """How many data-parallel ranks `world_size` processes make.
-
-    Raises:
-        MeshError: the processes don't divide into pipelines, or are not as many as the config says.
-    """
-    if world_size % parallel.pipeline:
-        raise MeshError(f"parallel.pipeline: {world_size} processes don't divide into {parallel.pipeline} stages")
-    data_size = world_size // parallel.pipeline
-    if parallel.data not in ("auto", data_size):
-        wanted = parallel.pipeline * int(parallel.data)
-        raise MeshError(
-            f"parallel.data: {parallel.data} x {parallel.pipeline} stages need {wanted} processes, not {world_size}"
-        )
-    return data_size
 
 
 def open_mesh(parallel: ParallelConfig, device: Device) -> Mesh:

@@ -1,6 +1,6 @@
 """Point-to-point messages between neighbouring stages, over gloo or NCCL."""
 
-from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -17,24 +17,30 @@ class MessageSpec:
 
 
 class Outbox:
-    """Sends without waiting, and holds each tensor until it has left."""
+    """Sends without waiting, and holds each tensor until somebody who knows that it has arrived says so."""
 
     def __init__(self) -> None:
-        self._under_way: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._under_way: dict[Hashable, tuple[dist.Work, torch.Tensor]] = {}
 
-    def send(self, tensor: torch.Tensor, *, to: int, group: dist.ProcessGroup) -> None:
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def send(self, name: Hashable, tensor: torch.Tensor, *, to: int, group: dist.ProcessGroup) -> None:
         """Start sending; `to` is a global rank."""
-        while self._under_way and self._under_way[0][0].is_completed():
-            self._under_way.popleft()
         tensor = tensor.detach().contiguous()
         work = dist.isend(tensor, dst=to, group=group)
         assert work is not None, "both ends are in the group"
-        self._under_way.append((work, tensor))
+        self._under_way[name] = work, tensor
+
+    def finish(self, name: Hashable) -> None:
+        """Wait until a send has left, and let go of its tensor."""
+        work, _ = self._under_way.pop(name)
+        work.wait()
 
     def flush(self) -> None:
         """Wait until all has left."""
-        while self._under_way:
-            self._under_way.popleft()[0].wait()
+        for name in list(self._under_way):
+            self.finish(name)
 
 
 class Inbox:

@@ -1,33 +1,38 @@
 """Puts a run together: from a config to a trainer, at the run's beginning or at the point where it stopped."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_ee.checkpoint.description import Description, Progress
+from megatron_ee.checkpoint.description import Description, Progress, read_description
 from megatron_ee.checkpoint.folders import CheckpointError, newest_checkpoint
-from megatron_ee.config import Config, to_yaml
+from megatron_ee.config import Config, OptimizerConfig, to_yaml
 from megatron_ee.data.dataset import open_datasets
 from megatron_ee.data.loader import BatchLoader, SampleSource
 from megatron_ee.device import Device
-from megatron_ee.errors import UserError
 from megatron_ee.log import start_logging
 from megatron_ee.model.initialize import initialize
 from megatron_ee.model.stage import Stage
+from megatron_ee.model.vocabulary import resolve_vocab_size
 from megatron_ee.parallel.layout import StageLayout, place
 from megatron_ee.parallel.mesh import Mesh, open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.runtime import Runtime
-from megatron_ee.parallel.pipeline.schedules import build_plan
-from megatron_ee.parallel.pipeline.simulate import check
-from megatron_ee.tokenizer import Tokenizer, open_tokenizer, padded_vocab_size
+from megatron_ee.parallel.pipeline.schedules import SCHEDULES, Schedule, build_plan
+from megatron_ee.parallel.pipeline.simulate import InvalidPlanError, check
+from megatron_ee.plugins import PluginError, choose, load_plugins
+from megatron_ee.tokenizer import open_tokenizer
 from megatron_ee.training.evaluate import Evaluator
-from megatron_ee.training.loggers import Console, JsonLines, Logger
+from megatron_ee.training.gradients import StageGradients
+from megatron_ee.training.loggers import check_loggers, open_loggers
+from megatron_ee.training.lr_schedule import DECAYS, Decay, LearningRate
 from megatron_ee.training.metrics import ExitMeter
-from megatron_ee.training.optimizer import StageOptimizer
+from megatron_ee.training.optimizers import BACKENDS, OptimizerBackend
+from megatron_ee.training.throughput import Throughput
 from megatron_ee.training.trainer import Trainer
 
 
@@ -37,6 +42,8 @@ def build_trainer(config: Config, device: Device) -> Trainer:
     Raises:
         UserError: the processes, the dataset or the run's checkpoints don't fit the config.
     """
+    parts = _choose_parts(config)
+    check_loggers(config.logging)
     mesh = open_mesh(config.parallel, device)
     log = start_logging(is_main_rank=mesh.is_main)
     log.info("%s", device.reason)
@@ -44,53 +51,65 @@ def build_trainer(config: Config, device: Device) -> Trainer:
     if mesh.is_main:
         _announce(log, config, layouts)
     run_folder = Path(config.runs) / config.name
-    checkpoint = _checkpoint_to_resume(config, run_folder, mesh)
+    checkpoint = _checkpoint_to_resume(config, run_folder)
 
     tokenizer = open_tokenizer(config.data.tokenizer)
-    vocab_size = resolve_vocab_size(config, tokenizer)
-    datasets = open_datasets(config, tokenizer, mesh)
+    vocab_size = resolve_vocab_size(config.model, tokenizer)
+    datasets = open_datasets(config, tokenizer, mesh, num_train_samples=_num_train_samples(config, checkpoint))
     stage = _build_stage(config, layouts, vocab_size, mesh)
+    gradients = StageGradients(stage, mesh, layouts)
     loader = _build_loader(config, datasets.train, mesh)
     shape = (config.data.sequence_length, config.training.micro_batch_size, config.model.hidden_size)
     runtime = Runtime(mesh, MessageSpec(shape, torch.float32, device.torch))
     trainer = Trainer(
         config=config,
         run_folder=run_folder,
-        description=Description(config.model, config.exits, config.data.tokenizer, vocab_size, Progress(0, 0)),
+        description=Description(config.model, config.exits, tokenizer.name, vocab_size, Progress(0, 0)),
+        tokenizer=tokenizer,
         mesh=mesh,
         stage=stage,
-        optimizer=StageOptimizer(stage, config.optimizer, mesh, layouts),
+        gradients=gradients,
+        optimizer=parts.optimizer_backend(stage, config.optimizer, mesh, gradients),
+        learning_rate=LearningRate(config.optimizer, config.training.train_iters, parts.learning_rate_decay),
         loader=loader,
         runtime=runtime,
-        plan=_build_plan(config.parallel.schedule, layouts, loader.num_microbatches),
+        plan=_build_plan(config.parallel.schedule, layouts, loader.num_microbatches, parts.schedules),
         meter=ExitMeter(all_exits(config), mesh),
+        throughput=Throughput(config, mesh, vocab_size=vocab_size),
         evaluator=_build_evaluator(config, datasets.valid, stage, runtime, layouts, mesh),
     )
     if checkpoint is not None:
         trainer.load(checkpoint)
         log.info("resumed from %s", checkpoint)
     if mesh.is_main:
-        trainer.loggers = _open_loggers(config, run_folder, trainer.progress)
+        _write_config(config, run_folder)
+        trainer.loggers = open_loggers(config, run_folder, exits=all_exits(config), start=trainer.progress.iteration)
     return trainer
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What the config chooses by name, built in or a plug-in's."""
+
+    optimizer_backend: Callable[[Stage, OptimizerConfig, Mesh, StageGradients], OptimizerBackend]
+    learning_rate_decay: Decay
+    schedules: Mapping[str, Schedule]
+
+
+def _choose_parts(config: Config) -> _Parts:
+    plugins = load_plugins(config.plugins)
+    optimizer = config.optimizer
+    choose("parallel.schedule", config.parallel.schedule, SCHEDULES, plugins.pipeline_schedules)
+    return _Parts(
+        choose("optimizer.backend", optimizer.backend, BACKENDS, plugins.optimizer_backends),
+        choose("optimizer.lr_decay", optimizer.lr_decay, DECAYS, plugins.learning_rate_decays),
+        plugins.pipeline_schedules,
+    )
 
 
 def all_exits(config: Config) -> list[int]:
     """The early exits and the final one, ascending."""
     return [*config.exits.layers, config.model.num_layers]
-
-
-def resolve_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
-    """
-    Raises:
-        UserError: the model's vocabulary cannot hold the tokenizer's.
-    """
-    if config.model.vocab_size == "auto":
-        return padded_vocab_size(tokenizer)
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens"
-        )
-    return config.model.vocab_size
 
 
 def _announce(log: logging.Logger, config: Config, layouts: Sequence[StageLayout]) -> None:
@@ -107,15 +126,24 @@ def _announce(log: logging.Logger, config: Config, layouts: Sequence[StageLayout
         )
 
 
-def _checkpoint_to_resume(config: Config, run_folder: Path, mesh: Mesh) -> Path | None:
+def _checkpoint_to_resume(config: Config, run_folder: Path) -> Path | None:
     newest = newest_checkpoint(run_folder)
     if newest is not None and not config.checkpoint.resume:
         raise CheckpointError(f"checkpoint.resume is false, but {run_folder} holds {newest.name}; take another name")
-    if mesh.is_main:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "config.yaml").write_text(to_yaml(config))
-    mesh.barrier()
     return newest
+
+
+def _num_train_samples(config: Config, checkpoint: Path | None) -> int:
+    """What was drawn, and what is left to draw: the batch may be of another size since the run was resumed."""
+    done = read_description(checkpoint).progress if checkpoint is not None else Progress(0, 0)
+    left = max(0, config.training.train_iters - done.iteration)
+    return max(1, done.consumed_samples + left * config.training.global_batch_size)
+
+
+def _write_config(config: Config, run_folder: Path) -> None:
+    """The config that the run goes on with; one that was refused leaves the old file alone."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    (run_folder / "config.yaml").write_text(to_yaml(config))
 
 
 def _build_stage(config: Config, layouts: Sequence[StageLayout], vocab_size: int, mesh: Mesh) -> Stage:
@@ -134,14 +162,23 @@ def _build_loader(config: Config, source: SampleSource, mesh: Mesh) -> BatchLoad
     )
 
 
-def _build_plan(schedule: str, layouts: Sequence[StageLayout], num_microbatches: int) -> Plan:
-    plan = build_plan(
-        schedule,
-        num_stages=len(layouts),
-        num_microbatches=num_microbatches,
-        has_exits=[bool(layout.exits) for layout in layouts],
-    )
-    check(plan)
+def _build_plan(
+    schedule: str,
+    layouts: Sequence[StageLayout],
+    num_microbatches: int,
+    more_schedules: Mapping[str, Schedule] | None = None,
+) -> Plan:
+    try:
+        plan = build_plan(
+            schedule,
+            num_stages=len(layouts),
+            num_microbatches=num_microbatches,
+            has_exits=[bool(layout.exits) for layout in layouts],
+            more_schedules=more_schedules,
+        )
+        check(plan)
+    except InvalidPlanError as error:  # a plug-in's; the built-in ones are tested
+        raise PluginError(f"parallel.schedule: {schedule!r} gives an invalid plan: {error}") from error
     return plan
 
 
@@ -166,8 +203,3 @@ def _build_evaluator(
         num_batches=config.training.eval_iters,
         global_batch_size=config.training.global_batch_size,
     )
-
-
-def _open_loggers(config: Config, run_folder: Path, progress: Progress) -> list[Logger]:
-    console = Console(all_exits(config), start=progress.iteration, train_iters=config.training.train_iters)
-    return [console, JsonLines(run_folder / "metrics.jsonl")]

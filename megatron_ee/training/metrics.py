@@ -32,7 +32,7 @@ class ExitMeter:
         """Figures per exit and the weighted loss, as means per token since the last read. Collective."""
         sums = self._mesh.sum_over_ranks(self._sums.to(self._mesh.device.torch, copy=True)).tolist()
         tokens = max(1.0, self._tokens)  # a batch may be masked altogether
-        figures = {f"{kind}/loss": 0.0, f"{kind}/tokens": self._tokens}
+        figures = {f"{kind}/loss": 0.0, f"{kind}/unmasked_tokens": self._tokens}
         for layer, (cross_entropy, correct) in zip(self._exits, sums, strict=True):
             loss = cross_entropy / tokens
             figures[f"{kind}/loss"] += weights[layer] * loss

@@ -1,6 +1,6 @@
 """The training loop."""
 
-import time
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,18 +10,26 @@ from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, mo
 from megatron_ee.config import Config
 from megatron_ee.data.batch import Batch
 from megatron_ee.data.loader import BatchLoader
+from megatron_ee.errors import UserError
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh, close_mesh
 from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.runtime import Runtime
+from megatron_ee.tokenizer import Tokenizer
 from megatron_ee.training.evaluate import Evaluator
+from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.loggers import Figures, Logger
 from megatron_ee.training.loss_weights import loss_weights
 from megatron_ee.training.losses import count_tokens
-from megatron_ee.training.lr_schedule import learning_rate
+from megatron_ee.training.lr_schedule import LearningRate
 from megatron_ee.training.metrics import ExitMeter
-from megatron_ee.training.optimizer import StageOptimizer
+from megatron_ee.training.optimizers import OptimizerBackend
 from megatron_ee.training.stage_step import StageStep
+from megatron_ee.training.throughput import Throughput, peak_memory
+
+
+class DivergedError(UserError):
+    """The loss or its gradient is no number any more. All ranks see it in the same step."""
 
 
 @dataclass
@@ -34,13 +42,17 @@ class Trainer:
     config: Config
     run_folder: Path
     description: Description
+    tokenizer: Tokenizer
     mesh: Mesh
     stage: Stage
-    optimizer: StageOptimizer
+    gradients: StageGradients
+    optimizer: OptimizerBackend
+    learning_rate: LearningRate
     loader: BatchLoader
     runtime: Runtime
     plan: Plan
     meter: ExitMeter
+    throughput: Throughput
     evaluator: Evaluator | None
     progress: Progress = Progress(0, 0)
     loggers: Sequence[Logger] = ()
@@ -49,31 +61,34 @@ class Trainer:
         """Run iterations up to `until` (default: all), logging, validating and saving on the way."""
         training = self.config.training
         stop = training.train_iters if until is None else min(until, training.train_iters)
-        seconds, num_steps = 0.0, 0
         while (iteration := self.progress.iteration) < stop:
-            started = time.perf_counter()
-            gradient_norm = self.train_step(self.loader.batch(self.progress.consumed_samples), iteration)
+            with self.throughput.step():
+                with self.throughput.phase("data"):
+                    batch = self.loader.batch(self.progress.consumed_samples)
+                gradient_norm = self.train_step(batch, iteration)
+            self._check_finite(gradient_norm, iteration)
             consumed = self.progress.consumed_samples + training.global_batch_size
             self.progress = Progress(iteration + 1, consumed)
-            seconds, num_steps = seconds + time.perf_counter() - started, num_steps + 1
             if self._is_due(self.config.logging.interval):
-                self._log_training(iteration, gradient_norm, seconds / num_steps)
-                seconds, num_steps = 0.0, 0
+                self._log_training(iteration, gradient_norm)
             if self.evaluator and self._is_due(training.eval_interval):
                 self._log(self.evaluator.evaluate(self._weights(iteration)))
             if self._is_due(self.config.checkpoint.interval):
-                self.save()
+                with self.throughput.phase("checkpoint"):
+                    self.save()
 
     def train_step(self, batch: Batch, iteration: int) -> float:
         """One optimizer step on one global batch; returns the gradient norm."""
         num_tokens = count_tokens(batch, self.mesh)
         loss_scales = {layer: weight / max(1.0, num_tokens) for layer, weight in self._weights(iteration).items()}
         step = StageStep(self.stage, batch, loss_scales)
-        self.optimizer.zero_gradients()
-        self.runtime.run(self.plan, step)
-        self.optimizer.reduce_gradients()
-        rate = learning_rate(self.config.optimizer, self.config.training.train_iters, iteration)
-        gradient_norm = self.optimizer.step(rate)
+        self.gradients.zero()
+        with self.throughput.phase("forward_backward"):
+            self.runtime.run(self.plan, step)
+        with self.throughput.phase("grad_sync"):
+            self.gradients.reduce()
+        with self.throughput.phase("optimizer"):
+            gradient_norm = self.optimizer.step(self.learning_rate(iteration))
         self.meter.add(step.losses, num_tokens)
         return gradient_norm
 
@@ -82,7 +97,9 @@ class Trainer:
         model = model_state(self.stage, self.mesh)
         state = {"model": model, "optimizer": self.optimizer.sharded_state_dict(model)}
         description = replace(self.description, progress=self.progress)
-        return save_checkpoint(self.run_folder, state, description, config=self.config, mesh=self.mesh)
+        return save_checkpoint(
+            self.run_folder, state, description, config=self.config, mesh=self.mesh, files=self.tokenizer.files()
+        )
 
     def load(self, folder: Path) -> None:
         """Continue from a step folder: parameters, optimizer state and progress.
@@ -104,6 +121,13 @@ class Trainer:
             logger.close()
         close_mesh()
 
+    def _check_finite(self, gradient_norm: float, iteration: int) -> None:
+        if not math.isfinite(gradient_norm):
+            raise DivergedError(
+                f"iteration {iteration + 1}: the norm of the gradients is {gradient_norm}; training stops here, and "
+                f"nothing of this step is saved. Resume from an earlier checkpoint, with a lower optimizer.lr say"
+            )
+
     def _weights(self, iteration: int) -> Mapping[int, float]:
         return loss_weights(self.config.exits, self.config.model.num_layers, iteration)
 
@@ -112,17 +136,16 @@ class Trainer:
         done = self.progress.iteration
         return done == self.config.training.train_iters or (interval > 0 and done % interval == 0)
 
-    def _log_training(self, iteration: int, gradient_norm: float, seconds_per_step: float) -> None:
-        config = self.config
-        tokens_per_step = config.training.global_batch_size * config.data.sequence_length
+    def _log_training(self, iteration: int, gradient_norm: float) -> None:
+        progress, config = self.progress, self.config
         self._log(
             {
                 **self.meter.read("train", self._weights(iteration)),
-                "train/lr": learning_rate(config.optimizer, config.training.train_iters, iteration),
+                "train/lr": self.learning_rate(iteration),
                 "train/grad_norm": gradient_norm,
-                "perf/tokens_per_s": tokens_per_step / seconds_per_step,
-                "perf/iter_time_s": seconds_per_step,
-                "perf/seconds_left": (config.training.train_iters - self.progress.iteration) * seconds_per_step,
+                "train/tokens": progress.consumed_samples * config.data.sequence_length,
+                **self.throughput.read(steps_left=config.training.train_iters - progress.iteration),
+                **peak_memory(self.mesh),
             }
         )
 

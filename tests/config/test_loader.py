@@ -288,7 +288,7 @@ def test_a_section_that_only_an_override_opens_is_placed_there() -> None:
 
 def test_yaml_is_in_schema_order_with_lists_on_one_line() -> None:
     text = to_yaml(load(GOOD, "exits.layers=[2, 4]", "inference.exit.thresholds={4: 1, 2: 0.5}", "runs='1e5'"))
-    assert text.startswith("name: run\nruns: '1e5'\ndevice: auto\nseed: 0\nmodel:\n  num_layers: 8\n")
+    assert text.startswith("name: run\nruns: '1e5'\ndevice: auto\nseed: 0\nplugins: []\nmodel:\n  num_layers: 8\n")
     assert "exits:\n  layers: [2, 4]\n  weights: [0.25, 0.5]\n  weight_schedule:\n    shape: linear\n" in text
     assert "    thresholds:\n      4: 1.0\n      2: 0.5\n" in text
     assert text.endswith("serving: {}\n")

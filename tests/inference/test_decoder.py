@@ -9,7 +9,7 @@ from megatron_ee.config import ExitParams
 from megatron_ee.inference.decoder import Decoder
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache import KeyValueCache
-from megatron_ee.inference.policies import max_probability
+from megatron_ee.inference.policies import MEASURES, max_probability
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
@@ -117,7 +117,7 @@ def test_catching_up_computes_nothing_shallow_twice(stage: Stage, monkeypatch: p
 
 
 def test_threshold_one_equals_full_depth_and_zero_the_first_exit(stage: Stage) -> None:
-    engine = Engine(stage, _TinyTokenizer(), EXITS)
+    engine = Engine(stage, _TinyTokenizer(), EXITS, MEASURES)
     full = _generate(engine, ExitParams(mode="full"))
     never = _generate(engine, ExitParams(threshold=1.0))
     assert [emission.token for emission in never] == [emission.token for emission in full]
@@ -129,14 +129,14 @@ def test_threshold_one_equals_full_depth_and_zero_the_first_exit(stage: Stage) -
 
 
 def test_greedy_at_full_depth_is_the_full_models_choice(stage: Stage) -> None:
-    engine = Engine(stage, _TinyTokenizer(), EXITS)
+    engine = Engine(stage, _TinyTokenizer(), EXITS, MEASURES)
     prompt = _tokens(5)
     tokens = [emission.token for emission in _generate(engine, ExitParams(mode="full"), prompt)]
     assert tokens == engine.full_depth_choices(prompt + tokens)[len(prompt) - 1 : -1]
 
 
 def test_sampling_depends_on_the_seed_alone(stage: Stage) -> None:
-    engine = Engine(stage, _TinyTokenizer(), EXITS)
+    engine = Engine(stage, _TinyTokenizer(), EXITS, MEASURES)
 
     def draw(seed: int) -> list[int]:
         request = Request(prompt=(1, 2), max_new_tokens=20, stop=NO_STOP, temperature=1.0, top_k=8, seed=seed)
@@ -147,7 +147,7 @@ def test_sampling_depends_on_the_seed_alone(stage: Stage) -> None:
 
 
 def test_generation_stops_at_the_stop_token(stage: Stage) -> None:
-    engine = Engine(stage, _TinyTokenizer(), EXITS)
+    engine = Engine(stage, _TinyTokenizer(), EXITS, MEASURES)
     tokens = [emission.token for emission in _generate(engine, ExitParams(mode="full"))]
     stop = tokens[4]
     request = Request(prompt=(1, 2, 3), max_new_tokens=16, stop=stop, exit=ExitParams(mode="full"))
@@ -155,7 +155,7 @@ def test_generation_stops_at_the_stop_token(stage: Stage) -> None:
 
 
 def test_a_request_for_an_exit_that_is_not_there_is_refused(stage: Stage) -> None:
-    engine = Engine(stage, _TinyTokenizer(), EXITS)
+    engine = Engine(stage, _TinyTokenizer(), EXITS, MEASURES)
     with pytest.raises(ValueError, match=r"the model has exits after layers \[2, 5\], none after \[3\]"):
         _generate(engine, ExitParams(exits=(3,)))
 

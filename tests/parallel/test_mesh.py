@@ -5,7 +5,8 @@ from helpers.ranks import RankPool
 
 from megatron_ee.config import ParallelConfig
 from megatron_ee.device import choose_device
-from megatron_ee.parallel.mesh import MeshError, data_parallel_size, open_mesh
+from megatron_ee.parallel.mesh import open_mesh
+from megatron_ee.parallel.world import MeshError, data_parallel_size
 
 
 def _place() -> tuple[int, int, list[int], bool]:

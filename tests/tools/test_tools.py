@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ee.data.indexed import write_indexed
+from megatron_ee.tokenizer import ByteTokenizer
+
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
@@ -67,11 +70,32 @@ def test_a_run_without_figures_is_one_message(tmp_path: Path, tool: str, content
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_corpus_stats_names_what_is_missing(tmp_path: Path) -> None:
-    config = tmp_path / "a.yaml"
-    config.write_text(
+def _config(folder: Path) -> Path:
+    path = folder / "a.yaml"
+    path.write_text(
         "name: a\nmodel: {num_layers: 2, hidden_size: 8, num_attention_heads: 2}\n"
         "training: {train_iters: 1, global_batch_size: 1, micro_batch_size: 1}\n"
     )
-    done = _tool("corpus_stats.py", config, f"data.dataset={tmp_path}/none")
-    assert (done.returncode, done.stderr.splitlines()) == (2, [f"data.dataset: {tmp_path}/none.idx does not exist"])
+    return path
+
+
+def test_corpus_stats_names_what_is_missing(tmp_path: Path) -> None:
+    done = _tool("corpus_stats.py", _config(tmp_path), f"data.dataset={tmp_path}/none")
+    message = f"data.dataset: {tmp_path}/none.bin does not exist (python-stdlib is built in)"
+    assert (done.returncode, done.stderr.splitlines()) == (2, [message])
+
+
+def test_corpus_stats_describes_each_dataset_of_a_blend(tmp_path: Path) -> None:
+    write_indexed(tmp_path / "one", ["ab" * 50] * 2, ByteTokenizer())
+    write_indexed(tmp_path / "two", ["abc"], ByteTokenizer())
+    entries = [f"{{path: {tmp_path}/one, weight: 3}}", f"{{path: {tmp_path}/two, weight: 1}}"]
+    done = _tool("corpus_stats.py", _config(tmp_path), f"data.dataset=[{', '.join(entries)}]")
+    assert done.returncode == 0, done.stderr
+    one, two = done.stdout.split("dataset: ")[1:]
+    assert one.splitlines()[:4] == [f"{tmp_path}/one", "share: 75.0%", "documents: 2", "tokens: 202"]
+    assert two.splitlines()[1:] == [
+        "share: 25.0%",
+        "documents: 1",
+        "tokens: 4",
+        "byte-bigram cross-entropy: 0.0000 nats",
+    ]

@@ -20,10 +20,11 @@ from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.runtime import Runtime
 from megatron_ee.parallel.pipeline.schedules import build_plan
+from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.loss_weights import loss_weights
 from megatron_ee.training.losses import count_tokens
 from megatron_ee.training.metrics import ExitMeter
-from megatron_ee.training.optimizer import StageOptimizer
+from megatron_ee.training.optimizers.megatron import MegatronAdamW
 from megatron_ee.training.stage_step import StageStep
 
 Arrays = dict[str, np.ndarray]
@@ -100,7 +101,7 @@ def _step(config: Config) -> dict[str, Any]:
     stage = Stage(config.model, config.exits, layout, vocab_size=VOCAB_SIZE, groups=mesh.groups, device=device)
     initialize(stage, config.seed)
     parameters = {name: parameter.detach().numpy().copy() for name, parameter in stage.named_parameters()}
-    optimizer = StageOptimizer(stage, config.optimizer, mesh, layouts)
+    buffers = StageGradients(stage, mesh, layouts)
     loader = BatchLoader(RandomSamples(), mesh, global_batch_size=8, micro_batch_size=1)
     batch = loader.batch(0)
     num_tokens = count_tokens(batch, mesh)
@@ -112,9 +113,9 @@ def _step(config: Config) -> dict[str, Any]:
         num_microbatches=loader.num_microbatches,
         has_exits=[bool(layout.exits) for layout in layouts],
     )
-    optimizer.zero_gradients()
+    buffers.zero()
     Runtime(mesh, MessageSpec((SEQUENCE_LENGTH, 1, 32), torch.float32, device.torch)).run(plan, step)
-    optimizer.reduce_gradients()
+    buffers.reduce()
     gradients = {name: parameter.main_grad.numpy().copy() for name, parameter in stage.named_parameters()}
     meter = ExitMeter([*config.exits.layers, config.model.num_layers], mesh)
     meter.add(step.losses, num_tokens)
@@ -123,7 +124,7 @@ def _step(config: Config) -> dict[str, Any]:
         "parameters": parameters,
         "gradients": gradients,
         "figures": figures,
-        "gradient_norm": optimizer.step(1e-3),
+        "gradient_norm": MegatronAdamW(stage, config.optimizer, mesh, buffers).step(1e-3),
     }
 
 

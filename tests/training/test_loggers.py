@@ -1,12 +1,17 @@
 """What a run writes down, and what it prints."""
 
+import importlib.util
+import io
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_ee.training.loggers import Console, JsonLines
+from megatron_ee.config import LoggingConfig
+from megatron_ee.errors import UserError
+from megatron_ee.training.loggers import Console, JsonLines, check_loggers
 
 TRAINING = {
     "train/loss": 3.5,
@@ -19,17 +24,42 @@ TRAINING = {
 }
 
 
+def _lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_metrics_are_appended_one_object_a_line(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
-    for iteration in (1, 2):  # a resumed run opens the file again
-        logger = JsonLines(path)
-        logger.log(iteration, {"train/loss": 0.5})
-        assert path.read_text().count("\n") == iteration, "a line is on disk when it is logged"
+    for start in (0, 1):  # a resumed run opens the file again
+        logger = JsonLines(path, start=start)
+        logger.log(start + 1, {"train/loss": 0.5})
+        assert path.read_text().count("\n") == start + 1, "a line is on disk when it is logged"
         logger.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"iteration": 1, "train/loss": 0.5},
-        {"iteration": 2, "train/loss": 0.5},
-    ]
+    assert _lines(path) == [{"iteration": 1, "train/loss": 0.5}, {"iteration": 2, "train/loss": 0.5}]
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("torn", ["", '{"iteration": 4, "train/lo', '{"iteration": 2}', "\0\0\0"])
+def test_a_resumed_record_holds_nothing_beyond_the_checkpoint(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"iteration": 1}\n{"iteration": 2}\n{"iteration": 2, "val/loss": 1.0}\n'
+    path.write_text(whole + '{"iteration": 3}\n' + torn)
+    JsonLines(path, start=2).close()
+    assert path.read_text() == whole
+    lost = path.with_name("metrics.jsonl.lost")
+    assert lost.read_text().splitlines() == ['{"iteration": 3}', *([torn] if torn else [])]
+    path.write_text(whole + '{"iteration": 3}\n')
+    JsonLines(path, start=0).close()  # no checkpoint: the run begins anew
+    assert path.read_text() == ""
+    assert lost.read_text().endswith(whole + '{"iteration": 3}\n'), "every lost part is kept"
+
+
+def test_a_record_that_goes_on_where_it_ended_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 2}\n')
+    before = path.stat()
+    JsonLines(path, start=2).close()
+    assert path.stat().st_ino == before.st_ino and path.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_console_prints_one_plain_line_with_every_exit(
@@ -40,10 +70,33 @@ def test_console_prints_one_plain_line_with_every_exit(
     with caplog.at_level(logging.INFO, logger="megatron_ee"):
         console.log(10, TRAINING)
         console.log(10, {"val/loss": 3.0, "val/exit_2/loss": 2.0, "val/exit_4/loss": 1.5})
+        console.log(20, {**TRAINING, "perf/mfu": 0.4123})
     console.close()
     assert caplog.messages == [
         "10/40  loss 3.5000  exit 2: 2.5000  final: 2.2500  lr 3.00e-04  norm 1.50  12,346 tokens/s  1:02:05 left",
         "validation  loss 3.0000  exit 2: 2.0000  final: 1.5000",
+        "20/40  loss 3.5000  exit 2: 2.5000  final: 2.2500  lr 3.00e-04  norm 1.50  12,346 tokens/s  41.2% MFU  "
+        "1:02:05 left",
     ]
     captured = capsys.readouterr()
     assert "\r" not in captured.out + captured.err, "no bar where there is no terminal"
+
+
+def test_console_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console([2, 4], start=5, train_iters=40)
+    assert " 5/40 " in terminal.getvalue()
+    console.log(10, TRAINING)
+    assert "\r" in terminal.getvalue() and " 10/40 " in terminal.getvalue()
+    console.close()
+    assert terminal.getvalue().rsplit("\r", 1)[-1].strip() == "", "the bar is gone at the end"
+
+
+def test_asking_for_tensorboard_without_its_package_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_loggers(LoggingConfig(tensorboard=False))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^logging.tensorboard: .* pip install 'megatron-ee\[tensorboard\]'$"):
+        check_loggers(LoggingConfig(tensorboard=True))
+    check_loggers(LoggingConfig(tensorboard=False))

@@ -22,7 +22,7 @@ def test_means_per_token_over_batches_then_from_zero_again(mesh: Mesh) -> None:
     assert figures == pytest.approx(
         {
             "train/loss": 3.0,
-            "train/tokens": 3,
+            "train/unmasked_tokens": 3,
             "train/exit_2/loss": 3.0,
             "train/exit_2/ppl": math.exp(3.0),
             "train/exit_2/accuracy": 1 / 3,

@@ -9,7 +9,7 @@ import pytest
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
-TIMINGS = "perf/"
+MEASURED = ("perf/", "time/", "memory/")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def _copy_run(stopped: Path, name: str) -> None:
 
 def _losses(result: dict[str, Any]) -> dict[int, dict[str, float]]:
     return {
-        iteration: {name: value for name, value in figures.items() if not name.startswith(TIMINGS)}
+        iteration: {name: value for name, value in figures.items() if not name.startswith(MEASURED)}
         for iteration, figures in result["figures"].items()
     }
 

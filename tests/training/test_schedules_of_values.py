@@ -1,12 +1,14 @@
 """Loss weights and the learning rate over time."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ee.config import ExitsConfig, OptimizerConfig, WeightScheduleConfig
 from megatron_ee.training.loss_weights import loss_weights
-from megatron_ee.training.lr_schedule import learning_rate
+from megatron_ee.training.lr_schedule import DECAYS, LearningRate
 
 
 def _exits(shape: str, start: float = 0.0, warmup_iters: int = 100) -> ExitsConfig:
@@ -49,15 +51,30 @@ def test_weights_go_monotonically_from_start_to_target(shape: str, start: float,
     assert abs(later - 0.1) <= abs(earlier - 0.1) + 1e-12
 
 
-def test_learning_rate_warms_up_and_decays() -> None:
-    optimizer = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_iters=4)
-    rates = [learning_rate(optimizer, 12, iteration) for iteration in range(13)]
+def _rates(decay: str, train_iters: int, **fields: Any) -> list[float]:
+    rate = LearningRate(OptimizerConfig(lr_decay=decay, **fields), train_iters, DECAYS[decay])
+    return [rate(iteration) for iteration in range(train_iters + 1)]
+
+
+def test_cosine_decay_after_the_warm_up() -> None:
+    rates = _rates("cosine", 12, lr=1.0, min_lr=0.1, lr_warmup_iters=4)
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[8] == pytest.approx(0.55), "half-way down"
     assert rates[12] == pytest.approx(0.1)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
-def test_learning_rate_may_stay() -> None:
-    optimizer = OptimizerConfig(lr=1.0, lr_warmup_iters=2, lr_decay="constant")
-    assert [learning_rate(optimizer, 5, iteration) for iteration in range(5)] == [0.5, 1, 1, 1, 1]
+def test_other_decays() -> None:
+    assert _rates("linear", 4, lr=1.0, min_lr=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert _rates("constant", 4, lr=1.0, lr_warmup_iters=2) == [0.5, 1, 1, 1, 1]
+    wsd = _rates("wsd", 8, lr=1.0, min_lr=0.0, lr_warmup_iters=2, lr_cooldown_iters=4)
+    assert wsd == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0.0])
+
+
+@given(st.sampled_from(sorted(DECAYS)), st.integers(1, 50), st.data())
+def test_the_rate_never_rises_after_the_warm_up(decay: str, train_iters: int, data: st.DataObject) -> None:
+    warmup = data.draw(st.integers(0, train_iters - 1))
+    cooldown = data.draw(st.integers(1, train_iters - warmup))
+    rates = _rates(decay, train_iters, lr=1.0, min_lr=0.25, lr_warmup_iters=warmup, lr_cooldown_iters=cooldown)
+    assert rates[warmup] == pytest.approx(1.0)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert rates[-1] == pytest.approx(1.0 if decay == "constant" else 0.25)

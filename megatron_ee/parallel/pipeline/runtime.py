@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.p2p import Inbox, MessageSpec, Outbox
+from megatron_ee.parallel.pipeline.deliveries import RECEIVES, deliveries
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
 from megatron_ee.parallel.pipeline.timeline import Span
 
@@ -40,11 +41,19 @@ class Runtime:
 
     def __init__(self, mesh: Mesh, message: MessageSpec, *, record: Callable[[Span], None] | None = None) -> None:
         self._mesh, self._message, self._record = mesh, message, record
+        self._deliveries: list[tuple[Plan, Mapping[Action, tuple[Action, ...]]]] = []  # of the plans run so far
 
     def run(self, plan: Plan, program: StageProgram) -> None:
         """Run this stage's actions and return when all of its messages have left."""
         assert plan.num_stages == self._mesh.pipeline_size, "the plan is for another pipeline"
-        _Execution(self._mesh, self._message, plan, program, self._record).run()
+        _Execution(self._mesh, self._message, plan, program, self._record, self._deliveries_of(plan)).run()
+
+    def _deliveries_of(self, plan: Plan) -> Mapping[Action, tuple[Action, ...]]:
+        for known, safe in self._deliveries:
+            if known is plan:
+                return safe
+        self._deliveries.append((plan, deliveries(plan, self._mesh.pipeline_rank)))
+        return self._deliveries[-1][1]
 
 
 class _Execution:
@@ -57,11 +66,13 @@ class _Execution:
         plan: Plan,
         program: StageProgram,
         record: Callable[[Span], None] | None,
+        safe: Mapping[Action, tuple[Action, ...]],
     ) -> None:
         self.mesh, self.plan, self.program, self.record = mesh, plan, program, record
+        self.safe = safe  # sends to finish, by the action after which they have arrived
         self.actions = plan.actions[mesh.pipeline_rank]
         self.outbox = Outbox()
-        sources = Counter(self._channel(action) for action in self.actions if action.kind in _RECEIVES)
+        sources = Counter(self._channel(action) for action in self.actions if action.kind in RECEIVES)
         self.inboxes = {
             (peer, group): Inbox(count, message, source=peer, group=group) for (peer, group), count in sources.items()
         }
@@ -71,12 +82,14 @@ class _Execution:
         for action in self.actions:
             if self.record is None:
                 self._execute(action)
-                continue
-            self.mesh.device.synchronize()
-            start = time.perf_counter()
-            self._execute(action)
-            self.mesh.device.synchronize()
-            self.record(Span(action, start, time.perf_counter()))
+            else:
+                self.mesh.device.synchronize()
+                start = time.perf_counter()
+                self._execute(action)
+                self.mesh.device.synchronize()
+                self.record(Span(action, start, time.perf_counter()))
+            for send in self.safe.get(action, ()):
+                self.outbox.finish(send)
         self.outbox.flush()
 
     def _execute(self, action: Action) -> None:
@@ -99,7 +112,7 @@ class _Execution:
                 tensor = take(_PRODUCER[action.kind])
                 assert tensor is not None, f"nothing to send at {action}"
                 peer, group = self._channel(action)
-                self.outbox.send(tensor, to=peer, group=group)
+                self.outbox.send(action, tensor, to=peer, group=group)
             case Kind.RECV_FORWARD | Kind.RECV_BACKWARD:
                 hold(self.inboxes[self._channel(action)].receive())
 
@@ -114,5 +127,4 @@ class _Execution:
         return self.mesh.pipeline_ranks[peer[0]], group
 
 
-_RECEIVES = (Kind.RECV_FORWARD, Kind.RECV_BACKWARD)
 _PRODUCER = {Kind.SEND_FORWARD: Kind.F, Kind.SEND_BACKWARD: Kind.B}

@@ -62,20 +62,28 @@ Schedule = Callable[[Pipeline, int], list[Action]]
 """The F and B actions of one stage, in order."""
 
 
-def build_plan(schedule: str, *, num_stages: int, num_microbatches: int, has_exits: Sequence[bool]) -> Plan:
+def build_plan(
+    schedule: str,
+    *,
+    num_stages: int,
+    num_microbatches: int,
+    has_exits: Sequence[bool],
+    more_schedules: Mapping[str, Schedule] | None = None,
+) -> Plan:
     """The plan of one step: the named schedule's F and B, with exits and transfers put in.
 
     Args:
-        schedule: a key of SCHEDULES.
+        schedule: a key of SCHEDULES or of `more_schedules`.
         has_exits: for each stage, whether it has any exit; the last stage has the final one.
 
     Raises:
         ValueError: the schedule is unknown, or the pipeline makes no sense.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
+    schedules = {**SCHEDULES, **(more_schedules or {})}
+    if schedule not in schedules:
+        raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(schedules)}")
     pipeline = Pipeline(num_stages, num_microbatches, tuple(has_exits))
-    work = [_put_exits(pipeline, stage, SCHEDULES[schedule](pipeline, stage)) for stage in range(num_stages)]
+    work = [_put_exits(pipeline, stage, schedules[schedule](pipeline, stage)) for stage in range(num_stages)]
     return make_plan(schedule, num_microbatches, work)
 
 

@@ -1,0 +1,72 @@
+"""Text to token ids and back."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from megatron_ee.errors import UserError
+from megatron_ee.tokenizer.byte import ByteTokenizer
+from megatron_ee.tokenizer.huggingface import NO_PAD, open_huggingface, train_bpe
+
+__all__ = ["BYTES", "NO_PAD", "ByteTokenizer", "Tokenizer", "open_tokenizer", "padded_vocab_size", "train_bpe"]
+
+BYTES = ByteTokenizer.name
+
+
+class Tokenizer(Protocol):
+    """What the rest of the system needs of a tokenizer.
+
+    Attributes:
+        name: says which tokenizer this is, by content and not by path: datasets, index caches and checkpoints keep it.
+        vocab_size: above every token id.
+        eod: ends a document. It never comes out of a text, whatever the text says.
+        pad: fills a sequence and is never learned; NO_PAD, which is no token, where the tokenizer has none of its own.
+    """
+
+    name: str
+    vocab_size: int
+    eod: int
+    pad: int
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens, with nothing added before or after."""
+        ...
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """A long text, cut where that changes no token: `encode` makes the same of the pieces as of the whole."""
+        ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text that these tokens add to the text before them; special tokens add none.
+
+        Parts join to the whole: decode(a + b) is decode(a) + decode(b) wherever `a` ends with a whole character.
+        """
+        ...
+
+    def files(self) -> Mapping[str, bytes]:
+        """File name -> content: in a folder of their own they are this tokenizer again. Empty when it needs none."""
+        ...
+
+
+def open_tokenizer(source: str, *, field: str = "data.tokenizer") -> Tokenizer:
+    """The tokenizer that a config or a command line names.
+
+    Args:
+        source: `bytes`, a tokenizer.json, or the folder of a Hugging Face tokenizer.
+        field: where it was named, for messages.
+
+    Raises:
+        UserError: it is not there, cannot be read, lacks an end-of-document token, or its library isn't installed.
+    """
+    if source == BYTES:
+        return ByteTokenizer()
+    if not Path(source).exists():
+        raise UserError(
+            f"{field}: {source!r} is neither {BYTES!r} nor the path of a tokenizer.json or of a tokenizer's folder"
+        )
+    return open_huggingface(Path(source), field=field)
+
+
+def padded_vocab_size(tokenizer: Tokenizer, multiple: int = 64) -> int:
+    """The tokenizer's vocabulary, rounded up so that matrix products are of even shape and split over ranks."""
+    return -(-tokenizer.vocab_size // multiple) * multiple

@@ -1,0 +1,34 @@
+"""Optimizer backends: what updates a stage's parameters from its gradients."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from megatron_ee.config import OptimizerConfig
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.training.gradients import StageGradients
+from megatron_ee.training.optimizers.megatron import MegatronAdamW
+
+__all__ = ["BACKENDS", "OptimizerBackend"]
+
+
+class OptimizerBackend(Protocol):
+    """Updates one stage's parameters. All ranks call the same methods together."""
+
+    def step(self, learning_rate: float) -> float:
+        """Update from each parameter's `main_grad` (fp32, summed over all ranks); returns the gradient norm over all
+        stages, before clipping."""
+        ...
+
+    def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+        """The backend's state for a checkpoint, as shards like those of `model_state`."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `sharded_state_dict` gave."""
+        ...
+
+
+BACKENDS: Mapping[str, Callable[[Stage, OptimizerConfig, Mesh, StageGradients], OptimizerBackend]] = {
+    "megatron": MegatronAdamW
+}

@@ -1,0 +1,67 @@
+"""The default backend: megatron-core's AdamW, with its clipping and its sharded state."""
+
+import math
+from fnmatch import fnmatch
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+
+from megatron_ee.config import OptimizerConfig
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.training.gradients import StageGradients
+
+
+class MegatronAdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). Parameters without decay are a group of their own."""
+
+    def __init__(self, stage: Stage, config: OptimizerConfig, mesh: Mesh, gradients: StageGradients) -> None:
+        self._config = config
+        self._optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.epsilon,
+                clip_grad=config.clip_grad_norm or math.inf,  # it measures the norm only where it may clip
+            ),
+            [gradients.ddp],
+            config_overrides={_without_decay(config): ParamGroupOverride(wd_mult=0.0)},
+            use_gloo_process_groups=False,
+            pg_collection=mesh.groups,
+        )
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, and update the parameters; returns the norm of all stages' gradients before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+            group["betas"] = (self._config.beta1, self._config.beta2)  # the config's, also after a resume
+            group["eps"] = self._config.epsilon
+            group["weight_decay"] = self._config.weight_decay * group["wd_mult"]
+        _, gradient_norm, _ = self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(gradient_norm)
+
+    def sharded_state_dict(self, model_state: ShardedStateDict, *, is_loading: bool = False) -> ShardedStateDict:
+        """Moments, sharded as the parameters in `model_state` are."""
+        return self._optimizer.sharded_state_dict(model_state, is_loading=is_loading)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Moments as `sharded_state_dict` gave them."""
+        self._optimizer.load_state_dict(state)
+
+
+def _without_decay(config: OptimizerConfig) -> ParamKey:
+    """Norms (all vectors are), and what the config's patterns name."""
+
+    def matches(parameter: torch.nn.Parameter, name: str) -> bool:
+        own_name = name.removeprefix("module.")
+        return parameter.dim() == 1 or any(fnmatch(own_name, pattern) for pattern in config.no_weight_decay)
+
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name="without_decay", fn=matches))

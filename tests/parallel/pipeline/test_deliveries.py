@@ -1,0 +1,53 @@
+"""When a stage may let go of what it sent."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ee.parallel.pipeline.deliveries import SENDS, deliveries
+from megatron_ee.parallel.pipeline.plan import Action, Plan
+from megatron_ee.parallel.pipeline.schedules import SCHEDULES, build_plan
+from megatron_ee.parallel.pipeline.validity import receive_of
+
+
+def _plan(schedule: str, num_stages: int, num_microbatches: int) -> Plan:
+    has_exits = [True] * num_stages
+    return build_plan(schedule, num_stages=num_stages, num_microbatches=num_microbatches, has_exits=has_exits)
+
+
+def _most_under_way(plan: Plan, stage: int) -> int:
+    safe, under_way, most = deliveries(plan, stage), set(), 0
+    for action in plan.actions[stage]:
+        if action.kind in SENDS:
+            under_way.add(action)
+            most = max(most, len(under_way))
+        under_way -= set(safe.get(action, ()))
+    return most
+
+
+@pytest.mark.parametrize(("schedule", "most"), [("1f1b", 9), ("forward-only", 3)])
+def test_what_is_held_does_not_grow_with_the_step(schedule: str, most: int) -> None:
+    for num_microbatches in (16, 64, 256):
+        plan = _plan(schedule, 4, num_microbatches)
+        assert max(_most_under_way(plan, stage) for stage in range(4)) <= most
+
+
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(2, 5), st.integers(1, 12))
+def test_a_finished_send_was_received_before_the_message_that_proves_it(
+    schedule: str, num_stages: int, num_microbatches: int
+) -> None:
+    plan = _plan(schedule, num_stages, num_microbatches)
+    for stage in range(num_stages):
+        finished: list[Action] = []
+        own = {action: index for index, action in enumerate(plan.actions[stage])}
+        for action, sends in deliveries(plan, stage).items():
+            finished += sends
+            for send in sends:
+                assert own[send] < own[action], "nothing is finished before it is sent"
+                peer = receive_of(plan, send).stage
+                there = plan.actions[peer]
+                proofs = [
+                    index for index, sent in enumerate(there) if sent.kind in SENDS and receive_of(plan, sent) == action
+                ]
+                assert not proofs or there.index(receive_of(plan, send)) < proofs[0]
+        assert len(finished) == len(set(finished))

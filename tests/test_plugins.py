@@ -1,0 +1,116 @@
+"""A user's own parts, in one file outside the package and named in the YAML."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.models import whole_model
+from helpers.ranks import RankPool
+from helpers.runs import run_config, train, write_small_dataset
+from helpers.tiny import VOCAB_SIZE
+
+from megatron_ee.config import ConfigError, ExitParams, load_config
+from megatron_ee.inference.engine import Engine
+from megatron_ee.inference.policies import MEASURES
+from megatron_ee.inference.request import Request
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.plugins import PluginError, choose, load_plugins
+from megatron_ee.tokenizer import ByteTokenizer
+
+EXAMPLE = Path(__file__).parents[1] / "docs/examples/my_parts.py"
+
+
+def test_a_run_with_a_schedule_optimizer_and_decay_of_ones_own(tmp_path: Path, ranks: RankPool) -> None:
+    """Two stages equal one, so the schedule and the optimizer's norm over stages are right."""
+    write_small_dataset(tmp_path)
+    own: dict[str, Any] = {
+        "plugins": [str(EXAMPLE)],
+        "optimizer": {"backend": "sgd", "lr_decay": "inverse-sqrt", "lr": 0.1, "lr_warmup_iters": 2},
+    }
+    parallel = {"pipeline": 2, "schedule": "one-at-a-time"}
+    two = ranks.run(2, train, run_config(tmp_path, name="two", parallel=parallel, **own))
+    (one,) = ranks.run(1, train, run_config(tmp_path, name="one", **own))
+    rates = [one["figures"][iteration]["train/lr"] for iteration in range(1, 7)]
+    assert rates == pytest.approx([0.05, 0.1, *(0.1 * (2 / (2 + step)) ** 0.5 for step in range(4))])
+    for iteration, figures in one["figures"].items():
+        for name in ("train/loss", "train/grad_norm"):
+            assert two[0]["figures"][iteration][name] == pytest.approx(figures[name], rel=1e-4)
+    for result in two:
+        for name, parameter in result["parameters"].items():
+            np.testing.assert_allclose(parameter, one["parameters"][name], atol=1e-5, err_msg=name)
+
+
+def test_a_measure_of_ones_own_decides_exits(mesh: Mesh) -> None:
+    stage = whole_model(mesh, exits=[2, 5])
+    tokenizer = ByteTokenizer()
+    tokenizer.vocab_size = VOCAB_SIZE
+    measures = {**MEASURES, **load_plugins([str(EXAMPLE)]).exit_measures}
+    engine = Engine(stage, tokenizer, [2, 5], measures)
+
+    def confidences(measure: str) -> list[float]:
+        params = ExitParams(measure=measure, threshold=0.0)
+        request = Request(prompt=(1, 2), max_new_tokens=4, stop=VOCAB_SIZE, exit=params)
+        return [emission.confidence for emission in engine.generate(request)]
+
+    pairs = zip(confidences("margin"), confidences("max_probability"), strict=True)
+    assert all(0 <= own < built_in for own, built_in in pairs)
+
+
+def test_without_plugins_a_wrong_name_is_found_in_the_config(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "name: a\nmodel: {num_layers: 2, hidden_size: 8, num_attention_heads: 2}\n"
+        "training: {train_iters: 1, global_batch_size: 1, micro_batch_size: 1}\nparallel: {schedule: 1f1bb}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert caught.value.problems == [
+        f"{path}:4:12: parallel.schedule: '1f1bb' must be '1f1b' or 'gpipe', or named by one of `plugins`; "
+        "did you mean '1f1b'?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not a file"),
+        ("1 / 0", "fails: ZeroDivisionError: division by zero"),
+        ("x = 1", "defines none of EXIT_MEASURES"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "parts.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(PluginError, match=message) as caught:
+        load_plugins([str(path)])
+    assert str(path) in str(caught.value)
+
+
+def test_names_do_not_clash(tmp_path: Path) -> None:
+    path = tmp_path / "parts.py"
+    path.write_text("EXIT_MEASURES = {'max_probability': max, 'own': max}")
+    with pytest.raises(PluginError, match="'max_probability' is built in"):
+        choose("inference.exit.measure", "own", MEASURES, load_plugins([str(path)]).exit_measures)
+    with pytest.raises(PluginError, match="'max_probability' is defined twice"):
+        load_plugins([str(path), str(path)])
+    with pytest.raises(PluginError, match="did you mean 'max_probability'"):
+        choose("inference.exit.measure", "max_probabilty", MEASURES, {})
+
+
+def test_a_schedule_that_gives_an_invalid_plan_is_refused(tmp_path: Path, ranks: RankPool) -> None:
+    write_small_dataset(tmp_path)
+    path = tmp_path / "parts.py"
+    path.write_text("PIPELINE_SCHEDULES = {'none': lambda pipeline, stage: []}")
+    config = run_config(tmp_path, plugins=[str(path)], parallel={"schedule": "none"})
+    (answer,) = ranks.run(1, _build, config)
+    assert answer.startswith("parallel.schedule: 'none' gives an invalid plan:")
+
+
+def _build(config: Any) -> str:
+    try:
+        train(config)
+    except PluginError as error:
+        return str(error)
+    return "trained"

@@ -1,0 +1,107 @@
+"""Counted FLOPs against torch's own count of the real model, and figures from a clock that is set by hand."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import whole_model
+from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, tiny_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_ee.device import Device
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.training import throughput
+from megatron_ee.training.throughput import Throughput, flops_per_token, peak_flops
+
+
+def _count(exits: list[int]) -> float:
+    config = tiny_config(exits={"layers": exits})
+    return flops_per_token(
+        config.model, num_exits=len(exits) + 1, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
+    )
+
+
+def test_hand_count_of_the_tiny_model() -> None:
+    query, key_value, output = 32 * 32, 2 * 32 * 16, 32 * 32  # 4 heads of 8 channels read 2 key-value heads
+    swiglu = 3 * 32 * 48
+    attention = 2 * SEQUENCE_LENGTH * 32
+    layer = query + key_value + output + swiglu + attention
+    assert _count([2, 5]) == 3 * 2 * (8 * layer + 3 * 32 * VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("exits", [[], [2, 5]])
+def test_count_is_that_of_the_products_which_torch_runs(mesh: Mesh, exits: list[int]) -> None:
+    stage = whole_model(mesh, exits=exits).train().requires_grad_(True)
+    tokens_BS = torch.zeros(3, SEQUENCE_LENGTH, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts the others' kernels not
+        _, taps = stage.run_layers(stage.embed(tokens_BS), torch.arange(SEQUENCE_LENGTH), 0, 8)
+        torch.autograd.backward([stage.exit_logits(x_SBH, tap.layer).sum() for tap, x_SBH in taps.items()])
+    assert counter.get_total_flops() == pytest.approx(_count(exits) * tokens_BS.numel(), rel=0.01)
+
+
+def test_each_exit_costs_its_projection() -> None:
+    assert _count([2, 5]) - _count([2]) == 6 * 32 * VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A10", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_peaks_by_name(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
+
+
+def _measure(monkeypatch: pytest.MonkeyPatch, gpu_name: str | None) -> list[dict[str, float]]:
+    """Two steps of 2 s each, 1 s of it data; a checkpoint of 3 s; one more step."""
+    clock = iter([0, 0, 1, 2, 10, 10, 11, 12, 20, 23, 30, 30, 31, 32])
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    mesh: Any = SimpleNamespace(device=SimpleNamespace(gpu_name=gpu_name), world_size=4)
+    meter = Throughput(tiny_config(), mesh, vocab_size=VOCAB_SIZE)
+    for _ in range(2):
+        with meter.step(), meter.phase("data"):
+            pass
+    first = meter.read(steps_left=5)
+    with meter.phase("checkpoint"):
+        pass
+    with meter.step(), meter.phase("data"):
+        pass
+    return [first, meter.read(steps_left=4)]
+
+
+def test_on_cpus_there_is_no_share_of_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens_per_s = 8 * SEQUENCE_LENGTH / 2
+    first = {
+        "perf/tokens_per_s": tokens_per_s,
+        "perf/iter_time_s": 2.0,
+        "perf/seconds_left": 10.0,
+        "time/data_s": 1.0,
+    }
+    assert _measure(monkeypatch, None) == [first, {**first, "perf/seconds_left": 8.0, "time/checkpoint_s": 3.0}]
+
+
+def test_on_gpus_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, _ = _measure(monkeypatch, "NVIDIA H200")
+    per_gpu = 8 * SEQUENCE_LENGTH / 2 / 4
+    assert figures["perf/tokens_per_s_per_gpu"] == per_gpu
+    assert figures["perf/tflops_per_gpu"] == pytest.approx(per_gpu * _count([2, 5]) / 1e12)
+    assert figures["perf/mfu"] == pytest.approx(per_gpu * _count([2, 5]) / 989e12)
+    figures, _ = _measure(monkeypatch, "NVIDIA T4")
+    assert "perf/mfu" not in figures and "perf/tflops_per_gpu" in figures
+
+
+def test_peak_memory_stays_up(cpu: Device) -> None:
+    before = cpu.peak_memory_bytes()
+    block = bytearray(before + 2**26)
+    block[::4096] = b"x" * len(block[::4096])
+    del block
+    assert before + 2**25 < cpu.peak_memory_bytes() < 2 * before + 2**28

@@ -1,0 +1,94 @@
+"""What a run does when something is changed or goes wrong between two starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import RankPool
+from helpers.runs import run_config, train, write_small_dataset
+
+from megatron_ee.checkpoint.folders import newest_checkpoint
+from megatron_ee.config import Config
+from megatron_ee.device import choose_device
+from megatron_ee.errors import UserError
+from megatron_ee.training.build import build_trainer
+from megatron_ee.training.trainer import DivergedError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_small_dataset(tmp_path)
+    return tmp_path
+
+
+def _train_to_two(config: Config) -> None:
+    train(config, until=2, save=True)
+
+
+def _refused(config: Config) -> str:
+    with pytest.raises(UserError) as caught:
+        build_trainer(config, choose_device("cpu"))
+    return str(caught.value)
+
+
+def test_a_refused_start_leaves_the_runs_config_alone(folder: Path, ranks: RankPool) -> None:
+    ranks.run(1, _train_to_two, run_config(folder, name="r"))
+    before = (folder / "runs/r/config.yaml").read_text()
+    (said,) = ranks.run(1, _refused, run_config(folder, name="r", model={"ffn_hidden_size": 64}))
+    assert "ffn_hidden_size is 48, not 64" in said
+    assert (folder / "runs/r/config.yaml").read_text() == before
+
+
+def _groups(config: Config) -> list[tuple[Any, ...]]:
+    trainer = build_trainer(config, choose_device("cpu"))
+    trainer.loggers = []
+    trainer.train()
+    return [(group["betas"], group["eps"]) for group in trainer.optimizer._optimizer.param_groups]  # type: ignore[attr-defined]
+
+
+def test_a_resumed_run_takes_the_optimizers_settings_from_the_config(folder: Path, ranks: RankPool) -> None:
+    ranks.run(1, _train_to_two, run_config(folder, name="r"))
+    changed = run_config(folder, name="r", optimizer={"beta2": 0.5, "epsilon": 1e-3})
+    (groups,) = ranks.run(1, _groups, changed)
+    assert set(groups) == {((0.9, 0.5), 1e-3)}
+
+
+def test_the_batch_may_be_smaller_after_a_resume(folder: Path, ranks: RankPool) -> None:
+    large = {"train_iters": 4, "global_batch_size": 64, "micro_batch_size": 8, "eval_iters": 0}
+    ranks.run(1, _train_to_two, run_config(folder, name="r", training=large))
+    small = {**large, "global_batch_size": 8}
+    (result,) = ranks.run(1, train, run_config(folder, name="r", training=small))
+    assert sorted(result["figures"]) == [3, 4]
+
+
+def _diverge(config: Config) -> str:
+    trainer = build_trainer(config, choose_device("cpu"))
+    trainer.loggers = []
+    trainer.train(until=2)
+    with torch.no_grad():
+        for parameter in trainer.stage.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(DivergedError) as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(folder: Path, ranks: RankPool) -> None:
+    config = run_config(folder, name="r", checkpoint={"interval": 1}, parallel={"pipeline": 2})
+    for said in ranks.run(2, _diverge, config):
+        assert said.startswith("iteration 3: the norm of the gradients is nan")
+    newest = newest_checkpoint(folder / "runs/r")
+    assert newest is not None
+    assert newest.name == "step_00000002"
+
+
+def _all_masked(config: Config) -> float:
+    trainer = build_trainer(config, choose_device("cpu"))
+    batch = trainer.loader.batch(0)
+    batch.mask_MBS.zero_()
+    return trainer.train_step(batch, 0)
+
+
+def test_a_batch_that_is_masked_altogether_changes_no_gradient(folder: Path, ranks: RankPool) -> None:
+    assert ranks.run(1, _all_masked, run_config(folder, name="r")) == [0.0]
