@@ -46,10 +46,9 @@ def build_trainer(config: Config, device: Device) -> Trainer:
     check_loggers(config.logging)
     mesh = open_mesh(config.parallel, device)
     log = start_logging(is_main_rank=mesh.is_main)
-    log.info("%s", device.reason)
     layouts = place(config.model, config.exits, config.parallel)
     if mesh.is_main:
-        _announce(log, config, layouts)
+        _announce(log, config, device, layouts)
     run_folder = Path(config.runs) / config.name
     checkpoint = _checkpoint_to_resume(config, run_folder)
 
@@ -59,8 +58,7 @@ def build_trainer(config: Config, device: Device) -> Trainer:
     stage = _build_stage(config, layouts, vocab_size, mesh)
     gradients = StageGradients(stage, mesh, layouts)
     loader = _build_loader(config, datasets.train, mesh)
-    shape = (config.data.sequence_length, config.training.micro_batch_size, config.model.hidden_size)
-    runtime = Runtime(mesh, MessageSpec(shape, torch.float32, device.torch))
+    runtime = Runtime(mesh, _message_between_stages(config, device))
     trainer = Trainer(
         config=config,
         run_folder=run_folder,
@@ -112,7 +110,8 @@ def all_exits(config: Config) -> list[int]:
     return [*config.exits.layers, config.model.num_layers]
 
 
-def _announce(log: logging.Logger, config: Config, layouts: Sequence[StageLayout]) -> None:
+def _announce(log: logging.Logger, config: Config, device: Device, layouts: Sequence[StageLayout]) -> None:
+    log.info("%s", device.reason)
     for number, layout in enumerate(layouts):
         early = [layer for layer in layout.exits if layer < config.model.num_layers]
         log.info("stage %d: layers %d-%d, exits after %s", number, layout.start + 1, layout.stop, early or "none")
@@ -160,6 +159,11 @@ def _build_loader(config: Config, source: SampleSource, mesh: Mesh) -> BatchLoad
         global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
     )
+
+
+def _message_between_stages(config: Config, device: Device) -> MessageSpec:
+    shape = (config.data.sequence_length, config.training.micro_batch_size, config.model.hidden_size)
+    return MessageSpec(shape, torch.float32, device.torch)
 
 
 def _build_plan(
