@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow test-gpu test-multigpu bench-gpu lint format check-wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## build .venv (another Python: make install PYTHON=python3.12)
 
@@ -24,6 +24,15 @@ test: $(INSTALLED) ## run the tests
 test-slow: $(INSTALLED) ## run the long sweeps, which `make test` leaves out
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+test-gpu: $(INSTALLED) ## run the tests that need GPUs, and say which were skipped for want of them
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu -rs
+
+test-multigpu: $(INSTALLED) ## of those, the ones that need several GPUs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu/test_multigpu.py -rs
+
+bench-gpu: $(INSTALLED) ## measure training and decoding on one GPU, into runs/bench/gpu.json (a few minutes)
+	@$(BIN)/python tools/bench_gpu.py
+
 lint: $(INSTALLED) ## check style, spelling and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -33,6 +42,9 @@ lint: $(INSTALLED) ## check style, spelling and types
 format: $(INSTALLED) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+check-wheel: ## build the wheel, install it into a clean environment with each extra, train with it
+	@PYTHON=$(PYTHON) scripts/check_wheel.sh
 
 clean: ## remove caches and build leftovers (runs/ and .venv/ stay)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

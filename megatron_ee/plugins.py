@@ -4,29 +4,29 @@ A file defines any of these module-level dictionaries, from name to part:
 
   EXIT_MEASURES          confidence of an exit: logits_V -> [0, 1]             inference.exit.measure
   PIPELINE_SCHEDULES     a stage's F and B actions: (Pipeline, stage) -> list  parallel.schedule
-  OPTIMIZER_BACKENDS     (stage, config, mesh, layouts) -> OptimizerBackend    optimizer.backend
+  OPTIMIZER_BACKENDS     (stage, config, mesh, gradients) -> OptimizerBackend    optimizer.backend
   LEARNING_RATE_DECAYS   (config, step, num_steps) -> share of the peak rate   optimizer.lr_decay
 
 Files are code: they are run only where the user names them, never because a checkpoint's config does.
 """
 
 import importlib.util
+import os.path
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from megatron_ee.errors import UserError
+from megatron_ee.errors import FieldError, did_you_mean
 
 Part = TypeVar("Part")
 
 _KINDS = ("EXIT_MEASURES", "PIPELINE_SCHEDULES", "OPTIMIZER_BACKENDS", "LEARNING_RATE_DECAYS")
 
 
-class PluginError(UserError):
-    """A plug-in cannot be loaded, or a name is neither built in nor a plug-in's."""
+class PluginError(FieldError):
+    """A plug-in cannot be used, or a name is neither built in nor a plug-in's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +56,28 @@ def choose(field: str, name: str, built_in: Mapping[str, Part], added: Mapping[s
         PluginError: neither has it, or a plug-in takes a built-in's name.
     """
     if clash := sorted(built_in.keys() & added.keys()):
-        raise PluginError(f"plugins: {clash[0]!r} is built in ({field}); choose another name")
+        raise PluginError("plugins", f"{clash[0]!r} is built in ({field}); choose another name")
     parts = {**built_in, **added}
     if name not in parts:
-        nearest = get_close_matches(name, parts, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise PluginError(f"{field}: {name!r} must be one of {', '.join(map(repr, parts))}{hint}")
+        names = ", ".join(map(repr, parts))
+        raise PluginError(field, f"{name!r} must be one of {names}{did_you_mean(name, parts)}")
     return parts[name]
 
 
 def _run(file: Path) -> ModuleType:
-    if not file.is_file():
-        raise PluginError(f"plugins: {file} is not a file")
+    if not os.path.isfile(file):  # unlike pathlib's, false for what cannot be a path
+        raise PluginError("plugins", f"{file} is not a file")
     spec = importlib.util.spec_from_file_location(f"megatron_ee_plugin_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise PluginError(f"plugins: {file} is no Python file")
+        raise PluginError("plugins", f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's code raises
-        raise PluginError(f"plugins: {file} fails: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise PluginError("plugins", f"{file} fails: {type(error).__name__}: {reason}") from error
     if not any(isinstance(getattr(module, kind, None), Mapping) for kind in _KINDS):
-        raise PluginError(f"plugins: {file} defines none of {', '.join(_KINDS)}")
+        raise PluginError("plugins", f"{file} defines none of {', '.join(_KINDS)}")
     return module
 
 
@@ -86,6 +86,6 @@ def _collect(modules: Sequence[ModuleType], kind: str) -> dict[str, Callable[...
     for module in modules:
         for name, part in getattr(module, kind, {}).items():
             if name in parts:
-                raise PluginError(f"plugins: {kind} {name!r} is defined twice, again in {module.__file__}")
+                raise PluginError("plugins", f"{kind} {name!r} is defined twice, again in {module.__file__}")
             parts[name] = part
     return parts

@@ -2,9 +2,9 @@
 # Train on one node or many:  scripts/train.sh CONFIG [key.path=value ...]
 #
 # The config says what to train. These environment variables say where, and nothing else:
-#   NPROC_PER_NODE  processes on this node. Default: as many as parallel.pipeline x parallel.data asks for; where
-#                   data is auto, one for each GPU; without enough GPUs for one pipeline, one for each of its stages
-#                   (`device: auto` then takes the CPU)
+#   NPROC_PER_NODE  processes on this node. Default: as many as parallel.tensor x pipeline x data asks for; where
+#                   data is auto, one for each GPU; without enough GPUs for one copy of the model, as many as that
+#                   takes (`device: auto` then takes the CPU)
 #   NNODES          nodes (1)
 #   NODE_RANK       this node's number, from 0. Optional: node 0 hosts the rendezvous. Without it, the node whose
 #                   address MASTER_ADDR is does
@@ -46,24 +46,27 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 # A wrong config is one message here; from inside torchrun it would be a page.
 config=$("$PYTHON" -m megatron_ee.config "$@") || exit
-read -r name device pipeline data < <("$PYTHON" -c '
+read -r name device copy data < <("$PYTHON" -c '
 import sys, yaml
 config = yaml.safe_load(sys.stdin)
-print(config["name"], config["device"], config["parallel"]["pipeline"], config["parallel"]["data"])' <<<"$config")
+parallel = config["parallel"]
+print(config["name"], config["device"], parallel["tensor"] * parallel["pipeline"], parallel["data"])' <<<"$config")
 
 default_nproc() {
   local gpus=0 wanted
   if [[ $data != auto ]]; then
-    echo $(((pipeline * data + nnodes - 1) / nnodes))
+    echo $(((copy * data + nnodes - 1) / nnodes))
     return
   fi
   if [[ $device != cpu ]]; then
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
   fi
-  wanted=$(((pipeline + nnodes - 1) / nnodes))
+  wanted=$(((copy + nnodes - 1) / nnodes))
   echo $((gpus > wanted ? gpus : wanted))
 }
 nproc=${NPROC_PER_NODE:-$(default_nproc)}
+[[ $nproc =~ ^[1-9][0-9]*$ ]] || fail "NPROC_PER_NODE: $nproc is not a number of processes"
+"$PYTHON" -m megatron_ee.config --world-size $((nproc * nnodes)) "$@" >/dev/null || exit
 
 launch=(--nproc-per-node "$nproc" --nnodes "$nnodes")
 if ((nnodes == 1)); then

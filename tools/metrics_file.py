@@ -34,8 +34,8 @@ class Metrics(NamedTuple):
 def read_metrics(run: Path) -> Metrics:
     """The losses of a run.
 
-    A resumed run may repeat iterations: the later line holds. A last line without its end is still being written,
-    and is left out.
+    Each iteration is there once: a run that is resumed sets aside what it does again. A last line without its end is
+    still being written, and is left out.
 
     Raises:
         MetricsError: there is no such file, it is empty, or a line of it is not a record.

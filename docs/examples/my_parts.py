@@ -44,6 +44,10 @@ class Sgd:
         self._parameters, self._gradients = list(stage.parameters()), gradients
         self._clip = config.clip_grad_norm or float("inf")
 
+    @property
+    def loss_scale(self) -> float:
+        return 1.0  # fp32 and bf16 need none
+
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
         norm = self._gradients.norm()

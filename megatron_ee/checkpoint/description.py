@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError
-from megatron_ee.config import ExitsConfig, ModelConfig
+from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,14 @@ class Description:
     """The model in a checkpoint.
 
     Attributes:
+        precision: of the parameters: fp32, bf16 or fp16.
         tokenizer: its name, which says what it is and not where; its files, if it has any, lie beside format.json.
         files: SHA-256 of every other file of the folder; what other files are bound to is the hash over these.
     """
 
     model: ModelConfig
     exits: ExitsConfig
+    precision: Precision
     tokenizer: str
     vocab_size: int
     progress: Progress
@@ -50,6 +52,7 @@ def write_description(folder: Path, description: Description) -> None:
         "version": VERSION,
         "model": description.model.model_dump(mode="json"),
         "exits": description.exits.model_dump(mode="json"),
+        "precision": description.precision,
         "tokenizer": description.tokenizer,
         "vocab_size": description.vocab_size,
         "iteration": description.progress.iteration,
@@ -78,6 +81,7 @@ def read_description(folder: Path) -> Description:
         return Description(
             model=ModelConfig.model_validate(content["model"]),
             exits=ExitsConfig.model_validate(content["exits"]),
+            precision=_precision(content["precision"]),
             tokenizer=content["tokenizer"],
             vocab_size=content["vocab_size"],
             progress=Progress(content["iteration"], content["consumed_samples"]),
@@ -87,3 +91,9 @@ def read_description(folder: Path) -> Description:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
+
+
+def _precision(name: Any) -> Precision:
+    if name not in get_args(Precision):
+        raise ValueError(f"precision {name!r}")
+    return name

@@ -1,6 +1,5 @@
 """Where checkpoints are: RUN/checkpoints/step_00001000/, and `latest`, a link to the newest whole one."""
 
-import os
 from pathlib import Path
 
 from megatron_ee.errors import UserError
@@ -49,8 +48,8 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def link_latest(folder: Path) -> None:
-    """Point `latest` at a step folder, in one step."""
-    aside = folder.parent / f".latest.{os.getpid()}"
-    aside.unlink(missing_ok=True)
+    """Point `latest` at a step folder, in one step. Only one process of a run does it."""
+    aside = folder.parent / ".latest"
+    aside.unlink(missing_ok=True)  # a killed one's
     aside.symlink_to(folder.name)
     aside.replace(folder.parent / "latest")

@@ -95,6 +95,7 @@ def _shape(description: Description) -> dict[str, object]:
     """What decides the parameters' names and shapes, and how the layers compute."""
     model = {f"model.{name}": value for name, value in description.model if name not in ("init_std", "vocab_size")}
     exits = {"exits.layers": description.exits.layers, "exits.projection": description.exits.projection}
+    model["training.precision"] = description.precision
     return {**model, **exits, "tokenizer": description.tokenizer, "vocab_size": description.vocab_size}
 
 

@@ -1,7 +1,7 @@
 """What a run is: one typed, frozen tree, read from strict YAML. Imports nothing of ours."""
 
 from megatron_ee.config.errors import ConfigError
-from megatron_ee.config.loader import load_config, to_yaml
+from megatron_ee.config.loader import load_config, open_config, to_yaml
 from megatron_ee.config.schema import (
     BlendEntry,
     CheckpointConfig,
@@ -14,6 +14,7 @@ from megatron_ee.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    Precision,
     ServingConfig,
     StagePlacement,
     TrainingConfig,
@@ -34,11 +35,13 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Precision",
     "ServingConfig",
     "StagePlacement",
     "TrainingConfig",
     "WandbConfig",
     "WeightScheduleConfig",
     "load_config",
+    "open_config",
     "to_yaml",
 ]

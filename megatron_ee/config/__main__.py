@@ -9,11 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_ee.config import Config, load_config, to_yaml
-from megatron_ee.errors import UserError
+from megatron_ee.config import Config, ParallelConfig, open_config, to_yaml
+from megatron_ee.config.checks import BUILT_IN
+from megatron_ee.errors import FieldError, UserError
 from megatron_ee.model.vocabulary import resolve_vocab_size
 from megatron_ee.parallel.estimate import describe, estimate
-from megatron_ee.parallel.world import count_microbatches, data_parallel_size
+from megatron_ee.parallel.world import check_world
 from megatron_ee.tokenizer import open_tokenizer
 
 
@@ -27,15 +28,15 @@ def main() -> int:
     parser.add_argument("--world-size", type=_positive, metavar="N", help="check it for N processes")
     parser.add_argument("--estimate", action="store_true", help="print parameters, memory and placement")
     parser.add_argument("--schema", nargs="?", const="-", metavar="FILE", help="write the JSON schema instead")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if (arguments.config is None) == (arguments.schema is None):
         parser.error("give either a config file or --schema")
     try:
         if arguments.config is None:
             _write(_schema(), arguments.schema)
         else:
-            config = load_config(arguments.config, arguments.overrides)
-            sys.stdout.write(_look_at(config, arguments.world_size, wants_estimate=arguments.estimate))
+            with open_config(arguments.config, arguments.overrides) as config:
+                sys.stdout.write(_look_at(config, arguments.world_size, wants_estimate=arguments.estimate))
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -44,13 +45,25 @@ def main() -> int:
 
 def _look_at(config: Config, world_size: int | None, *, wants_estimate: bool) -> str:
     if world_size is not None:
-        data_size = data_parallel_size(config.parallel, world_size)
-        count_microbatches(config.training.global_batch_size, config.training.micro_batch_size, data_size)
+        check_world(config, world_size)
     if not wants_estimate:
         return to_yaml(config)
+    _check_schedule(config.parallel.schedule)
     vocab_size = resolve_vocab_size(config.model, open_tokenizer(config.data.tokenizer))
-    fewest = config.parallel.pipeline * (1 if config.parallel.data == "auto" else config.parallel.data)
-    return describe(estimate(config, world_size or fewest, vocab_size), config.model.num_layers)
+    return describe(
+        estimate(config, world_size or _fewest_processes(config.parallel), vocab_size), config.model.num_layers
+    )
+
+
+def _check_schedule(schedule: str) -> None:
+    """What a plug-in's schedule keeps in memory is known to it alone, and looking at a config runs no plug-in."""
+    built_in = BUILT_IN["parallel.schedule"]
+    if schedule not in built_in:
+        raise FieldError("parallel.schedule", f"--estimate knows {', '.join(built_in)}, not the plug-in's {schedule!r}")
+
+
+def _fewest_processes(parallel: ParallelConfig) -> int:
+    return parallel.tensor * parallel.pipeline * (1 if parallel.data == "auto" else parallel.data)
 
 
 def _positive(text: str) -> int:

@@ -1,9 +1,10 @@
 """Rules between fields: each is a generator of (path, message) pairs."""
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
+
+from megatron_ee.errors import did_you_mean
 
 if TYPE_CHECKING:
     from megatron_ee.config.schema import Config
@@ -12,7 +13,7 @@ Problems = Iterator[tuple[str, str]]
 
 # Names that need no plug-in, by the field that chooses among them.
 BUILT_IN: Mapping[str, tuple[str, ...]] = {
-    "parallel.schedule": ("1f1b", "gpipe"),
+    "parallel.schedule": ("1f1b", "gpipe", "interleaved"),
     "optimizer.backend": ("megatron",),
     "optimizer.lr_decay": ("cosine", "linear", "wsd", "constant"),
     "inference.exit.measure": ("max_probability",),
@@ -30,6 +31,8 @@ class InvalidFieldsError(ValueError):
 def problems_of(config: "Config") -> Problems:
     """All that is wrong between the fields of a config whose fields are right by themselves."""
     yield from _exit_problems(config)
+    yield from _split_problems(config)
+    yield from _schedule_problems(config)
     yield from _layout_problems(config)
     yield from _training_problems(config)
     yield from _name_problems(config)
@@ -37,46 +40,93 @@ def problems_of(config: "Config") -> Problems:
 
 def _exit_problems(config: "Config") -> Problems:
     num_layers, exits = config.model.num_layers, config.exits.layers
-    for layer in exits:
+    for number, layer in enumerate(exits):
         if layer >= num_layers:
-            yield (
-                "exits.layers",
-                f"{layer} must be below num_layers = {num_layers}: the last layer's exit is built in",
-            )
+            why = ": the last layer's exit is built in" if layer == num_layers else ""
+            yield f"exits.layers.{number}", f"{layer} must be below num_layers = {num_layers}{why}"
     params = config.inference.exit
-    for field, layers in (("exits", params.exits or ()), ("thresholds", params.thresholds)):
-        for layer in layers:
-            if layer not in exits:
-                yield f"inference.exit.{field}", f"there is no exit after layer {layer}, only after {list(exits)}"
+    named = [(f"exits.{number}", layer) for number, layer in enumerate(params.exits or ())]
+    named += [(f"thresholds.{layer}", layer) for layer in params.thresholds]
+    for field, layer in named:
+        if layer not in exits:
+            others = f", only after {list(exits)}" if exits else ": exits.layers is empty"
+            yield f"inference.exit.{field}", f"there is no exit after layer {layer}{others}"
+
+
+def _split_problems(config: "Config") -> Problems:
+    model, ranks = config.model, config.parallel.tensor
+    sizes = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_hidden_size}
+    if model.num_key_value_heads != model.num_attention_heads:
+        sizes["num_key_value_heads"] = model.num_key_value_heads
+    if model.vocab_size != "auto":
+        sizes["vocab_size"] = model.vocab_size
+    wrong = {name: size for name, size in sizes.items() if size % ranks}
+    for name, size in wrong.items():
+        yield f"model.{name}", f"{size} doesn't divide over parallel.tensor = {ranks} ranks"
+    if not wrong and model.vocab_size == "auto" and 64 % ranks:
+        yield "model.vocab_size", f"auto, a multiple of 64, may not divide over parallel.tensor = {ranks} ranks: set it"
+    if config.parallel.sequence and ranks == 1:
+        yield "parallel.sequence", "true needs parallel.tensor of at least 2, not 1"
+    if config.parallel.sequence and config.data.sequence_length % ranks:
+        length = config.data.sequence_length
+        yield "data.sequence_length", f"{length} doesn't divide over parallel.tensor = {ranks} ranks"
+
+
+def _schedule_problems(config: "Config") -> Problems:
+    parallel = config.parallel
+    if parallel.schedule == "interleaved" and (parallel.chunks < 2 or parallel.pipeline < 2):
+        yield (
+            "parallel.schedule",
+            f"interleaved needs pipeline and chunks of at least 2, not {parallel.pipeline} and {parallel.chunks}",
+        )
+    if parallel.chunks > 1 and parallel.schedule in ("1f1b", "gpipe"):
+        yield "parallel.chunks", f"{parallel.chunks} chunks need schedule interleaved, not {parallel.schedule}"
 
 
 def _layout_problems(config: "Config") -> Problems:
-    num_layers, pipeline, layout = config.model.num_layers, config.parallel.pipeline, config.parallel.layout
+    num_layers, parallel, layout = config.model.num_layers, config.parallel, config.parallel.layout
+    parts = parallel.pipeline * parallel.chunks
     if layout == "auto":
-        if num_layers < pipeline:
-            yield "parallel.pipeline", f"{pipeline} stages for {num_layers} layers"
+        if num_layers < parts:
+            field = "chunks" if parallel.chunks > 1 else "pipeline"
+            yield f"parallel.{field}", f"{_count_parts(config)} need at least {parts} layers, not {num_layers}"
         return
-    if len(layout) != pipeline:
-        yield "parallel.layout", f"{len(layout)} stages, but parallel.pipeline is {pipeline}"
+    if len(layout) != parts:
+        yield "parallel.layout", f"needs an entry for each of {_count_parts(config)}, not {len(layout)}"
     stops = list(accumulate(stage.layers for stage in layout))
     if not stops or stops[-1] != num_layers:
-        yield "parallel.layout", f"places {sum(stage.layers for stage in layout)} layers of {num_layers}"
-    for stage, (border, (left, right)) in enumerate(zip(stops, pairwise(layout), strict=False)):
+        total = sum(stage.layers for stage in layout)
+        yield "parallel.layout", f"its layers add up to {total}, not to num_layers = {num_layers}"
+    for number, (border, (left, right)) in enumerate(zip(stops, pairwise(layout), strict=False)):
         if border in config.exits.layers and left.exits_at_end == right.exits_at_start:
             whose = "both" if left.exits_at_end else "neither"
             yield (
                 "parallel.layout",
-                f"exit {border} is on the border of stages {stage} and {stage + 1} and is given to {whose}: set either "
-                f"exits_at_end of the first or exits_at_start of the second, and not both",
+                f"exit {border} is on the border of entries {number} and {number + 1} and is given to {whose}: set "
+                f"either exits_at_end of the first or exits_at_start of the second, and not both",
             )
 
 
+def _count_parts(config: "Config") -> str:
+    stages, chunks = config.parallel.pipeline, config.parallel.chunks
+    return f"{stages} stage{'s' * (stages > 1)}" + (f" x {chunks} chunks" if chunks > 1 else "")
+
+
 def _training_problems(config: "Config") -> Problems:
-    if config.training.global_batch_size % config.training.micro_batch_size:
-        size = config.training.micro_batch_size
-        yield "training.global_batch_size", f"must be a multiple of micro_batch_size = {size}"
+    batch, micro_batch = config.training.global_batch_size, config.training.micro_batch_size
+    ranks, stages = 1 if config.parallel.data == "auto" else config.parallel.data, config.parallel.pipeline
+    num_microbatches, left_over = divmod(batch, micro_batch * ranks)
+    if left_over:
+        across = f" x parallel.data = {micro_batch} x {ranks}" if ranks > 1 else f" = {micro_batch}"
+        yield "training.global_batch_size", f"{batch} must be a multiple of micro_batch_size{across}"
+    elif config.parallel.schedule == "interleaved" and num_microbatches % stages:
+        yield (
+            "training.global_batch_size",
+            f"makes {num_microbatches} micro-batches a step, but schedule interleaved needs a multiple of the "
+            f"{stages} stages",
+        )
     if config.optimizer.min_lr > config.optimizer.lr:
-        yield "optimizer.min_lr", f"{config.optimizer.min_lr} is above lr = {config.optimizer.lr}"
+        yield "optimizer.min_lr", f"{config.optimizer.min_lr} must be at most lr = {config.optimizer.lr}"
     if config.optimizer.lr_decay == "wsd":
         iters = config.optimizer.lr_warmup_iters + config.optimizer.lr_cooldown_iters
         if not config.optimizer.lr_cooldown_iters > 0 or iters > config.training.train_iters:
@@ -98,7 +148,6 @@ def _name_problems(config: "Config") -> Problems:
         "inference.exit.measure": config.inference.exit.measure,
     }
     for path, name in chosen.items():
-        if name not in BUILT_IN[path]:
-            nearest = get_close_matches(name, BUILT_IN[path], n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            yield path, f"{name!r} must be {' or '.join(map(repr, BUILT_IN[path]))}, or named by one of `plugins`{hint}"
+        names = BUILT_IN[path]
+        if name not in names:
+            yield path, f"{name!r} must be {', '.join(map(repr, names))} or a plug-in's{did_you_mean(name, names)}"

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from megatron_ee.config.errors import ConfigError
+from megatron_ee.config.errors import ConfigError, Place, Problem
 
 KeyPath = tuple[str | int, ...]
-PlaceOf = Callable[[int, int], str]
+PlaceOf = Callable[[int, int], Place]
 
 _TAG = "tag:yaml.org,2002:"
 _INT = re.compile(r"[-+]?(?:0|[1-9](?:_?[0-9]){0,19})\Z")
@@ -26,8 +26,8 @@ class Tree:
     """Nested dicts, lists and scalars; where each key and list item was written; what was wrong with the writing."""
 
     values: Any
-    places: dict[KeyPath, str]
-    problems: tuple[str, ...] = ()
+    places: dict[KeyPath, Place]
+    problems: tuple[Problem, ...] = ()
 
     def merged_with(self, child: "Tree") -> "Tree":
         """Lay `child` over this tree: mappings merge, everything else is replaced."""
@@ -43,7 +43,7 @@ class Tree:
 def parse(text: str, place_of: PlaceOf, *, at: KeyPath = ()) -> Tree:
     """Read one YAML document, which stands at the key path `at`; empty text is null.
 
-    `place_of` turns a line and a column, counted from 1, into the words that a problem there begins with.
+    `place_of` turns a line and a column, counted from 1, into the place that a problem there begins with.
     Raises ConfigError where the text is not YAML; problems that leave the rest readable are listed in the tree.
     """
     reader = _Reader(place_of)
@@ -52,13 +52,13 @@ def parse(text: str, place_of: PlaceOf, *, at: KeyPath = ()) -> Tree:
         reader.places[at] = reader.place(root) if root else place_of(1, 1)
         values = reader.read(root, at) if root else None
     except RecursionError:
-        raise ConfigError([f"{place_of(1, 1)}: nested too deeply"]) from None
+        raise ConfigError([Problem(place_of(1, 1), "nested too deeply")]) from None
     return Tree(values, reader.places, tuple(reader.problems))
 
 
-def parse_key(text: str) -> str | int:
-    """A key as `parse` would read it: a whole number where it looks like one."""
-    return int(text) if _INT.match(text) else text
+def parse_path(text: str) -> KeyPath:
+    """The keys of `exits.layers.0`, each as `parse` would read it: a whole number where it looks like one."""
+    return tuple(int(key) if _INT.match(key) else key for key in text.split("."))
 
 
 def to_text(values: Any) -> str:
@@ -79,7 +79,7 @@ def _compose(text: str, place_of: PlaceOf) -> yaml.Node | None:
         reason = f"the character {chr(error.character)!r} is not allowed"
     except (ValueError, OverflowError) as error:  # PyYAML lets them out for an escape such as "\UFFFFFFFF"
         place, reason = place_of(1, 1), str(error)
-    raise ConfigError([f"{place}: {' '.join(reason.split())}"])
+    raise ConfigError([Problem(place, " ".join(reason.split()))])
 
 
 def _merge(parent: Any, child: Any) -> Any:
@@ -102,10 +102,10 @@ class _Reader:
 
     def __init__(self, place_of: PlaceOf) -> None:
         self._place_of = place_of
-        self.places: dict[KeyPath, str] = {}
-        self.problems: list[str] = []
+        self.places: dict[KeyPath, Place] = {}
+        self.problems: list[Problem] = []
 
-    def place(self, node: yaml.Node) -> str:
+    def place(self, node: yaml.Node) -> Place:
         return self._place_of(node.start_mark.line + 1, node.start_mark.column + 1)
 
     def read(self, node: yaml.Node, path: KeyPath) -> Any:
@@ -120,10 +120,10 @@ class _Reader:
         for key_node, value_node in node.value:
             key, place = _scalar(key_node), self.place(key_node)
             if isinstance(key, bool) or not isinstance(key, str | int):
-                self.problems.append(f"{place}: a key must be a name or a whole number")
+                self.problems.append(Problem(place, "a key must be a name or a whole number"))
             elif key in values:
                 first = self.places[(*path, key)]
-                self.problems.append(f"{place}: {dotted((*path, key))}: given twice, first at {first}")
+                self.problems.append(Problem(place, f"{dotted((*path, key))}: given twice, first at {first}"))
             else:
                 self.places[(*path, key)] = place
                 values[key] = self.read(value_node, (*path, key))

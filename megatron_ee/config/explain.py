@@ -5,7 +5,6 @@ tuples and models. Walking the schema along a location tells the fields from the
 """
 
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -13,8 +12,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_ee.config.checks import InvalidFieldsError
-from megatron_ee.config.dialect import KeyPath, dotted
+from megatron_ee.config.dialect import KeyPath, dotted, parse_path
+from megatron_ee.config.errors import Place, Problem
 from megatron_ee.config.schema import Config, Section
+from megatron_ee.errors import did_you_mean, nearest_name
 
 
 class Choice(NamedTuple):
@@ -24,24 +25,45 @@ class Choice(NamedTuple):
     limits: tuple[Any, ...] = ()
 
 
-class Problem(NamedTuple):
-    """What is wrong at a path; `of_union` when the field takes several kinds of value."""
+class Finding(NamedTuple):
+    """What is wrong at a path.
+
+    Attributes:
+        of_union: the field takes several kinds of value.
+        is_missing: nothing is written there.
+        meant: where it was probably meant to be written.
+    """
 
     path: KeyPath
     message: str
     of_union: bool = False
+    is_missing: bool = False
+    meant: KeyPath | None = None
 
 
-def explain(error: ValidationError, places: dict[KeyPath, str]) -> list[str]:
+def explain(error: ValidationError, places: dict[KeyPath, Place]) -> list[Problem]:
     """One line per wrong field of a Config: its place, its name, and what is allowed."""
-    problems = [problem for details in error.errors(include_url=False) for problem in _problems(details)]
-    lines = [
-        f"{_nearest_place(problem.path, places)}: {dotted(problem.path)}: {problem.message}"
-        for problem in problems
-        # A list that is wrong inside is no 'auto' either; only the inside is worth a line.
-        if not (problem.of_union and any(_is_inside(other.path, problem.path) for other in problems))
+    findings = [finding for details in error.errors(include_url=False) for finding in _findings(details)]
+    mistyped = {finding.meant for finding in findings}
+    problems = [
+        Problem(nearest_place(finding.path, places), f"{dotted(finding.path)}: {finding.message}")
+        for finding in findings
+        # A list that is wrong inside is no 'auto' either, and what is mistyped is missing: one line for one mistake.
+        if not (finding.of_union and any(_is_inside(other.path, finding.path) for other in findings))
+        and not (finding.is_missing and finding.path in mistyped)
     ]
-    return list(dict.fromkeys(lines))  # each branch of a union reported its own error
+    return list(dict.fromkeys(problems))  # each branch of a union reported its own error
+
+
+def nearest_place(path: KeyPath, places: dict[KeyPath, Place]) -> Place:
+    """The place of the path, or of the innermost section around it that was written at all."""
+    return next(places[path[:length]] for length in range(len(path), -1, -1) if path[:length] in places)
+
+
+def is_field(path: KeyPath) -> bool:
+    """Whether a config holds a value at the path: not a section, nor something else's name."""
+    walked, choices = _walk(path)
+    return walked == path and not all(_is_section(choice.type) for choice in choices)
 
 
 def show(value: Any) -> str:
@@ -58,47 +80,47 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _problems(details: ErrorDetails) -> list[Problem]:
+def _findings(details: ErrorDetails) -> list[Finding]:
     kind, loc, value = details["type"], details["loc"], details["input"]
     path, choices = _walk(loc)
     match kind:
         case "default_factory_not_called":
             return []  # another field is wrong, and has its own line
         case "extra_forbidden" | "invalid_key":
-            section, owners = _walk(loc[:-1])
-            return [Problem((*section, loc[-1]), f"unknown key{_nearest_name(loc[-1], owners)}")]
+            return [_unknown_key(loc)]
         case "missing" if isinstance(path[-1], str):
-            return [Problem(path, "required, but missing")]
+            return [Finding(path, "required, but missing", is_missing=True)]
         case "missing":  # the list is too short
             path, choices = _walk(path[:-1])
         case "value_error":
             return _between_fields(path, details["ctx"]["error"])
         case "finite_number":
-            return [Problem(path, f"{show(value)} is not a finite number")]
+            return [Finding(path, f"{show(value)} is not a finite number")]
     subject = show(value)
     if loc[-1] == "[key]":
         subject = f"the key {subject}"
         (path, _), (_, choices) = _walk(loc[:-1]), _walk((*loc[:-2], "[key]"))
     if kind.endswith("_type") and len(choices) == 1:
-        return [Problem(path, f"{subject} is not {_words(choices[0]._replace(limits=()))}")]
-    return [Problem(path, f"{subject} must be {_either(map(_words, choices))}", of_union=len(choices) > 1)]
+        return [Finding(path, f"{subject} is not {_words(choices[0]._replace(limits=()))}")]
+    names = [name for choice in choices if get_origin(choice.type) is Literal for name in get_args(choice.type)]
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    return [Finding(path, f"{subject} must be {_either(map(_words, choices))}{hint}", of_union=len(choices) > 1)]
 
 
-def _between_fields(section: KeyPath, error: ValueError) -> list[Problem]:
+def _between_fields(section: KeyPath, error: ValueError) -> list[Finding]:
     if isinstance(error, InvalidFieldsError):
-        return [Problem((*section, *path.split(".")), message) for path, message in error.problems]
-    return [Problem(section, str(error))]
+        return [Finding((*section, *parse_path(path)), message) for path, message in error.problems]
+    return [Finding(section, str(error))]
 
 
-def _nearest_name(key: str | int, owners: list[Choice]) -> str:
-    names = [name for owner in owners for name in owner.type.model_fields]
-    nearest = get_close_matches(str(key), names, n=1)
-    return f", did you mean {nearest[0]!r}?" if nearest else ""
-
-
-def _nearest_place(path: KeyPath, places: dict[KeyPath, str]) -> str:
-    """The place of the path, or of the innermost section around it that was written at all."""
-    return next(places[path[:length]] for length in range(len(path), -1, -1) if path[:length] in places)
+def _unknown_key(loc: KeyPath) -> Finding:
+    section, owners = _walk(loc[:-1])
+    path = (*section, loc[-1])
+    names = [name for owner in owners if _is_section(owner.type) for name in owner.type.model_fields]
+    nearest = nearest_name(str(loc[-1]), names)
+    if nearest is None:
+        return Finding(path, "unknown key")
+    return Finding(path, f"unknown key, did you mean {nearest!r}?", meant=(*section, nearest))
 
 
 def _is_inside(path: KeyPath, other: KeyPath) -> bool:
@@ -115,8 +137,12 @@ def _walk(loc: KeyPath) -> tuple[KeyPath, list[Choice]]:
     return path, choices
 
 
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
 def _inside(kind: Any, key: str | int) -> list[Choice]:
-    if isinstance(kind, type) and issubclass(kind, Section):
+    if _is_section(kind):
         field = kind.model_fields.get(str(key))
         return list(_choices(field.annotation, *field.metadata)) if field else []
     if get_origin(kind) is dict:
@@ -144,14 +170,15 @@ def _words(choice: Choice) -> str:
     limits = {
         name: limit
         for item in choice.limits
-        for name in ("gt", "ge", "lt", "le", "pattern")
+        for name in ("gt", "ge", "lt", "le", "pattern", "min_length")
         if (limit := getattr(item, name, None)) is not None
     }
     origin, arguments = get_origin(choice.type), get_args(choice.type)
     if origin is Literal:
         return _either(map(show, arguments))
     if origin is tuple:
-        return "a list" if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
+        any_length = "a non-empty list" if limits else "a list"
+        return any_length if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
     if choice.type in (int, float):
         return _number_words({int: "integer", float: "number"}[choice.type], limits)
     plain = {str: "a string", bool: "true or false", NoneType: "null"}.get(choice.type, "a mapping")

@@ -1,14 +1,16 @@
 """Reads a run's YAML: one file, at most one base file under it, and `key.path=value` overrides on top."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from megatron_ee.config.dialect import Tree, dotted, parse, parse_key, to_text
-from megatron_ee.config.errors import ConfigError
-from megatron_ee.config.explain import explain, show
+from megatron_ee.config.dialect import KeyPath, Tree, dotted, parse, parse_path, to_text
+from megatron_ee.config.errors import ConfigError, Place, Problem
+from megatron_ee.config.explain import explain, is_field, nearest_place, show
 from megatron_ee.config.schema import Config
+from megatron_ee.errors import FieldError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -16,27 +18,53 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     `base: other.yaml` in the file names a parent, relative to it, whose values hold where the file says nothing.
     Each override `key.path=value` is YAML on its right side and is laid over the file like a child over its base.
-    Raises ConfigError with every problem, one line each.
+    Raises ConfigError with every problem, one line each: the file's in its order, its base's, the overrides'.
     """
-    tree, problems = _read_with_base(Path(path)), []
-    for override in overrides:
-        try:
-            tree = tree.merged_with(_parse_override(override, tree))
-        except ConfigError as error:
-            problems += error.problems
-    problems += tree.problems
+    return _load(Path(path), overrides)[0]
+
+
+@contextmanager
+def open_config(path: str | Path, overrides: Sequence[str] = ()) -> Iterator[Config]:
+    """`load_config`, for entry points: what a config does not fit is found out only where it is used.
+
+    A FieldError out of the `with` block becomes a ConfigError with the place of that field, like any other.
+    """
+    config, places = _load(Path(path), overrides)
     try:
-        config = Config.model_validate(tree.values)
-    except ValidationError as error:
-        raise ConfigError([*problems, *explain(error, tree.places)]) from None
-    if problems:
-        raise ConfigError(problems)
-    return config
+        yield config
+    except FieldError as error:
+        field = parse_path(error.field)
+        if not is_field(field):
+            raise
+        raise ConfigError([Problem(nearest_place(field, places), str(error))]) from error
 
 
 def to_yaml(config: Config) -> str:
     """The resolved tree in the schema's order; `load_config` reads it back to an equal Config."""
     return to_text(config.model_dump())
+
+
+def _load(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[KeyPath, Place]]:
+    tree, not_read = _read_with_base(path), []
+    for override in overrides:
+        try:
+            tree = tree.merged_with(_parse_override(override, tree))
+        except ConfigError as error:
+            not_read += error.problems
+    problems = list(tree.problems)
+    config = None
+    try:
+        config = Config.model_validate(tree.values)
+    except ValidationError as error:
+        problems += explain(error, tree.places)
+    if config is None or problems or not_read:
+        raise ConfigError([*sorted(problems, key=lambda problem: _order(problem.place, path)), *not_read])
+    return config, tree.places
+
+
+def _order(place: Place, path: Path) -> tuple[bool, bool, int, int]:
+    """Sorts places: the file at `path` from its beginning, then its base, then overrides."""
+    return not place.line, place.source != str(path), place.line, place.column
 
 
 def _read_with_base(path: Path) -> Tree:
@@ -62,7 +90,7 @@ def _read(path: Path, *, named_by: str = "") -> Tree:
         raise ConfigError([f"{named_by}{path}: not UTF-8 at byte {error.start}"]) from None
     except ValueError as error:  # a path that no system takes
         raise ConfigError([f"{named_by}{str(path)!r}: {error}"]) from None
-    tree = parse(text, lambda line, column: f"{path}:{line}:{column}")
+    tree = parse(text, lambda line, column: Place(str(path), line, column))
     if tree.values is None:
         raise ConfigError([f"{named_by}{path}: empty, but a config is a mapping"])
     if not isinstance(tree.values, dict):
@@ -72,9 +100,9 @@ def _read(path: Path, *, named_by: str = "") -> Tree:
 
 def _parse_override(override: str, tree: Tree) -> Tree:
     """The override as a tree of its own, to lay over `tree`."""
-    place = f"override {override!r}"
+    place = Place(f"override {override!r}")
     name, equals, text = override.partition("=")
-    path = tuple(parse_key(key) for key in name.split("."))
+    path = parse_path(name)
     if not equals or "" in path:
         raise ConfigError([f"{place}: must look like key.path=value"])
     section = tree.values

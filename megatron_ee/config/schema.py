@@ -32,6 +32,9 @@ Weights = Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_list_as_tuple
 Split = Annotated[tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat], BeforeValidator(_list_as_tuple)]
 
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
 class ModelConfig(Section):
     """A decoder of the Llama family: RMSNorm, rotary positions, SwiGLU, grouped-query attention, untied embedding."""
 
@@ -59,11 +62,16 @@ class ModelConfig(Section):
         problems = []
         if self.num_attention_heads % self.num_key_value_heads:
             problems.append(
-                ("num_key_value_heads", f"{self.num_key_value_heads} must divide the {self.num_attention_heads} heads")
+                (
+                    "num_key_value_heads",
+                    f"{self.num_key_value_heads} must divide num_attention_heads = {self.num_attention_heads}",
+                )
             )
         if "head_dim" not in self.model_fields_set and self.hidden_size % self.num_attention_heads:
             heads = self.num_attention_heads
-            problems.append(("hidden_size", f"{self.hidden_size} doesn't divide over {heads} heads; or set head_dim"))
+            problems.append(
+                ("hidden_size", f"{self.hidden_size} doesn't divide over {heads} heads, nor is head_dim set")
+            )
         if self.head_dim % 2:
             problems.append(("head_dim", f"{self.head_dim} must be even: rotary positions turn pairs of channels"))
         if problems:
@@ -92,12 +100,14 @@ class ExitsConfig(Section):
         if list(self.layers) != sorted(set(self.layers)):
             raise InvalidFieldsError([("layers", f"{list(self.layers)} must ascend, without duplicates")])
         if self.weights and len(self.weights) != len(self.layers):
-            raise InvalidFieldsError([("weights", f"{len(self.weights)} weights for {len(self.layers)} exits")])
+            raise InvalidFieldsError(
+                [("weights", f"{len(self.weights)} weights, but exits.layers has {len(self.layers)}")]
+            )
         return self
 
 
 class StagePlacement(Section):
-    """One pipeline stage of a hand-pinned layout. An exit on a border belongs to exactly one of the two stages."""
+    """One stage, or one chunk of it, of a hand-pinned layout. An exit on a border belongs to one of the two sides."""
 
     layers: PositiveInt
     exits_at_start: bool = Field(False, description="own the exit on the left border")
@@ -107,11 +117,16 @@ class StagePlacement(Section):
 class ParallelConfig(Section):
     """How the model is split over processes and in which order a step's micro-batches run."""
 
-    pipeline: PositiveInt = 1
-    data: PositiveInt | Literal["auto"] = Field("auto", description="auto: world size / pipeline")
-    schedule: str = Field("1f1b", description="1f1b, gpipe, or a plug-in's")
+    tensor: PositiveInt = Field(1, description="ranks that share each matrix")
+    sequence: bool = Field(False, description="between matrices, tensor-parallel ranks share the positions too")
+    pipeline: PositiveInt = Field(1, description="stages")
+    chunks: PositiveInt = Field(1, description="pieces of the model on each stage; above 1 for schedule interleaved")
+    data: PositiveInt | Literal["auto"] = Field("auto", description="auto: world size / (tensor x pipeline)")
+    schedule: str = Field("1f1b", description="1f1b, gpipe, interleaved, or a plug-in's")
     layout: Literal["auto"] | Annotated[tuple[StagePlacement, ...], BeforeValidator(_list_as_tuple)] = Field(
-        "auto", description="auto: equal layers, border exits at the end of a stage; or a list, one entry a stage"
+        "auto",
+        description="auto: equal layers, border exits at the end of a stage; or a list, one entry a stage, those of "
+        "every stage's first chunk before those of the second",
     )
 
 
@@ -141,6 +156,9 @@ class TrainingConfig(Section):
     train_iters: PositiveInt
     global_batch_size: PositiveInt = Field(description="sequences per optimizer step")
     micro_batch_size: PositiveInt
+    precision: Precision = Field(
+        "fp32", description="of parameters and activations; gradients, moments and master weights are fp32"
+    )
     eval_interval: NonNegativeInt = Field(0, description="iterations between validations; 0: only at the end")
     eval_iters: NonNegativeInt = Field(10, description="global batches per validation; 0: no validation")
 
@@ -162,6 +180,9 @@ class OptimizerConfig(Section):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     epsilon: PositiveFloat = 1e-8
     clip_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
+    initial_loss_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        65536.0, description="fp16: halved when gradients overflow again and again, doubled after 1000 steps without"
+    )
 
 
 class CheckpointConfig(Section):
@@ -222,7 +243,7 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     runs: str = Field("runs", description="the folder that holds run folders")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when every local rank has a GPU")
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy takes
     plugins: Names = Field((), description="Python files with policies, schedules and optimizers of one's own")
     model: ModelConfig
     exits: ExitsConfig = ExitsConfig()

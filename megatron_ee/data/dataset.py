@@ -13,6 +13,7 @@ from megatron_ee.data.corpus import corpus_prefix, write_corpus
 from megatron_ee.data.index_cache import index_cache
 from megatron_ee.data.indexed import DatasetError, Index, bin_path, read_index, read_meta
 from megatron_ee.data.loader import SampleSource
+from megatron_ee.errors import FieldError
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.tokenizer import Tokenizer
 
@@ -54,7 +55,7 @@ def open_datasets(
         num_train_samples: default: what the run draws from its beginning to its end.
 
     Raises:
-        DatasetError: no .bin/.idx pair where the config says, one that is damaged or of another tokenizer, or a split
+        FieldError: no .bin/.idx pair where the config says, one that is damaged or of another tokenizer, or a split
             without documents for its samples.
     """
     sources = sources_of(config.data, tokenizer)
@@ -106,7 +107,7 @@ def check_sources(sources: list[Source], config: Config, tokenizer: Tokenizer) -
     """The sources' indices.
 
     Raises:
-        DatasetError: one is missing, damaged, or of another tokenizer.
+        FieldError: one is missing, damaged, or of another tokenizer.
     """
     indices = []
     for source in sources:
@@ -114,7 +115,7 @@ def check_sources(sources: list[Source], config: Config, tokenizer: Tokenizer) -
             index = read_index(source.prefix)
         except DatasetError as error:
             hint = "" if bin_path(source.prefix).exists() else f" ({BUILT_IN} is built in)"
-            raise DatasetError(f"{source.field}: {error}{hint}") from error
+            raise FieldError(source.field, f"{error}{hint}") from error
         _check_tokenizer(source, index, config, tokenizer)
         indices.append(index)
     return indices
@@ -129,17 +130,19 @@ def _check_tokenizer(source: Source, index: Index, config: Config, tokenizer: To
     written_by = read_meta(source.prefix).get("tokenizer")
     if written_by is not None:
         if written_by != tokenizer.name:
-            raise DatasetError(
-                f"{source.field}: {source.prefix} was written with tokenizer {written_by}, "
-                f"but data.tokenizer {config.data.tokenizer} is {tokenizer.name}"
+            raise FieldError(
+                source.field,
+                f"{source.prefix} was written with tokenizer {written_by}, "
+                f"but data.tokenizer {config.data.tokenizer} is {tokenizer.name}",
             )
         return
     limit = tokenizer.vocab_size if config.model.vocab_size == "auto" else config.model.vocab_size
     largest = largest_sampled_token(source.prefix, index)
     if largest >= limit:
-        raise DatasetError(
-            f"{source.field}: {source.prefix} holds token {largest}, beyond a vocabulary of {limit}: "
-            "name the tokenizer that it was written with as data.tokenizer, or set model.vocab_size"
+        raise FieldError(
+            source.field,
+            f"{source.prefix} holds token {largest}, beyond a vocabulary of {limit}: "
+            "name the tokenizer that it was written with as data.tokenizer, or set model.vocab_size",
         )
 
 
@@ -158,8 +161,8 @@ def _check_split(source: Source, index: Index, name: str, bounds: tuple[float, f
     num_documents = len(index.lengths)
     first, stop = (round(bound * num_documents) for bound in bounds or (0, 0))
     if not index.lengths[first:stop].any():
-        raise DatasetError(
-            f"data.split: no documents left for {name}: {source.field} {source.prefix} has {num_documents}"
+        raise FieldError(
+            "data.split", f"no documents left for {name}: {source.field} {source.prefix} has {num_documents}"
         )
 
 

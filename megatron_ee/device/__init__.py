@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 
 from megatron_ee.device.cpu_view import install_cpu_view
-from megatron_ee.errors import UserError
+from megatron_ee.errors import FieldError
 
 __all__ = ["Device", "DeviceError", "choose_device"]
 
 
-class DeviceError(UserError):
+class DeviceError(FieldError):
     """The device that the config asks for is not there."""
 
 
@@ -66,7 +66,7 @@ def choose_device(choice: Literal["auto", "cpu", "cuda"]) -> Device:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = f"{num_ranks} local rank{'s' * (num_ranks != 1)}, {num_gpus} GPU{'s' * (num_gpus != 1)}"
     if choice == "cuda" and num_gpus < num_ranks:
-        raise DeviceError(f"device: cuda needs a GPU for every local rank; found {counts}")
+        raise DeviceError("device", f"cuda needs a GPU for every local rank; found {counts}")
     if choice == "cpu" or num_gpus < num_ranks:
         install_cpu_view()
         return Device(torch.device("cpu"), "gloo", False, f"device: CPU ({choice}: {counts})")

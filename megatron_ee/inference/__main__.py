@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ee.checkpoint.folders import find_checkpoint
-from megatron_ee.config import Config, load_config
+from megatron_ee.config import Config, open_config
 from megatron_ee.device import choose_device
-from megatron_ee.errors import UserError
+from megatron_ee.errors import FieldError, UserError
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.show import DepthPainter, Summary
 from megatron_ee.log import quiet_dependencies
@@ -37,14 +37,14 @@ def main() -> int:
     quiet_dependencies()
     try:
         folder = find_checkpoint(arguments.checkpoint)
-        config = load_config(folder / "config.yaml", arguments.overrides)
-        check_plugins(config, arguments.overrides)
-        device = choose_device(config.device)
-        from megatron_ee.inference.engine import load_engine  # imports megatron-core, which needs a chosen device
+        with open_config(folder / "config.yaml", arguments.overrides) as config:
+            check_plugins(config, arguments.overrides)
+            device = choose_device(config.device)
+            from megatron_ee.inference.engine import load_engine  # imports megatron-core, which needs a chosen device
 
-        engine = load_engine(folder, config, device)
-        run = compare if arguments.compare else show
-        run(engine, config, arguments.prompt)
+            engine = load_engine(folder, config, device)
+            run = compare if arguments.compare else show
+            run(engine, config, arguments.prompt)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -54,11 +54,13 @@ def main() -> int:
 def check_plugins(config: Config, overrides: Sequence[str]) -> None:
     """
     Raises:
-        UserError: the checkpoint's config lists plug-ins. They are code, so the user has to name them.
+        FieldError: the checkpoint's config lists plug-ins. They are code, so the user has to name them.
     """
     if config.plugins and not any(override.startswith("plugins=") for override in overrides):
         names = ", ".join(config.plugins)
-        raise UserError(f"plugins: the run used [{names}], which is code; say what may be run: plugins=[{names}] or []")
+        raise FieldError(
+            "plugins", f"the run used [{names}], which is code; say what may be run: plugins=[{names}] or []"
+        )
 
 
 def show(engine: "Engine", config: Config, prompts: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from megatron_ee.inference.decoder import Decoder
 from megatron_ee.inference.policies import MEASURES, Measure, thresholds_of
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.sampling import sample
+from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.layout import place
 from megatron_ee.parallel.mesh import open_mesh
@@ -76,14 +77,15 @@ def load_engine(folder: Path, config: Config, device: Device) -> Engine:
     """
     description = read_description(folder)
     mesh = open_mesh(ParallelConfig(), device)
-    (layout,) = place(description.model, description.exits, ParallelConfig())
+    (chunks,) = place(description.model, description.exits, ParallelConfig())
     stage = Stage(
         description.model,
         description.exits,
-        layout,
+        chunks,
         vocab_size=description.vocab_size,
         groups=mesh.groups,
         device=device,
+        dtype=DTYPES[description.precision],
     )
     load_stage(folder, stage, mesh)
     stage.eval().requires_grad_(False)

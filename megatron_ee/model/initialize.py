@@ -7,6 +7,8 @@ import hashlib
 import math
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_ee.model.stage import Stage
 
@@ -16,14 +18,18 @@ def initialize(stage: Stage, seed: int) -> None:
     writes to the residual stream (GPT-2)."""
     std = stage.model.init_std
     residual_std = std / math.sqrt(2 * stage.model.num_layers)
+    state = stage.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    apply_factories(state)  # a matrix of two halves, each split over tensor-parallel ranks, becomes two shards
+    shards = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
+    assert sum(shard.data.numel() for shard in shards) == sum(parameter.numel() for parameter in stage.parameters())
     with torch.no_grad():
-        for name, parameter in stage.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
+        for shard in shards:
+            if len(shard.global_shape) == 1:
+                shard.data.fill_(1.0)
             else:
-                writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-                normal = torch.randn(parameter.shape, generator=_generator(seed, name))
-                parameter.copy_(normal * (residual_std if writes_residual else std))
+                writes_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+                whole = torch.randn(shard.global_shape, generator=_generator(seed, shard.key))
+                shard.data.copy_(whole[shard.global_slice()] * (residual_std if writes_residual else std))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

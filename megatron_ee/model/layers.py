@@ -75,7 +75,9 @@ def layer_spec(parts: LayerParts) -> ModuleSpec:
     )
 
 
-def transformer_config(model: ModelConfig, *, dtype: torch.dtype = torch.float32) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, dtype: torch.dtype = torch.float32, *, tensor_size: int = 1, sequence_parallel: bool = False
+) -> TransformerConfig:
     """megatron-core's description of one layer.
 
     It is told nothing of pipeline stages: layers are numbered globally by whoever builds them. Fused kernels are off
@@ -111,6 +113,10 @@ def transformer_config(model: ModelConfig, *, dtype: torch.dtype = torch.float32
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        tensor_model_parallel_size=tensor_size,
+        sequence_parallel=sequence_parallel,
         init_method=leave,
         output_layer_init_method=leave,
         embedding_init_method=leave,

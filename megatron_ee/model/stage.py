@@ -1,8 +1,10 @@
-"""One stage of the model: some of its layers and exits. It does not know how it is split or scheduled.
+"""One stage of the model: some of its layers and exits. It does not know how it is scheduled.
 
-Shapes: S positions, B sequences, H hidden size, V vocabulary.
+Shapes: S positions, B sequences, H hidden size, V vocabulary. With tensor parallelism logits are this rank's share of
+V, and with sequence parallelism hidden states are its share of S.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from megatron_ee.model.attention import KeyValueStore
 from megatron_ee.model.exit_head import ExitHead, make_projection
 from megatron_ee.model.layers import layer_parts, layer_spec, transformer_config
 from megatron_ee.model.rotary import rotary_angles
-from megatron_ee.parallel.layout import StageLayout
+from megatron_ee.parallel.layout import Chunk
 
 
 class Tap(NamedTuple):
@@ -36,56 +38,65 @@ class Stage(MegatronModule):
     `embedding.*`, `layers.7.*`, `exits.6.norm.*`, and `output.*` for the projection that exits share.
 
     Args:
+        chunks: the parts of the model that this stage holds: one, or several where the schedule goes round the stages.
         vocab_size: the resolved size (the model config may say `auto`).
+        groups: megatron-core's process groups; matrices are split over `groups.tp`.
+        sequence_parallel: between matrices, split positions over `groups.tp` too.
     """
 
     def __init__(
         self,
         model: ModelConfig,
         exits: ExitsConfig,
-        layout: StageLayout,
+        chunks: Sequence[Chunk],
         *,
         vocab_size: int,
         groups: ProcessGroupCollection,
         device: Device,
         dtype: torch.dtype = torch.float32,
+        sequence_parallel: bool = False,
     ) -> None:
-        super().__init__(config := transformer_config(model, dtype=dtype))
-        self.layout, self.model = layout, model
+        config = transformer_config(model, dtype, tensor_size=groups.tp.size(), sequence_parallel=sequence_parallel)
+        super().__init__(config)
+        self.chunks, self.model = tuple(chunks), model
         self.tp_group = groups.tp
         parts = layer_parts(device)
-        if layout.has_embedding:
+        if any(chunk.has_embedding for chunk in chunks):
             self.embedding = VocabParallelEmbedding(
-                vocab_size, model.hidden_size, init_method=config.init_method, config=config, tp_group=groups.tp
+                vocab_size,
+                model.hidden_size,
+                init_method=config.init_method,
+                reduce_scatter_embeddings=sequence_parallel,
+                config=config,
+                tp_group=groups.tp,
             )
+        own_layers = [layer for chunk in chunks for layer in range(chunk.start + 1, chunk.stop + 1)]
+        own_exits = [layer for chunk in chunks for layer in chunk.exits]
+        self.has_final_exit = model.num_layers in own_exits
         spec = layer_spec(parts)
         self.layers = torch.nn.ModuleDict(
             {
                 str(layer): build_module(spec, config=config, layer_number=layer, pg_collection=groups)
-                for layer in range(layout.start + 1, layout.stop + 1)
+                for layer in own_layers
             }
         )
         self.output: ColumnParallelLinear | None = None
-        if exits.projection == "shared" and layout.exits:
+        if exits.projection == "shared" and own_exits:
             self.output = make_projection(config, groups, vocab_size)
             # megatron-core counts a parameter's gradient in the norm only where it is not `shared`
             self.output.weight.shared = not self.has_final_exit
             self.output.weight.shared_embedding = True
-        self.exits = torch.nn.ModuleDict(
-            {
-                str(layer): ExitHead(config, parts, groups, vocab_size=vocab_size, shared_projection=self.output)
-                for layer in layout.exits
-            }
-        )
-        self.to(device.torch)
 
-    @property
-    def has_final_exit(self) -> bool:
-        return self.model.num_layers in self.layout.exits
+        def head() -> ExitHead:
+            return ExitHead(config, parts, groups, vocab_size=vocab_size, shared_projection=self.output)
+
+        self.exits = torch.nn.ModuleDict({str(layer): head() for layer in own_exits})
+        self.to(device.torch)
 
     def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """Token ids (int64) to the hidden states x_SBH that enter layer 1."""
-        return self.embedding(tokens_BS).transpose(0, 1).contiguous()
+        embedded = self.embedding(tokens_BS)
+        return embedded if self.config.sequence_parallel else embedded.transpose(0, 1).contiguous()
 
     def run_layers(
         self,
@@ -99,21 +110,21 @@ class Stage(MegatronModule):
         """Run layers `start + 1` to `stop`: the one forward path of training, evaluation and decoding.
 
         Args:
-            positions: int64 [S], or [S, B] where sequences are at different positions.
+            positions: int64 [S] of all positions, or [S, B] where sequences are at different ones.
             start: number of layers that x has been through.
             store: past keys and values, for decoding; None: causal attention within x.
 
         Returns:
-            The output [S, B, H], and the hidden state at each exit passed. An exit on the stage's input is passed
-            when `start` is where the stage begins.
+            The output [S, B, H], and the hidden state at each exit passed. An exit on a chunk's input is passed when
+            `start` is where the chunk begins.
         """
         angles = rotary_angles(positions, self.model.head_dim, self.model.rope_theta)
         taps = {}
-        if start == self.layout.start and start in self.layout.exits:
+        if any(start == chunk.start and start in chunk.exits for chunk in self.chunks):
             taps[Tap(start)] = x_SBH
         for layer in range(start + 1, stop + 1):
             x_SBH, _ = self.layers[str(layer)](x_SBH, attention_mask=store, rotary_pos_emb=angles)
-            if layer in self.layout.exits:
+            if str(layer) in self.exits:
                 taps[Tap(layer)] = x_SBH
         return x_SBH, taps
 
@@ -139,11 +150,11 @@ class Stage(MegatronModule):
             entry.key = prefix + entry.key.removeprefix(final)
         if self.output is not None and not self.has_final_exit:
             for name in [name for name in state if name.startswith("output.")]:
-                _mark_as_copy(state[name], self.layout)
+                _mark_as_copy(state[name], self.chunks[-1])
         return {prefix + name: entry for name, entry in state.items()}
 
 
-def _mark_as_copy(entry: ShardedBase, layout: StageLayout) -> None:
+def _mark_as_copy(entry: ShardedBase, last: Chunk) -> None:
     """The final exit's stage writes the shared projection; others hold replicas of it."""
     _, tensor_rank, data_rank = entry.replica_id
-    entry.replica_id = (layout.stop, tensor_rank, data_rank)
+    entry.replica_id = (last.stop, tensor_rank, data_rank)

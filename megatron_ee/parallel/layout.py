@@ -1,4 +1,7 @@
-"""Which layers and exits each pipeline stage holds."""
+"""Which layers and exits each pipeline stage holds.
+
+A stage holds one chunk of the model, or several (`parallel.chunks`): then the model goes round the stages.
+"""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -7,13 +10,13 @@ from megatron_ee.config import ExitsConfig, ModelConfig, ParallelConfig, StagePl
 
 
 @dataclass(frozen=True, slots=True)
-class StageLayout:
-    """The part of a model on one stage: layers `start + 1` to `stop`, counted from 1 over the whole model.
+class Chunk:
+    """A part of the model on one stage: layers `start + 1` to `stop`, counted from 1 over the whole model.
 
     Attributes:
-        start, stop: number of layers run before and after this stage.
+        start, stop: number of layers run before and after this chunk.
         exits: the exits that it computes, ascending. `start` among them is an exit on the stage's input; the model's
-            last layer is among the last stage's: the final output.
+            last layer is among the last chunk's: the final output.
     """
 
     start: int
@@ -25,11 +28,15 @@ class StageLayout:
         return self.start == 0
 
 
-def place(model: ModelConfig, exits: ExitsConfig, parallel: ParallelConfig) -> tuple[StageLayout, ...]:
-    """Each stage's layers and exits. (The config has been checked to give an exit on a border to exactly one stage.)"""
+Layout = tuple[tuple[Chunk, ...], ...]
+"""The chunks of every stage: `layout[stage][chunk]`."""
+
+
+def place(model: ModelConfig, exits: ExitsConfig, parallel: ParallelConfig) -> Layout:
+    """Each stage's layers and exits. (The config has been checked to give an exit on a border to exactly one side.)"""
     placements = _equal_layers(model, parallel) if parallel.layout == "auto" else parallel.layout
-    stops = list(accumulate(stage.layers for stage in placements))
-    layouts = []
+    stops = list(accumulate(part.layers for part in placements))
+    chunks = []
     for placement, start, stop in zip(placements, [0, *stops], stops, strict=False):
         owned = [layer for layer in exits.layers if start < layer < stop]
         if placement.exits_at_start and start in exits.layers:
@@ -38,11 +45,22 @@ def place(model: ModelConfig, exits: ExitsConfig, parallel: ParallelConfig) -> t
             owned.append(stop)
         if stop == model.num_layers:
             owned.append(stop)
-        layouts.append(StageLayout(start, stop, tuple(owned)))
-    return tuple(layouts)
+        chunks.append(Chunk(start, stop, tuple(owned)))
+    return tuple(tuple(chunks[stage :: parallel.pipeline]) for stage in range(parallel.pipeline))
+
+
+def have_exits(layout: Layout) -> list[bool]:
+    """For each chunk, in the model's order, whether it has an exit."""
+    return [bool(chunk.exits) for same_chunk in zip(*layout, strict=True) for chunk in same_chunk]
+
+
+def stages_with_exits(layout: Layout) -> list[int]:
+    """The stages that need an output projection."""
+    return [stage for stage, chunks in enumerate(layout) if any(chunk.exits for chunk in chunks)]
 
 
 def _equal_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[StagePlacement, ...]:
-    """As equal as can be; the first stages take what is left over, because the last one has the final head."""
-    layers, left_over = divmod(model.num_layers, parallel.pipeline)
-    return tuple(StagePlacement(layers=layers + (stage < left_over)) for stage in range(parallel.pipeline))
+    """As equal as can be; the first take what is left over, because the last one has the final head."""
+    parts = parallel.pipeline * parallel.chunks
+    layers, left_over = divmod(model.num_layers, parts)
+    return tuple(StagePlacement(layers=layers + (part < left_over)) for part in range(parts))

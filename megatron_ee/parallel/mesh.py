@@ -1,6 +1,6 @@
-"""The process groups of a run: which rank holds which pipeline stage and which share of the data.
+"""The process groups of a run: which rank holds which pipeline stage, which share of each matrix and of the data.
 
-Ranks are numbered as megatron-core does: pipeline stage outermost, data-parallel rank innermost.
+Ranks are numbered as megatron-core does: pipeline stage outermost, then data-parallel rank, tensor-parallel innermost.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,44 @@ from megatron_ee.parallel.world import data_parallel_size
 
 
 @dataclass(frozen=True, slots=True)
+class Links:
+    """The ranks of one pipeline once more, with a communicator for each kind of message, so that none waits for
+    another: activations and gradients that cross between two stages, and those of the way back from the last stage to
+    the first where a stage has several chunks."""
+
+    activations: dist.ProcessGroup
+    gradients: dist.ProcessGroup
+    wrapped_activations: dist.ProcessGroup | None
+    wrapped_gradients: dist.ProcessGroup | None
+
+    def choose(self, *, carries_gradients: bool, wraps: bool) -> dist.ProcessGroup:
+        """The group of a message. `wraps`: between the last stage and the first."""
+        if wraps:
+            group = self.wrapped_gradients if carries_gradients else self.wrapped_activations
+            assert group is not None, "the mesh was opened for one chunk a stage"
+            return group
+        return self.gradients if carries_gradients else self.activations
+
+
+@dataclass(frozen=True, slots=True)
 class Mesh:
     """This rank's place among all ranks, and its groups.
 
     Attributes:
         groups: megatron-core's groups, handed to every part of megatron-core that takes them.
-        forward_link, backward_link: the ranks of this pipeline once more, a communicator for each direction, so
-            that an activation and a gradient that cross between two stages never wait for each other.
     """
 
     device: Device
     rank: int
     world_size: int
+    tensor_rank: int
+    tensor_size: int
     pipeline_rank: int
     pipeline_size: int
     data_rank: int
     data_size: int
     groups: ProcessGroupCollection
-    forward_link: dist.ProcessGroup
-    backward_link: dist.ProcessGroup
+    links: Links
 
     @property
     def is_main(self) -> bool:
@@ -46,11 +65,12 @@ class Mesh:
     @property
     def pipeline_ranks(self) -> list[int]:
         """Global rank of every stage of this pipeline, in stage order."""
-        return [stage * self.data_size + self.data_rank for stage in range(self.pipeline_size)]
+        ranks_per_stage = self.data_size * self.tensor_size
+        return list(range(self.rank % ranks_per_stage, self.world_size, ranks_per_stage))
 
     def group_over_stages(self, stages: Sequence[int]) -> dist.ProcessGroup:
         """A new group of those stages of this pipeline. Collective: every rank calls it with the same stages."""
-        return _new_group_per_pipeline(stages, self.data_size, self.data_rank)
+        return _new_group_per_pipeline(stages, self.data_size * self.tensor_size, self.rank)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place: for figures that each rank holds a part of (zeros elsewhere)."""
@@ -76,22 +96,25 @@ def open_mesh(parallel: ParallelConfig, device: Device) -> Mesh:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     data_size = data_parallel_size(parallel, world_size)
     parallel_state.initialize_model_parallel(
-        pipeline_model_parallel_size=parallel.pipeline, create_gloo_process_groups=False
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # its tracker must exist; parameters are seeded by name
-    pipeline_rank, data_rank = divmod(rank, data_size)
-    stages = range(parallel.pipeline)
+    pipeline_rank, place_in_stage = divmod(rank, data_size * parallel.tensor)
+    data_rank, tensor_rank = divmod(place_in_stage, parallel.tensor)
     mesh = Mesh(
         device=device,
         rank=rank,
         world_size=world_size,
+        tensor_rank=tensor_rank,
+        tensor_size=parallel.tensor,
         pipeline_rank=pipeline_rank,
         pipeline_size=parallel.pipeline,
         data_rank=data_rank,
         data_size=data_size,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
-        forward_link=_new_group_per_pipeline(stages, data_size, data_rank),
-        backward_link=_new_group_per_pipeline(stages, data_size, data_rank),
+        links=_open_links(parallel, data_size * parallel.tensor, rank),
     )
     _connect_neighbours(mesh)
     return mesh
@@ -103,24 +126,38 @@ def close_mesh() -> None:
     dist.destroy_process_group()
 
 
+def _open_links(parallel: ParallelConfig, ranks_per_stage: int, rank: int) -> Links:
+    def new_group() -> dist.ProcessGroup:
+        return _new_group_per_pipeline(range(parallel.pipeline), ranks_per_stage, rank)
+
+    wraps = parallel.chunks > 1
+    return Links(new_group(), new_group(), new_group() if wraps else None, new_group() if wraps else None)
+
+
 def _connect_neighbours(mesh: Mesh) -> None:
     """A first message over each link, pair by pair from the first stage on.
 
     NCCL connects a pair at its first message and both sides wait for it. Left to the first step, a stage that posts its
     receives ahead would wait for a gradient that it has yet to make possible.
     """
-    token = torch.zeros(1, device=mesh.device.torch)
+    links, last = mesh.links, mesh.pipeline_size - 1
     for left, right in pairwise(range(mesh.pipeline_size)):
-        ends = {left: mesh.pipeline_ranks[right], right: mesh.pipeline_ranks[left]}
-        if mesh.pipeline_rank in ends:
-            peer = ends[mesh.pipeline_rank]
-            for link, source in ((mesh.forward_link, left), (mesh.backward_link, right)):
-                if mesh.pipeline_rank == source:
-                    dist.send(token, dst=peer, group=link)
-                else:
-                    dist.recv(token, src=peer, group=link)
+        _exchange(mesh, links.activations, source=left, destination=right)
+        _exchange(mesh, links.gradients, source=right, destination=left)
+    if links.wrapped_activations is not None and links.wrapped_gradients is not None:
+        _exchange(mesh, links.wrapped_activations, source=last, destination=0)
+        _exchange(mesh, links.wrapped_gradients, source=0, destination=last)
 
 
-def _new_group_per_pipeline(stages: Sequence[int], data_size: int, data_rank: int) -> dist.ProcessGroup:
-    ranks = [[stage * data_size + pipeline for stage in stages] for pipeline in range(data_size)]
-    return [dist.new_group(members) for members in ranks][data_rank]
+def _exchange(mesh: Mesh, link: dist.ProcessGroup, *, source: int, destination: int) -> None:
+    """A message from one stage to another; the other stages do nothing."""
+    token = torch.zeros(1, device=mesh.device.torch)
+    if mesh.pipeline_rank == source:
+        dist.send(token, dst=mesh.pipeline_ranks[destination], group=link)
+    elif mesh.pipeline_rank == destination:
+        dist.recv(token, src=mesh.pipeline_ranks[source], group=link)
+
+
+def _new_group_per_pipeline(stages: Sequence[int], ranks_per_stage: int, rank: int) -> dist.ProcessGroup:
+    pipelines = [[stage * ranks_per_stage + place for stage in stages] for place in range(ranks_per_stage)]
+    return [dist.new_group(members) for members in pipelines][rank % ranks_per_stage]

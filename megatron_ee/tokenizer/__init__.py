@@ -1,10 +1,11 @@
 """Text to token ids and back."""
 
+import os.path
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from megatron_ee.errors import UserError
+from megatron_ee.errors import FieldError, UserError
 from megatron_ee.tokenizer.byte import ByteTokenizer
 from megatron_ee.tokenizer.huggingface import NO_PAD, open_huggingface, train_bpe
 
@@ -56,15 +57,18 @@ def open_tokenizer(source: str, *, field: str = "data.tokenizer") -> Tokenizer:
         field: where it was named, for messages.
 
     Raises:
-        UserError: it is not there, cannot be read, lacks an end-of-document token, or its library isn't installed.
+        FieldError: it is not there, cannot be read, lacks an end-of-document token, or its library isn't installed.
     """
     if source == BYTES:
         return ByteTokenizer()
-    if not Path(source).exists():
-        raise UserError(
-            f"{field}: {source!r} is neither {BYTES!r} nor the path of a tokenizer.json or of a tokenizer's folder"
+    if not os.path.exists(source):  # unlike pathlib's, false for what cannot be a path
+        raise FieldError(
+            field, f"{source!r} is neither {BYTES!r} nor the path of a tokenizer.json or of a tokenizer's folder"
         )
-    return open_huggingface(Path(source), field=field)
+    try:
+        return open_huggingface(Path(source))
+    except UserError as error:
+        raise FieldError(field, str(error)) from error
 
 
 def padded_vocab_size(tokenizer: Tokenizer, multiple: int = 64) -> int:

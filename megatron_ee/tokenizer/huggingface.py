@@ -45,7 +45,7 @@ class HuggingFaceTokenizer:
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"{where}: not a tokenizer ({error})") from error
+            raise UserError(f"{where}: not a tokenizer ({' '.join(str(error).split())})") from error
         self._library.no_truncation()
         self._library.no_padding()
         self._library.encode_special_tokens = True
@@ -84,13 +84,13 @@ class HuggingFaceTokenizer:
         return self._files
 
 
-def open_huggingface(path: Path, *, field: str) -> HuggingFaceTokenizer:
+def open_huggingface(path: Path) -> HuggingFaceTokenizer:
     """A tokenizer from its file or its folder. Only in a folder do settings name its special tokens.
 
     Raises:
         UserError: see `HuggingFaceTokenizer`; or nothing in the folder is a tokenizer.
     """
-    where = f"{field}: {path}"
+    where = str(path)
     try:
         if path.is_file():
             return HuggingFaceTokenizer({TOKENIZER_FILE: path.read_bytes()}, where=where)

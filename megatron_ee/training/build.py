@@ -1,23 +1,23 @@
 """Puts a run together: from a config to a trainer, at the run's beginning or at the point where it stopped."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron_ee.checkpoint.description import Description, Progress, read_description
-from megatron_ee.checkpoint.folders import CheckpointError, newest_checkpoint
+from megatron_ee.checkpoint.folders import link_latest, newest_checkpoint
 from megatron_ee.config import Config, OptimizerConfig, to_yaml
 from megatron_ee.data.dataset import open_datasets
 from megatron_ee.data.loader import BatchLoader, SampleSource
 from megatron_ee.device import Device
+from megatron_ee.errors import FieldError
 from megatron_ee.log import start_logging
 from megatron_ee.model.initialize import initialize
+from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
 from megatron_ee.model.vocabulary import resolve_vocab_size
-from megatron_ee.parallel.layout import StageLayout, place
+from megatron_ee.parallel.layout import Layout, have_exits, place
 from megatron_ee.parallel.mesh import Mesh, open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Plan
@@ -46,23 +46,23 @@ def build_trainer(config: Config, device: Device) -> Trainer:
     check_loggers(config.logging)
     mesh = open_mesh(config.parallel, device)
     log = start_logging(is_main_rank=mesh.is_main)
-    layouts = place(config.model, config.exits, config.parallel)
+    layout = place(config.model, config.exits, config.parallel)
     if mesh.is_main:
-        _announce(log, config, device, layouts)
+        _announce(log, config, device, layout)
     run_folder = Path(config.runs) / config.name
     checkpoint = _checkpoint_to_resume(config, run_folder)
 
     tokenizer = open_tokenizer(config.data.tokenizer)
     vocab_size = resolve_vocab_size(config.model, tokenizer)
     datasets = open_datasets(config, tokenizer, mesh, num_train_samples=_num_train_samples(config, checkpoint))
-    stage = _build_stage(config, layouts, vocab_size, mesh)
-    gradients = StageGradients(stage, mesh, layouts)
+    stage = _build_stage(config, layout, vocab_size, mesh)
+    gradients = StageGradients(stage, mesh, layout)
     loader = _build_loader(config, datasets.train, mesh)
     runtime = Runtime(mesh, _message_between_stages(config, device))
     trainer = Trainer(
         config=config,
         run_folder=run_folder,
-        description=Description(config.model, config.exits, tokenizer.name, vocab_size, Progress(0, 0)),
+        description=_describe(config, tokenizer.name, vocab_size),
         tokenizer=tokenizer,
         mesh=mesh,
         stage=stage,
@@ -71,13 +71,15 @@ def build_trainer(config: Config, device: Device) -> Trainer:
         learning_rate=LearningRate(config.optimizer, config.training.train_iters, parts.learning_rate_decay),
         loader=loader,
         runtime=runtime,
-        plan=_build_plan(config.parallel.schedule, layouts, loader.num_microbatches, parts.schedules),
+        plan=_build_plan(config.parallel.schedule, layout, loader.num_microbatches, parts.schedules),
         meter=ExitMeter(all_exits(config), mesh),
         throughput=Throughput(config, mesh, vocab_size=vocab_size),
-        evaluator=_build_evaluator(config, datasets.valid, stage, runtime, layouts, mesh),
+        evaluator=_build_evaluator(config, datasets.valid, stage, runtime, layout, mesh),
     )
     if checkpoint is not None:
         trainer.load(checkpoint)
+        if mesh.is_main:
+            link_latest(checkpoint)  # the run may have been killed just before it did
         log.info("resumed from %s", checkpoint)
     if mesh.is_main:
         _write_config(config, run_folder)
@@ -110,11 +112,12 @@ def all_exits(config: Config) -> list[int]:
     return [*config.exits.layers, config.model.num_layers]
 
 
-def _announce(log: logging.Logger, config: Config, device: Device, layouts: Sequence[StageLayout]) -> None:
+def _announce(log: logging.Logger, config: Config, device: Device, layout: Layout) -> None:
     log.info("%s", device.reason)
-    for number, layout in enumerate(layouts):
-        early = [layer for layer in layout.exits if layer < config.model.num_layers]
-        log.info("stage %d: layers %d-%d, exits after %s", number, layout.start + 1, layout.stop, early or "none")
+    for stage, chunks in enumerate(layout):
+        for chunk in chunks:
+            early = [layer for layer in chunk.exits if layer < config.model.num_layers]
+            log.info("stage %d: layers %d-%d, exits after %s", stage, chunk.start + 1, chunk.stop, early or "none")
     warmup, total = config.exits.weight_schedule.warmup_iters, config.training.train_iters
     if config.exits.layers and config.exits.weight_schedule.shape != "constant" and warmup >= total:
         log.warning(
@@ -128,7 +131,7 @@ def _announce(log: logging.Logger, config: Config, device: Device, layouts: Sequ
 def _checkpoint_to_resume(config: Config, run_folder: Path) -> Path | None:
     newest = newest_checkpoint(run_folder)
     if newest is not None and not config.checkpoint.resume:
-        raise CheckpointError(f"checkpoint.resume is false, but {run_folder} holds {newest.name}; take another name")
+        raise FieldError("checkpoint.resume", f"is false, but {run_folder} holds {newest.name}; take another name")
     return newest
 
 
@@ -139,15 +142,34 @@ def _num_train_samples(config: Config, checkpoint: Path | None) -> int:
     return max(1, done.consumed_samples + left * config.training.global_batch_size)
 
 
+def _describe(config: Config, tokenizer: str, vocab_size: int) -> Description:
+    return Description(
+        model=config.model,
+        exits=config.exits,
+        precision=config.training.precision,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        progress=Progress(0, 0),
+    )
+
+
 def _write_config(config: Config, run_folder: Path) -> None:
     """The config that the run goes on with; one that was refused leaves the old file alone."""
     run_folder.mkdir(parents=True, exist_ok=True)
     (run_folder / "config.yaml").write_text(to_yaml(config))
 
 
-def _build_stage(config: Config, layouts: Sequence[StageLayout], vocab_size: int, mesh: Mesh) -> Stage:
-    layout = layouts[mesh.pipeline_rank]
-    stage = Stage(config.model, config.exits, layout, vocab_size=vocab_size, groups=mesh.groups, device=mesh.device)
+def _build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> Stage:
+    stage = Stage(
+        config.model,
+        config.exits,
+        layout[mesh.pipeline_rank],
+        vocab_size=vocab_size,
+        groups=mesh.groups,
+        device=mesh.device,
+        dtype=DTYPES[config.training.precision],
+        sequence_parallel=config.parallel.sequence,
+    )
     initialize(stage, config.seed)
     return stage
 
@@ -162,27 +184,29 @@ def _build_loader(config: Config, source: SampleSource, mesh: Mesh) -> BatchLoad
 
 
 def _message_between_stages(config: Config, device: Device) -> MessageSpec:
-    shape = (config.data.sequence_length, config.training.micro_batch_size, config.model.hidden_size)
-    return MessageSpec(shape, torch.float32, device.torch)
+    positions = config.data.sequence_length // (config.parallel.tensor if config.parallel.sequence else 1)
+    shape = (positions, config.training.micro_batch_size, config.model.hidden_size)
+    return MessageSpec(shape, DTYPES[config.training.precision], device.torch)
 
 
 def _build_plan(
     schedule: str,
-    layouts: Sequence[StageLayout],
+    layout: Layout,
     num_microbatches: int,
     more_schedules: Mapping[str, Schedule] | None = None,
 ) -> Plan:
     try:
         plan = build_plan(
             schedule,
-            num_stages=len(layouts),
+            num_stages=len(layout),
+            num_chunks=len(layout[0]),
             num_microbatches=num_microbatches,
-            has_exits=[bool(layout.exits) for layout in layouts],
+            has_exits=have_exits(layout),
             more_schedules=more_schedules,
         )
         check(plan)
     except InvalidPlanError as error:  # a plug-in's; the built-in ones are tested
-        raise PluginError(f"parallel.schedule: {schedule!r} gives an invalid plan: {error}") from error
+        raise PluginError("parallel.schedule", f"{schedule!r} gives an invalid plan: {error}") from error
     return plan
 
 
@@ -191,7 +215,7 @@ def _build_evaluator(
     source: SampleSource | None,
     stage: Stage,
     runtime: Runtime,
-    layouts: Sequence[StageLayout],
+    layout: Layout,
     mesh: Mesh,
 ) -> Evaluator | None:
     if source is None:
@@ -201,7 +225,7 @@ def _build_evaluator(
         stage,
         loader,
         runtime,
-        _build_plan("forward-only", layouts, loader.num_microbatches),
+        _build_plan("forward-only", layout, loader.num_microbatches),
         ExitMeter(all_exits(config), mesh),
         mesh,
         num_batches=config.training.eval_iters,

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import cross_entropy
 
 from megatron_ee.data.batch import Batch
+from megatron_ee.model.split_vocabulary import likeliest_tokens, token_losses
 from megatron_ee.parallel.mesh import Mesh
 
 
@@ -17,12 +17,18 @@ class ExitLoss(NamedTuple):
     correct: torch.Tensor
 
 
-def exit_loss(logits_SBV: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor) -> ExitLoss:
-    """Cross-entropy (nats, fp32) and right top-1 predictions, summed over the tokens whose mask is 1."""
-    logits_BSV = logits_SBV.transpose(0, 1)
-    losses_BS = cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none")
-    correct_BS = (logits_BSV.argmax(-1) == labels_BS).float()
-    return ExitLoss((losses_BS * mask_BS.flatten()).sum(), (correct_BS * mask_BS).sum())
+def exit_loss(
+    logits_SBV: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor, group: dist.ProcessGroup
+) -> ExitLoss:
+    """Cross-entropy (nats, fp32) and right top-1 predictions, summed over the tokens whose mask is 1.
+
+    Args:
+        logits_SBV: this rank's share of the vocabulary, which is split over `group`; it may be overwritten.
+    """
+    labels_SB, mask_SB = labels_BS.T, mask_BS.T
+    correct_SB = (likeliest_tokens(logits_SBV, group) == labels_SB).float()
+    losses_SB = token_losses(logits_SBV, labels_SB, group)
+    return ExitLoss((losses_SB * mask_SB).sum(), (correct_SB * mask_SB).sum())
 
 
 def count_tokens(batch: Batch, mesh: Mesh) -> float:

@@ -24,7 +24,7 @@ class ExitMeter:
     def add(self, losses: Mapping[int, ExitLoss], num_tokens: float) -> None:
         """This rank's losses of one batch; `num_tokens` is the global batch's number of unmasked tokens."""
         for row, layer in enumerate(self._exits):
-            if layer in losses:
+            if layer in losses and self._mesh.tensor_rank == 0:  # tensor-parallel ranks have the same losses
                 self._sums[row] += torch.stack(losses[layer]).to(self._sums)
         self._tokens += num_tokens
 

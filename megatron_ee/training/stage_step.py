@@ -37,7 +37,7 @@ class StageStep:
 
     def __init__(self, stage: Stage, batch: Batch, loss_scales: Mapping[int, float] | None) -> None:
         self._stage, self._batch, self._loss_scales = stage, batch, loss_scales
-        self._live: dict[int, _LiveMicrobatch] = {}
+        self._live: dict[tuple[int, int], _LiveMicrobatch] = {}  # by chunk and micro-batch
         self.losses: dict[int, ExitLoss] = {}
         self._positions = torch.arange(batch.tokens_MBS.shape[2], device=batch.tokens_MBS.device)
 
@@ -48,33 +48,31 @@ class StageStep:
                 x_SBH = self._stage.embed(self._batch.tokens_MBS[action.microbatch])
             else:
                 x_SBH = received.requires_grad_(self._loss_scales is not None)
-            layout = self._stage.layout
-            y_SBH, taps = self._stage.run_layers(x_SBH, self._positions, layout.start, layout.stop)
-        self._live[action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps)
+            chunk = self._stage.chunks[action.chunk]
+            y_SBH, taps = self._stage.run_layers(x_SBH, self._positions, chunk.start, chunk.stop)
+        self._live[action.chunk, action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps)
         return y_SBH
 
     def exits(self, action: Action) -> None:
         """X: each exit's loss and the backward of its head only; one exit's logits live at a time."""
-        live = self._live[action.microbatch]
-        labels_BS = self._batch.labels_MBS[action.microbatch]
-        mask_BS = self._batch.mask_MBS[action.microbatch]
+        live = self._live[action.chunk, action.microbatch]
         for tap, hidden_SBH in live.taps.items():
             if self._loss_scales is None:
                 with torch.no_grad():
-                    loss = exit_loss(self._stage.exit_logits(hidden_SBH, tap.layer), labels_BS, mask_BS)
+                    loss = self._exit_loss(hidden_SBH, tap.layer, action.microbatch)
             else:
                 leaf_SBH = hidden_SBH.detach().requires_grad_()
-                loss = exit_loss(self._stage.exit_logits(leaf_SBH, tap.layer), labels_BS, mask_BS)
+                loss = self._exit_loss(leaf_SBH, tap.layer, action.microbatch)
                 torch.autograd.backward(loss.cross_entropy * self._loss_scales[tap.layer])
                 assert leaf_SBH.grad is not None
                 live.tap_gradients[tap] = leaf_SBH.grad
             self._add(tap.layer, loss)
         if self._loss_scales is None:
-            del self._live[action.microbatch]
+            del self._live[action.chunk, action.microbatch]
 
     def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """B: the layers' backward from the output's gradient and the exits' hidden-state gradients at once."""
-        live = self._live.pop(action.microbatch)
+        live = self._live.pop((action.chunk, action.microbatch))
         roots = [live.taps[tap] for tap in live.tap_gradients]
         gradients = list(live.tap_gradients.values())
         if gradient is not None:
@@ -82,6 +80,14 @@ class StageStep:
             gradients.append(gradient)
         torch.autograd.backward(roots, gradients)
         return live.x_SBH.grad if live.x_SBH.is_leaf else None
+
+    def _exit_loss(self, hidden_SBH: torch.Tensor, layer: int, microbatch: int) -> ExitLoss:
+        return exit_loss(
+            self._stage.exit_logits(hidden_SBH, layer),
+            self._batch.labels_MBS[microbatch],
+            self._batch.mask_MBS[microbatch],
+            self._stage.tp_group,
+        )
 
     def _add(self, layer: int, loss: ExitLoss) -> None:
         detached = ExitLoss(*(value.detach() for value in loss))

@@ -123,7 +123,7 @@ def peak_memory(mesh: Mesh) -> dict[str, float]:
     """The highest use of memory so far, in GiB: of all ranks, and of each stage's. Collective."""
     peaks = torch.zeros(mesh.world_size, dtype=torch.float64, device=mesh.device.torch)
     peaks[mesh.rank] = mesh.device.peak_memory_bytes() / GIB
-    by_stage = mesh.sum_over_ranks(peaks).view(mesh.pipeline_size, mesh.data_size).amax(1).tolist()
+    by_stage = mesh.sum_over_ranks(peaks).view(mesh.pipeline_size, -1).amax(1).tolist()
     return {"memory/peak_gib": max(by_stage)} | {
         f"memory/stage_{stage}_peak_gib": peak for stage, peak in enumerate(by_stage)
     }

@@ -55,6 +55,7 @@ class Trainer:
     throughput: Throughput
     evaluator: Evaluator | None
     progress: Progress = Progress(0, 0)
+    num_skipped: int = 0  # steps since the last record whose gradients overflowed
     loggers: Sequence[Logger] = ()
 
     def train(self, until: int | None = None) -> None:
@@ -66,7 +67,7 @@ class Trainer:
                 with self.throughput.phase("data"):
                     batch = self.loader.batch(self.progress.consumed_samples)
                 gradient_norm = self.train_step(batch, iteration)
-            self._check_finite(gradient_norm, iteration)
+            self._check(gradient_norm, iteration)
             consumed = self.progress.consumed_samples + training.global_batch_size
             self.progress = Progress(iteration + 1, consumed)
             if self._is_due(self.config.logging.interval):
@@ -77,10 +78,11 @@ class Trainer:
                 with self.throughput.phase("checkpoint"):
                     self.save()
 
-    def train_step(self, batch: Batch, iteration: int) -> float:
-        """One optimizer step on one global batch; returns the gradient norm."""
+    def train_step(self, batch: Batch, iteration: int) -> float | None:
+        """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped."""
         num_tokens = count_tokens(batch, self.mesh)
-        loss_scales = {layer: weight / max(1.0, num_tokens) for layer, weight in self._weights(iteration).items()}
+        scale = self.optimizer.loss_scale / max(1.0, num_tokens)
+        loss_scales = {layer: weight * scale for layer, weight in self._weights(iteration).items()}
         step = StageStep(self.stage, batch, loss_scales)
         self.gradients.zero()
         with self.throughput.phase("forward_backward"):
@@ -121,11 +123,14 @@ class Trainer:
             logger.close()
         close_mesh()
 
-    def _check_finite(self, gradient_norm: float, iteration: int) -> None:
-        if not math.isfinite(gradient_norm):
+    def _check(self, gradient_norm: float | None, iteration: int) -> None:
+        if gradient_norm is None and self.optimizer.loss_scale > 1:
+            self.num_skipped += 1
+        elif gradient_norm is None or not math.isfinite(gradient_norm):
+            norm = gradient_norm if gradient_norm is not None else "no number at any loss scale"
             raise DivergedError(
-                f"iteration {iteration + 1}: the norm of the gradients is {gradient_norm}; training stops here, and "
-                f"nothing of this step is saved. Resume from an earlier checkpoint, with a lower optimizer.lr say"
+                f"iteration {iteration + 1}: the norm of the gradients is {norm}; training stops here, and nothing of "
+                f"this step is saved. Resume from an earlier checkpoint, with a lower optimizer.lr say"
             )
 
     def _weights(self, iteration: int) -> Mapping[int, float]:
@@ -136,18 +141,22 @@ class Trainer:
         done = self.progress.iteration
         return done == self.config.training.train_iters or (interval > 0 and done % interval == 0)
 
-    def _log_training(self, iteration: int, gradient_norm: float) -> None:
+    def _log_training(self, iteration: int, gradient_norm: float | None) -> None:
         progress, config = self.progress, self.config
         self._log(
             {
                 **self.meter.read("train", self._weights(iteration)),
                 "train/lr": self.learning_rate(iteration),
-                "train/grad_norm": gradient_norm,
+                **({} if gradient_norm is None else {"train/grad_norm": gradient_norm}),
+                "train/skipped": self.num_skipped,
+                "train/loss_scale": self.optimizer.loss_scale,
                 "train/tokens": progress.consumed_samples * config.data.sequence_length,
                 **self.throughput.read(steps_left=config.training.train_iters - progress.iteration),
                 **peak_memory(self.mesh),
             }
         )
+
+        self.num_skipped = 0
 
     def _log(self, figures: Figures) -> None:
         for logger in self.loggers:

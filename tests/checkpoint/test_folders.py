@@ -19,7 +19,7 @@ MODEL = ModelConfig(num_layers=4, hidden_size=8, num_attention_heads=2)
 
 def _describe(iteration: int) -> Description:
     files = {"a.distcp": "12", "b.distcp": "34"}
-    return Description(MODEL, ExitsConfig(layers=(2,)), "bytes", 320, Progress(iteration, 4 * iteration), files)
+    return Description(MODEL, ExitsConfig(layers=(2,)), "fp32", "bytes", 320, Progress(iteration, 4 * iteration), files)
 
 
 def _write_whole(run: Path, iteration: int) -> Path:
@@ -72,7 +72,7 @@ def test_a_description_reads_back(tmp_path: Path) -> None:
     [
         ("", "damaged"),
         ("{}", "damaged"),
-        ('{"version": 2}', "format version 2; this release reads 1"),
+        ('{"version": 9}', "format version 9; this release reads 2"),
         ("[]", "damaged"),
     ],
 )

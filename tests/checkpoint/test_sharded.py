@@ -72,7 +72,7 @@ def _resume(config: Any) -> str:
         ({"exits": {"layers": [2, 6], "projection": "own"}}, "exits.layers is (2, 5), not (2, 6)"),
         ({"exits": {"projection": "shared"}}, "exits.projection is own, not shared"),
         ({"model": {"ffn_hidden_size": 64}, "exits": {"projection": "own"}}, "model.ffn_hidden_size is 48, not 64"),
-        ({"exits": {"projection": "own"}, "checkpoint": {"resume": False}}, "checkpoint.resume is false, but"),
+        ({"exits": {"projection": "own"}, "checkpoint": {"resume": False}}, "checkpoint.resume: is false, but"),
         ({"exits": {"projection": "own"}}, "resumed"),
     ],
     ids=["exits", "projection", "width", "resume off", "same"],

@@ -1,8 +1,12 @@
 """Properties of any config: what is written reads back equal, and what is wrong is a ConfigError, nothing else."""
 
+import io
 import string
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -10,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ee.config import Config, ConfigError, load_config, to_yaml
+from megatron_ee.config.__main__ import main
 
 TRAINING = "training: {train_iters: 10, global_batch_size: 8, micro_batch_size: 2}\n"
 
@@ -29,7 +34,10 @@ junk = st.recursive(
 
 @st.composite
 def valid_trees(draw: st.DrawFn) -> dict[str, Any]:
-    stages = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    schedule = draw(st.sampled_from(["1f1b", "gpipe", "interleaved"]))
+    pipeline, chunks = (draw(st.integers(2, 3)), 2) if schedule == "interleaved" else (draw(st.integers(1, 4)), 1)
+    tensor, data_size = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 3))
+    stages = draw(st.lists(st.integers(1, 6), min_size=pipeline * chunks, max_size=pipeline * chunks))
     layers = sorted(draw(st.sets(st.integers(1, sum(stages) - 1), max_size=4))) if sum(stages) > 1 else []
     micro_batch_size = draw(st.integers(1, 8))
     lr = draw(st.floats(1e-12, 10))
@@ -45,20 +53,33 @@ def valid_trees(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "name": draw(st.text(string.ascii_letters + string.digits, min_size=1)),
         "runs": draw(texts),
-        "seed": draw(st.integers(0, 2**63 - 1)),
+        "seed": draw(st.integers(0, 2**32 - 1)),
         "model": {
             "num_layers": sum(stages),
             "hidden_size": draw(counts),
-            "num_attention_heads": draw(st.integers(1, 64)),
+            "num_attention_heads": tensor * draw(st.integers(1, 64)),
             "head_dim": 2 * draw(counts),
-            "vocab_size": draw(st.one_of(counts, st.just("auto"))),
+            "ffn_hidden_size": tensor * draw(counts),
+            "vocab_size": draw(st.one_of(counts.map(lambda count: tensor * count), st.just("auto"))),
         },
         "exits": exits,
-        "parallel": {"pipeline": len(stages), "layout": draw(st.sampled_from(["auto", placements]))},
-        "data": {"dataset": draw(texts), "split": draw(st.tuples(numbers, numbers, numbers).map(list))},
+        "parallel": {
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "chunks": chunks,
+            "data": draw(st.sampled_from(["auto", data_size])),
+            "schedule": schedule,
+            "layout": draw(st.sampled_from(["auto", placements])),
+        },
+        "logging": {"wandb": draw(st.sampled_from([None, {"project": "p", "entity": None, "tags": ["a"]}]))},
+        "data": {
+            "dataset": draw(st.one_of(texts, st.just([{"path": "a", "weight": 1}, {"path": "b", "weight": 0.5}]))),
+            "tokenizer": "bytes",
+            "split": draw(st.tuples(numbers, numbers, numbers).map(list)),
+        },
         "training": {
             "train_iters": draw(counts),
-            "global_batch_size": micro_batch_size * draw(st.integers(1, 8)),
+            "global_batch_size": micro_batch_size * data_size * pipeline * draw(st.integers(1, 3)),
             "micro_batch_size": micro_batch_size,
         },
         "optimizer": {"lr": lr, "min_lr": lr * draw(probabilities), "beta1": draw(st.floats(0, 1, exclude_max=True))},
@@ -94,6 +115,19 @@ def test_a_mutated_tree_loads_or_is_explained(path: Path, tree: dict[str, Any], 
         _mutate(tree, data)
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     _loads_or_explains(path)
+
+
+@given(valid_trees(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_whatever_loads_is_estimated_or_explained(path: Path, tree: dict[str, Any], data: st.DataObject) -> None:
+    processes_of_pipeline = tree["parallel"]["tensor"] * tree["parallel"]["pipeline"]
+    fitting = st.integers(1, 3).map(lambda data_size: data_size * processes_of_pipeline)
+    world_size = data.draw(st.one_of(st.none(), fitting, st.integers(1, 10**30)))
+    for _ in range(data.draw(st.integers(0, 2))):
+        _mutate(tree, data)
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    if not _is_slow_to_estimate(path):
+        _estimates_or_explains(path, *([] if world_size is None else ["--world-size", str(world_size)]))
 
 
 @given(valid_trees(), st.data())
@@ -143,3 +177,26 @@ def _loads_or_explains(path: Path, *overrides: str) -> None:
         problems = error.problems or ["no reason given"]
     assert all(problem.isprintable() for problem in problems)
     assert all(problem.startswith((str(path), "override ")) for problem in problems)
+
+
+def _is_slow_to_estimate(path: Path) -> bool:
+    """The estimate makes the plan of a whole step, so its time grows with stages and micro-batches."""
+    try:
+        config = load_config(path)
+    except ConfigError:
+        return False
+    return config.parallel.pipeline * config.parallel.chunks * config.training.global_batch_size > 10**4
+
+
+def _estimates_or_explains(path: Path, *options: str) -> None:
+    """The command as it is, but in this process."""
+    command = ["config", str(path), "--estimate", *options]
+    with (
+        patch.object(sys, "argv", command),
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as err,
+    ):
+        status = main()
+    said, problems = out.getvalue(), err.getvalue().splitlines()
+    assert (status, bool(said), bool(problems)) in [(0, True, False), (2, False, True)]
+    assert all(problem.startswith(f"{path}:") for problem in problems)

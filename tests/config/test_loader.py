@@ -1,10 +1,11 @@
-"""Reading, merging and overriding config files, and the words that explain what is wrong with one."""
+"""Reading, merging and overriding config files. What is said of wrong fields is in test_golden_errors.py."""
 
 from pathlib import Path
 
 import pytest
 
-from megatron_ee.config import Config, ConfigError, load_config, to_yaml
+from megatron_ee.config import Config, ConfigError, load_config, open_config, to_yaml
+from megatron_ee.errors import FieldError, UserError
 
 GOOD = """\
 name: run
@@ -28,109 +29,6 @@ def problems(text: str | bytes, *overrides: str) -> list[str]:
         load(text, *overrides)
     assert str(caught.value) == "\n".join(caught.value.problems)
     return caught.value.problems
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("modle: 3", "a.yaml:4:1: modle: unknown key, did you mean 'model'?"),
-        ("zzz: 3", "a.yaml:4:1: zzz: unknown key"),
-        ("exits: {3: 4}", "a.yaml:4:9: exits.3: unknown key"),
-        ("data: {'a\\nb': 1}", "a.yaml:4:8: data.'a\\\\nb': unknown key"),
-        ("exits: {layers: 2}", "a.yaml:4:9: exits.layers: 2 is not a list"),
-        ("exits: {layers: [2, '4']}", "a.yaml:4:21: exits.layers.1: '4' is not an integer"),
-        ("exits:", "a.yaml:4:1: exits: null is not a mapping"),
-        ("exits: {weight_schedule: []}", "a.yaml:4:9: exits.weight_schedule: [] is not a mapping"),
-        ("exits: {weights: false}", "a.yaml:4:9: exits.weights: false is not a list"),
-        ("exits: {weights: [-1]}", "a.yaml:4:19: exits.weights.0: -1 must be a non-negative number"),
-        ("exits: {projection: owned}", "a.yaml:4:9: exits.projection: 'owned' must be 'shared' or 'own'"),
-        ("device: off", "a.yaml:4:1: device: 'off' must be 'auto', 'cpu' or 'cuda'"),
-        ("seed: true", "a.yaml:4:1: seed: true is not an integer"),
-        ("seed: -1", "a.yaml:4:1: seed: -1 must be a non-negative integer"),
-        ("seed: 1.0", "a.yaml:4:1: seed: 1.0 is not an integer"),
-        ("seed: 010", "a.yaml:4:1: seed: '010' is not an integer"),
-        (f"seed: {'9' * 99}", f"a.yaml:4:1: seed: '{'9' * 56}... is not an integer"),
-        ("runs: 3", "a.yaml:4:1: runs: 3 is not a string"),
-        ("checkpoint: {resume: yes}", "a.yaml:4:14: checkpoint.resume: 'yes' is not true or false"),
-        ("optimizer: {lr: '3e-4'}", "a.yaml:4:13: optimizer.lr: '3e-4' is not a number"),
-        ("optimizer: {lr: 0}", "a.yaml:4:13: optimizer.lr: 0 must be a positive number"),
-        ("optimizer: {lr: 1e999}", "a.yaml:4:13: optimizer.lr: inf is not a finite number"),
-        ("optimizer: {beta1: 1}", "a.yaml:4:13: optimizer.beta1: 1 must be a number at least 0 and below 1"),
-        ("data: {split: [1, 2]}", "a.yaml:4:8: data.split: [1, 2] must be a list of 3"),
-        ("data: {split: [1, 2, 3, 4]}", "a.yaml:4:8: data.split: [1, 2, 3, 4] must be a list of 3"),
-        ("parallel: {data: x}", "a.yaml:4:12: parallel.data: 'x' must be a positive integer or 'auto'"),
-        ("parallel: {data: 0}", "a.yaml:4:12: parallel.data: 0 must be a positive integer or 'auto'"),
-        ("parallel: {layout: 3}", "a.yaml:4:12: parallel.layout: 3 must be 'auto' or a list"),
-        ("parallel: {layout: [{}]}", "a.yaml:4:21: parallel.layout.0.layers: required, but missing"),
-        ("parallel: {layout: [2]}", "a.yaml:4:21: parallel.layout.0: 2 is not a mapping"),
-        (
-            "parallel: {layout: [{layers: 1, exit_at_end: true}]}",
-            "a.yaml:4:33: parallel.layout.0.exit_at_end: unknown key, did you mean 'exits_at_end'?",
-        ),
-        ("inference: {exit: {exits: 3}}", "a.yaml:4:20: inference.exit.exits: 3 must be a list or null"),
-        ("inference: {exit: {threshold: false}}", "a.yaml:4:20: inference.exit.threshold: false is not a number"),
-        (
-            "inference: {exit: {thresholds: {6: 2}}}",
-            "a.yaml:4:33: inference.exit.thresholds.6: 2 must be a number at least 0 and at most 1",
-        ),
-        (
-            "inference: {exit: {thresholds: {0: 1}}}",
-            "a.yaml:4:33: inference.exit.thresholds.0: the key 0 must be a positive integer",
-        ),
-        (
-            "inference: {exit: {thresholds: {six: 1}}}",
-            "a.yaml:4:33: inference.exit.thresholds.six: the key 'six' is not an integer",
-        ),
-    ],
-)
-def test_one_wrong_field_gives_one_line(line: str, expected: str) -> None:
-    assert problems(GOOD + line) == [expected]
-
-
-def test_a_typo_is_named_where_it_stands() -> None:
-    text = GOOD.replace("num_layers", "num_layrs")
-    assert problems(text) == [
-        "a.yaml:2:1: model.num_layers: required, but missing",
-        "a.yaml:2:9: model.num_layrs: unknown key, did you mean 'num_layers'?",
-    ]
-
-
-def test_all_problems_come_at_once() -> None:
-    text = """\
-name: a b
-seed: 1
-seed: 2
-model:
-  num_layers: '12'
-  num_attention_heads: 0
-parallel: {pipeline: x, data: y}
-"""
-    assert problems(text, "a=[", "seed.x=1", "logging.intervall=3") == [
-        "override 'a=[': while parsing a flow node, expected the node content, but found '<stream end>'",
-        "override 'seed.x=1': seed is 1, not a mapping",
-        "a.yaml:3:1: seed: given twice, first at a.yaml:2:1",
-        "a.yaml:1:1: name: 'a b' must be a string that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        "a.yaml:5:3: model.num_layers: '12' is not an integer",
-        "a.yaml:4:1: model.hidden_size: required, but missing",
-        "a.yaml:6:3: model.num_attention_heads: 0 must be a positive integer",
-        "a.yaml:7:12: parallel.pipeline: 'x' is not an integer",
-        "a.yaml:7:25: parallel.data: 'y' must be a positive integer or 'auto'",
-        "a.yaml:1:1: training: required, but missing",
-        "override 'logging.intervall=3': logging.intervall: unknown key, did you mean 'interval'?",
-    ]
-
-
-def test_conflicts_between_fields_point_at_the_fields() -> None:
-    assert problems(GOOD, "model.num_key_value_heads=3", "model.head_dim=5", "exits.layers=[4, 2]") == [
-        "override 'model.num_key_value_heads=3': model.num_key_value_heads: 3 must divide the 4 heads",
-        "override 'model.head_dim=5': model.head_dim: 5 must be even: rotary positions turn pairs of channels",
-        "override 'exits.layers=[4, 2]': exits.layers: [4, 2] must ascend, without duplicates",
-    ]
-    assert problems(GOOD + "parallel:\n  layout: [{layers: 3}]\n  pipeline: 2\nexits: {layers: [2, 8]}") == [
-        "a.yaml:7:9: exits.layers: 8 must be below num_layers = 8: the last layer's exit is built in",
-        "a.yaml:5:3: parallel.layout: 1 stages, but parallel.pipeline is 2",
-        "a.yaml:5:3: parallel.layout: places 3 layers of 8",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -216,10 +114,10 @@ def test_a_base_lies_under_the_file() -> None:
 def test_problems_point_into_the_file_that_holds_them() -> None:
     Path("b.yaml").write_text(GOOD + "parallel:\n  layout: [{layers: 8, exits: 1}]\noptimizer: {lr: 0}\n")
     assert problems("base: b.yaml\nseed: x\nparallel: {layout: [{}]}\n", "name=") == [
-        "override 'name=': name: null is not a string",
         "a.yaml:2:1: seed: 'x' is not an integer",
         "a.yaml:3:21: parallel.layout.0.layers: required, but missing",
         "b.yaml:6:13: optimizer.lr: 0 must be a positive number",
+        "override 'name=': name: null is not a string",
     ]
 
 
@@ -292,3 +190,38 @@ def test_yaml_is_in_schema_order_with_lists_on_one_line() -> None:
     assert "exits:\n  layers: [2, 4]\n  weights: [0.25, 0.5]\n  weight_schedule:\n    shape: linear\n" in text
     assert "    thresholds:\n      4: 1.0\n      2: 0.5\n" in text
     assert text.endswith("serving: {}\n")
+
+
+@pytest.mark.parametrize(
+    ("field", "line"),
+    [
+        ("optimizer.lr", "a.yaml:2:13: optimizer.lr: no"),
+        ("optimizer.backend", "a.yaml:2:1: optimizer.backend: no"),
+        ("logging.tensorboard", "a.yaml:1:1: logging.tensorboard: no"),
+        ("data.dataset.1.path", "a.yaml:3:52: data.dataset.1.path: no"),
+        ("data.folder", "b.yaml:2:8: data.folder: no"),
+        ("checkpoint.interval", "override 'checkpoint.interval=3': checkpoint.interval: no"),
+        ("checkpoint.resume", "override 'checkpoint.interval=3': checkpoint.resume: no"),
+        ("checkpoint", "checkpoint: no"),
+        ("--tokenizer", "--tokenizer: no"),
+    ],
+    ids=[
+        "where it is written",
+        "its section",
+        "nowhere",
+        "an entry of a list",
+        "in the base",
+        "in an override",
+        "its section in an override",
+        "a section is no field",
+        "a flag is no field",
+    ],
+)
+def test_a_field_is_found_wherever_it_is_written(field: str, line: str) -> None:
+    Path("b.yaml").write_text("seed: 1\ndata: {folder: elsewhere}\n")
+    Path("a.yaml").write_text(
+        "base: b.yaml\noptimizer: {lr: 1}\ndata: {dataset: [{path: a, weight: 1}, {weight: 2, path: b}]}\n" + GOOD
+    )
+    with pytest.raises(UserError) as caught, open_config("a.yaml", ["checkpoint.interval=3"]):
+        raise FieldError(field, "no")
+    assert str(caught.value) == line

@@ -13,10 +13,11 @@ from helpers.tokenizers import write_bpe
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ee.config import Config
-from megatron_ee.data.dataset import DatasetError, largest_sampled_token, open_datasets
+from megatron_ee.data.dataset import largest_sampled_token, open_datasets
 from megatron_ee.data.indexed import read_index, write_indexed
 from megatron_ee.data.loader import BatchLoader
 from megatron_ee.device import choose_device
+from megatron_ee.errors import FieldError
 from megatron_ee.parallel.mesh import Mesh, open_mesh
 from megatron_ee.tokenizer import ByteTokenizer, open_tokenizer
 
@@ -156,27 +157,25 @@ def _letters_only(rows: list[torch.Tensor]) -> set[str]:
 
 
 def test_a_missing_dataset_is_named(tmp_path: Path, mesh: Mesh) -> None:
-    with pytest.raises(
-        DatasetError, match=r"^data\.dataset: .*words\.bin does not exist \(python-stdlib is built in\)$"
-    ):
+    with pytest.raises(FieldError, match=r"^data\.dataset: .*words\.bin does not exist \(python-stdlib is built in\)$"):
         open_datasets(run_config(tmp_path), ByteTokenizer(), mesh)
     _write_letters(tmp_path)
     (tmp_path / "b.idx").unlink()
-    with pytest.raises(DatasetError, match=r"^data\.dataset\.1\.path: .*b\.idx does not exist$"):
+    with pytest.raises(FieldError, match=r"^data\.dataset\.1\.path: .*b\.idx does not exist$"):
         open_datasets(_blend(tmp_path, 1.0, 1.0), ByteTokenizer(), mesh)
 
 
 def test_an_empty_split_is_named(tmp_path: Path, mesh: Mesh) -> None:
     write_small_dataset(tmp_path)
     config = run_config(tmp_path, data={"split": [100, 0, 0]}, training={"eval_iters": 1})
-    with pytest.raises(DatasetError, match=r"data\.split: no documents left for validation"):
+    with pytest.raises(FieldError, match=r"data\.split: no documents left for validation"):
         open_datasets(config, ByteTokenizer(), mesh)
 
 
 def test_too_few_documents_for_a_split_are_named_and_an_unused_split_may_be_empty(tmp_path: Path, mesh: Mesh) -> None:
     write_indexed(tmp_path / "words", ["early exits " * 50] * 3, ByteTokenizer())
     config = run_config(tmp_path, training={"eval_iters": 1})
-    with pytest.raises(DatasetError, match=r"^data\.split: no documents left for validation: data\.dataset .* has 3$"):
+    with pytest.raises(FieldError, match=r"^data\.split: no documents left for validation: data\.dataset .* has 3$"):
         open_datasets(config, ByteTokenizer(), mesh)
     assert open_datasets(run_config(tmp_path), ByteTokenizer(), mesh).valid is None
 
@@ -185,7 +184,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(tmp_path: Path, mesh: Mesh) -
     bpe = open_tokenizer(str(write_bpe(tmp_path / "bpe.json")))
     write_indexed(tmp_path / "words", ["early exits " * 50] * 30, bpe)
     config = run_config(tmp_path)
-    with pytest.raises(DatasetError) as caught:
+    with pytest.raises(FieldError) as caught:
         open_datasets(config, ByteTokenizer(), mesh)
     assert str(caught.value) == (
         f"data.dataset: {tmp_path}/words was written with tokenizer {bpe.name}, but data.tokenizer bytes is bytes"
@@ -195,7 +194,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(tmp_path: Path, mesh: Mesh) -
 
 def test_tokens_beyond_the_vocabulary_are_found_before_training(tmp_path: Path, mesh: Mesh) -> None:
     _write_foreign(tmp_path / "words", (np.arange(4000) % 300).astype(np.uint16))
-    with pytest.raises(DatasetError, match=r"words holds token 299, beyond a vocabulary of 258: name the tokenizer"):
+    with pytest.raises(FieldError, match=r"words holds token 299, beyond a vocabulary of 258: name the tokenizer"):
         open_datasets(run_config(tmp_path), ByteTokenizer(), mesh)
     config = run_config(tmp_path, model={"vocab_size": 300})
     assert len(open_datasets(config, ByteTokenizer(), mesh).train) >= 24

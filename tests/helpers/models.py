@@ -12,9 +12,9 @@ from megatron_ee.parallel.mesh import Mesh
 def whole_model(mesh: Mesh, *, exits: list[int], dtype: torch.dtype = torch.float32) -> Stage:
     """The tiny model on one stage, for inference."""
     config = tiny_config(exits={"layers": exits})
-    (layout,) = place(config.model, config.exits, config.parallel)
+    (chunks,) = place(config.model, config.exits, config.parallel)
     stage = Stage(
-        config.model, config.exits, layout, vocab_size=VOCAB_SIZE, groups=mesh.groups, device=mesh.device, dtype=dtype
+        config.model, config.exits, chunks, vocab_size=VOCAB_SIZE, groups=mesh.groups, device=mesh.device, dtype=dtype
     )
     initialize(stage, 0)
     return stage.eval().requires_grad_(False)

@@ -62,5 +62,7 @@ def train(config: Config, until: int | None = None, *, save: bool = False) -> di
     trainer.train(until)
     if save:
         trainer.save()
-    parameters = {name: parameter.detach().numpy().copy() for name, parameter in trainer.stage.named_parameters()}
+    parameters = {
+        name: parameter.detach().float().numpy().copy() for name, parameter in trainer.stage.named_parameters()
+    }
     return {"started_at": started_at, "figures": records.figures, "parameters": parameters}

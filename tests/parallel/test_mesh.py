@@ -23,6 +23,21 @@ def test_stages_are_outermost(ranks: RankPool) -> None:
     ]
 
 
+def _place_in_three_dimensions() -> tuple[int, int, int, list[int]]:
+    mesh = open_mesh(ParallelConfig(tensor=2, pipeline=2), choose_device("cpu"))
+    assert (mesh.groups.tp.rank(), mesh.groups.pp.rank()) == (mesh.tensor_rank, mesh.pipeline_rank)
+    return mesh.tensor_rank, mesh.data_rank, mesh.pipeline_rank, mesh.pipeline_ranks
+
+
+def test_tensor_parallel_ranks_are_innermost(ranks: RankPool) -> None:
+    assert ranks.run(4, _place_in_three_dimensions) == [
+        (0, 0, 0, [0, 2]),
+        (1, 0, 0, [1, 3]),
+        (0, 0, 1, [0, 2]),
+        (1, 0, 1, [1, 3]),
+    ]
+
+
 def test_data_parallel_size_follows_from_the_processes() -> None:
     assert data_parallel_size(ParallelConfig(pipeline=2), 8) == 4
     assert data_parallel_size(ParallelConfig(pipeline=2, data=4), 8) == 4

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import reference
 from helpers.ranks import RankPool
+from helpers.shards import pieces_of, whole
 from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, RandomSamples, tiny_config
 
 from megatron_ee.config import Config
@@ -15,7 +16,7 @@ from megatron_ee.data.loader import BatchLoader
 from megatron_ee.device import choose_device
 from megatron_ee.model.initialize import initialize
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.layout import place
+from megatron_ee.parallel.layout import have_exits, place
 from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.runtime import Runtime
@@ -34,6 +35,16 @@ def _two_stages(left_end: bool, right_start: bool) -> list[dict[str, Any]]:
     return [{"layers": 4, "exits_at_end": left_end}, {"layers": 4, "exits_at_start": right_start}]
 
 
+_SEQUENCE = {"tensor": 2, "sequence": True}
+_CHUNKS = {"chunks": 2, "schedule": "interleaved"}
+_PINNED = [
+    {"layers": 2, "exits_at_end": False},
+    {"layers": 2, "exits_at_start": True},
+    {"layers": 2},
+    {"layers": 2},
+]
+
+
 @dataclass(frozen=True)
 class Case:
     """Exits after `exits`, on `data` pipelines of as many stages as `parallel` says."""
@@ -47,7 +58,7 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        return self.parallel.get("pipeline", 1) * self.data
+        return self.parallel.get("tensor", 1) * self.parallel.get("pipeline", 1) * self.data
 
     def config(self) -> Config:
         exits = {"layers": self.exits, "projection": self.projection}
@@ -71,18 +82,33 @@ CASES = [
     Case("four stages, one without exits", [2, 4, 7], {"pipeline": 4}),
     Case("four stages, own projections", [1, 2, 5], {"pipeline": 4}, projection="own"),
     Case("four stages, exit on every layer", [1, 2, 3, 4, 5, 6, 7], {"pipeline": 4}),
+    Case("tensor parallel", [2, 5], {"tensor": 2}),
+    Case("tensor parallel, own projections", [2, 5], {"tensor": 2}, projection="own"),
+    Case("sequence parallel", [2, 5], {"tensor": 2, "sequence": True}),
+    Case("tensor and pipeline", [2, 4, 7], {"tensor": 2, "pipeline": 2}),
+    Case("sequence and pipeline, own projections", [2, 4], {**_SEQUENCE, "pipeline": 2}, projection="own"),
+    Case("tensor and data", [3], {"tensor": 2}, data=2),
+    Case("two chunks", [1, 4, 5], {"pipeline": 2, **_CHUNKS}),
+    Case("two chunks, exit on every layer", [1, 2, 3, 4, 5, 6, 7], {"pipeline": 2, **_CHUNKS}),
+    Case("two chunks, exits at both sides of borders", [2, 4, 6], {"pipeline": 2, **_CHUNKS, "layout": _PINNED}),
+    Case("two chunks, own projections", [2, 4, 6], {"pipeline": 2, **_CHUNKS}, projection="own"),
+    Case("two chunks, no early exits", [], {"pipeline": 2, **_CHUNKS}),
+    Case("four chunks", [1, 5], {"pipeline": 2, "chunks": 4, "schedule": "interleaved"}),
+    Case("four stages of two chunks", [2, 3, 6], {"pipeline": 4, **_CHUNKS}),
+    Case("two chunks, tensor parallel", [2, 4, 5], {**_SEQUENCE, "pipeline": 2, **_CHUNKS}),
+    Case("two chunks, two pipelines", [2, 4, 5], {"pipeline": 2, **_CHUNKS}, data=2),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_one_autograd_over_the_whole_model(case: Case, ranks: RankPool) -> None:
     results = ranks.run(case.world_size, _step, case.config())
-    parameters = _merge(result["parameters"] for result in results)
+    parameters = whole(result["parameters"] for result in results)
     losses, gradients = _reference_step(case.config(), parameters)
     for result in results:
         for layer, loss in losses.items():
             assert result["figures"][f"train/exit_{layer}/loss"] == pytest.approx(loss, abs=1e-5)
-    measured = _merge(result["gradients"] for result in results)
+    measured = whole(result["gradients"] for result in results)
     assert measured.keys() == gradients.keys()
     for name, gradient in gradients.items():
         scale = max(1.0, float(np.abs(gradient).max()))
@@ -90,18 +116,26 @@ def test_equals_one_autograd_over_the_whole_model(case: Case, ranks: RankPool) -
     norm = float(np.sqrt(sum(np.square(gradient).sum() for gradient in gradients.values())))
     for result in results:
         assert result["gradient_norm"] == pytest.approx(norm, rel=1e-5), "a copy counts once"
+        assert result["own_norm"] == pytest.approx(norm, rel=1e-5), "a copy counts once"
 
 
 def _step(config: Config) -> dict[str, Any]:
     """On each rank: one step on the first global batch."""
     device = choose_device("cpu")
     mesh = open_mesh(config.parallel, device)
-    layouts = place(config.model, config.exits, config.parallel)
-    layout = layouts[mesh.pipeline_rank]
-    stage = Stage(config.model, config.exits, layout, vocab_size=VOCAB_SIZE, groups=mesh.groups, device=device)
+    layout = place(config.model, config.exits, config.parallel)
+    stage = Stage(
+        config.model,
+        config.exits,
+        layout[mesh.pipeline_rank],
+        vocab_size=VOCAB_SIZE,
+        groups=mesh.groups,
+        device=device,
+        sequence_parallel=config.parallel.sequence,
+    )
     initialize(stage, config.seed)
-    parameters = {name: parameter.detach().numpy().copy() for name, parameter in stage.named_parameters()}
-    buffers = StageGradients(stage, mesh, layouts)
+    parameters = pieces_of(stage, lambda parameter: parameter)
+    buffers = StageGradients(stage, mesh, layout)
     loader = BatchLoader(RandomSamples(), mesh, global_batch_size=8, micro_batch_size=1)
     batch = loader.batch(0)
     num_tokens = count_tokens(batch, mesh)
@@ -110,13 +144,16 @@ def _step(config: Config) -> dict[str, Any]:
     plan = build_plan(
         config.parallel.schedule,
         num_stages=mesh.pipeline_size,
+        num_chunks=config.parallel.chunks,
         num_microbatches=loader.num_microbatches,
-        has_exits=[bool(layout.exits) for layout in layouts],
+        has_exits=have_exits(layout),
     )
     buffers.zero()
-    Runtime(mesh, MessageSpec((SEQUENCE_LENGTH, 1, 32), torch.float32, device.torch)).run(plan, step)
+    positions = SEQUENCE_LENGTH // (config.parallel.tensor if config.parallel.sequence else 1)
+    Runtime(mesh, MessageSpec((positions, 1, 32), torch.float32, device.torch)).run(plan, step)
     buffers.reduce()
-    gradients = {name: parameter.main_grad.numpy().copy() for name, parameter in stage.named_parameters()}
+    gradients = pieces_of(stage, lambda parameter: parameter.main_grad)
+    own_norm = buffers.norm()
     meter = ExitMeter([*config.exits.layers, config.model.num_layers], mesh)
     meter.add(step.losses, num_tokens)
     figures = meter.read("train", weights)
@@ -124,6 +161,7 @@ def _step(config: Config) -> dict[str, Any]:
         "parameters": parameters,
         "gradients": gradients,
         "figures": figures,
+        "own_norm": own_norm,
         "gradient_norm": MegatronAdamW(stage, config.optimizer, mesh, buffers).step(1e-3),
     }
 
@@ -139,14 +177,3 @@ def _reference_step(config: Config, parameters: Arrays) -> tuple[dict[int, float
     losses = {layer: reference.weighted_loss(logits, labels_BS, mask_BS, {layer: 1.0}).item() for layer in weights}
     reference.weighted_loss(logits, labels_BS, mask_BS, weights).backward()
     return losses, {name: leaf.grad.numpy() for name, leaf in leaves.items() if leaf.grad is not None}
-
-
-def _merge(parts: Any) -> Arrays:
-    """All stages' arrays under their global names; what several ranks hold must be equal."""
-    merged: Arrays = {}
-    for part in parts:
-        for name, value in part.items():
-            if name in merged:
-                np.testing.assert_array_equal(merged[name], value, err_msg=name)
-            merged[name] = value
-    return merged

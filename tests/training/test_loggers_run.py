@@ -114,7 +114,8 @@ def test_the_record_names_every_figure(logged: Path) -> None:
     per_exit = {f"exit_{layer}/{figure}" for layer in EXITS for figure in ("loss", "ppl", "accuracy", "weight")}
     memory = {"memory/peak_gib", "memory/stage_0_peak_gib", "memory/stage_1_peak_gib"}
     phases = {f"time/{phase}_s" for phase in ("data", "forward_backward", "grad_sync", "optimizer")}
-    run = {"train/lr", "train/grad_norm", "train/tokens", "train/loss", "train/unmasked_tokens"}
+    names = ("lr", "grad_norm", "skipped", "loss_scale", "tokens", "loss", "unmasked_tokens")
+    run = {f"train/{name}" for name in names}
     pace = {"perf/tokens_per_s", "perf/iter_time_s", "perf/seconds_left"}
     expected = {"iteration", *(f"train/{name}" for name in per_exit), *memory, *phases, *run, *pace}
     assert training[0].keys() == expected, "nothing about GPUs, as there are none"

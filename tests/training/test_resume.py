@@ -66,6 +66,12 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         ("one-process", 1, {}),
         ("two-replicas", 2, {"pipeline": 1}),
         ("four-stages", 4, {"pipeline": 4}),
+        ("tensor", 2, {"pipeline": 1, "tensor": 2}),
+        (
+            "sequence-and-chunks",
+            4,
+            {"pipeline": 2, "tensor": 2, "sequence": True, "chunks": 2, "schedule": "interleaved"},
+        ),
         ("unequal", 2, {"pipeline": 2, "layout": [{"layers": 2}, {"layers": 6}]}),
     ],
 )
@@ -84,6 +90,18 @@ def test_another_layout_goes_on_within_rounding(
     for iteration in (4, 5, 6):
         for figure, value in _losses(resumed[0])[iteration].items():
             assert value == pytest.approx(expected[iteration][figure], rel=1e-4, abs=1e-5), (iteration, figure)
+
+
+def test_tensor_parallel_ranks_save_what_one_process_reads(
+    folder: Path, ranks: RankPool, uninterrupted: list[dict[str, Any]]
+) -> None:
+    split = {"pipeline": 2, "tensor": 2, "chunks": 2, "schedule": "interleaved"}
+    ranks.run(4, _train_and_save_at_three, run_config(folder, name="split", parallel=split))
+    resumed = ranks.run(1, train, run_config(folder, name="split", parallel={}))
+    assert resumed[0]["started_at"] == 3
+    expected = _losses(uninterrupted[0])
+    for name, value in _losses(resumed[0])[6].items():
+        assert value == pytest.approx(expected[6][name], rel=1e-4, abs=1e-5), name
 
 
 def test_training_learns(uninterrupted: list[dict[str, Any]]) -> None:

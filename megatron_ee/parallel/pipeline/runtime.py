@@ -122,9 +122,11 @@ class _Execution:
         neighbour = self.plan.successor if towards_end else self.plan.predecessor
         peer = neighbour(action.stage, action.chunk)
         assert peer is not None, f"no stage at the other end of {action}"
-        is_forward = action.kind in (Kind.SEND_FORWARD, Kind.RECV_FORWARD)
-        group = self.mesh.forward_link if is_forward else self.mesh.backward_link
-        return self.mesh.pipeline_ranks[peer[0]], group
+        stage, chunk = peer
+        group = self.mesh.links.choose(
+            carries_gradients=action.kind in (Kind.SEND_BACKWARD, Kind.RECV_BACKWARD), wraps=chunk != action.chunk
+        )
+        return self.mesh.pipeline_ranks[stage], group
 
 
 _PRODUCER = {Kind.SEND_FORWARD: Kind.F, Kind.SEND_BACKWARD: Kind.B}

@@ -1,6 +1,7 @@
 """The rules that a plan has to keep before it makes sense to run it, in whatever order its stages take turns."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
 
@@ -16,12 +17,20 @@ def check_rules(plan: Plan) -> None:
     - F stands after its input's receive, X after F, B after F and X and the gradient's receive, a send after its work.
     - Every micro-batch enters at the first stage, and what is received is worked on.
     - If there is any B, a micro-batch that goes no deeper turns round with a B; if there is none, exits see every F.
-    - Over each link (to one stage and chunk, in one direction) all that is sent is received, in the same order.
+    - Over each link (see `link_of`) all that is sent is received, in the same order.
     """
     rules = _Rules(plan)
     rules.check_stages()
     rules.check_completeness()
     rules.check_links()
+
+
+class Link(NamedTuple):
+    """What keeps its order: messages of one kind to one stage."""
+
+    kind: Kind
+    stage: int
+    wraps: bool
 
 
 def receive_of(plan: Plan, send: Action) -> Action:
@@ -30,6 +39,15 @@ def receive_of(plan: Plan, send: Action) -> Action:
     other_end = (plan.successor if forward else plan.predecessor)(send.stage, send.chunk)
     assert other_end is not None, f"{send} has no stage at its other end"
     return Action(Kind.RECV_FORWARD if forward else Kind.RECV_BACKWARD, *other_end, send.microbatch)
+
+
+def link_of(receive: Action, plan: Plan) -> Link:
+    """The link of a message: to one stage, in one direction. The way round from the last stage to the first, and back,
+    is a link of its own: with two stages it would be one with the way between neighbours."""
+    neighbour = plan.predecessor if receive.kind is Kind.RECV_FORWARD else plan.successor
+    other_end = neighbour(receive.stage, receive.chunk)
+    assert other_end is not None, f"{receive} has no stage at its other end"
+    return Link(receive.kind, receive.stage, wraps=other_end[1] != receive.chunk)
 
 
 class _Rules:
@@ -62,15 +80,15 @@ class _Rules:
                 self._check_planned(needed, f"{action} asks for it")
 
     def check_links(self) -> None:
-        sent: dict[tuple[Kind, int, int], list[Action]] = {}
-        received: dict[tuple[Kind, int, int], list[Action]] = {}
+        sent: dict[Link, list[Action]] = {}
+        received: dict[Link, list[Action]] = {}
         for action in self.all:
             if action.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
                 receive = receive_of(self.plan, action)
                 self._check_planned(receive, f"{action} sends to it")
-                sent.setdefault((receive.kind, receive.stage, receive.chunk), []).append(receive)
+                sent.setdefault(link_of(receive, self.plan), []).append(receive)
             elif action.kind in (Kind.RECV_FORWARD, Kind.RECV_BACKWARD):
-                received.setdefault((action.kind, action.stage, action.chunk), []).append(action)
+                received.setdefault(link_of(action, self.plan), []).append(action)
         for link, receives in received.items():
             _check_link(sent.get(link, []), receives)
 

@@ -6,6 +6,7 @@ All get the same figures under the same names:
     train/exit_<layer>/{loss,ppl,accuracy,weight}   every exit's, whatever stage computed it; the last is final
     train/unmasked_tokens                       what those are means over: the tokens since the last record
     train/{lr,grad_norm,tokens}                 tokens: all that the run has been through
+    train/{skipped,loss_scale}                  fp16: steps since the last record whose gradients overflowed
     perf/{tokens_per_s,iter_time_s,seconds_left}
     perf/{tokens_per_s_per_gpu,tflops_per_gpu,mfu}  on GPUs
     time/{data,forward_backward,grad_sync,optimizer,checkpoint}_s   see `throughput`

@@ -37,8 +37,9 @@ class Console:
 
 def _pace(figures: Figures) -> str:
     mfu = f"  {figures['perf/mfu']:.1%} MFU" if "perf/mfu" in figures else ""
+    norm = f"norm {figures['train/grad_norm']:.2f}" if "train/grad_norm" in figures else "step skipped"
     return (
-        f"  lr {figures['train/lr']:.2e}  norm {figures['train/grad_norm']:.2f}"
+        f"  lr {figures['train/lr']:.2e}  {norm}"
         f"  {figures['perf/tokens_per_s']:,.0f} tokens/s{mfu}  {_duration(figures['perf/seconds_left'])} left"
     )
 

@@ -3,17 +3,17 @@
 import importlib.util
 from pathlib import Path
 
-from megatron_ee.errors import UserError
+from megatron_ee.errors import FieldError
 from megatron_ee.training.loggers.interface import Figures
 
 
 def require_tensorboard() -> None:
     """
     Raises:
-        UserError: the package that writes event files is not installed.
+        FieldError: the package that writes event files is not installed.
     """
     if importlib.util.find_spec("tensorboard") is None:
-        raise UserError("logging.tensorboard: needs the tensorboard package: pip install 'megatron-ee[tensorboard]'")
+        raise FieldError("logging.tensorboard", "needs the tensorboard package: pip install 'megatron-ee[tensorboard]'")
 
 
 class TensorBoard:

@@ -15,9 +15,19 @@ __all__ = ["BACKENDS", "OptimizerBackend"]
 class OptimizerBackend(Protocol):
     """Updates one stage's parameters. All ranks call the same methods together."""
 
-    def step(self, learning_rate: float) -> float:
-        """Update from each parameter's `main_grad` (fp32, summed over all ranks); returns the gradient norm over all
-        stages, before clipping."""
+    @property
+    def loss_scale(self) -> float:
+        """What the next step's losses are multiplied by before their backward; 1 unless small gradients of fp16 would
+        vanish."""
+        ...
+
+    def step(self, learning_rate: float) -> float | None:
+        """Update from each parameter's `main_grad` (fp32, summed over all ranks, times `loss_scale`).
+
+        Returns:
+            The gradient norm over all stages, before clipping and without the loss scale; None where the gradients
+            overflowed at this scale: then nothing was updated, and the next scale is lower.
+        """
         ...
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:

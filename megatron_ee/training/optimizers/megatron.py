@@ -17,13 +17,21 @@ from megatron_ee.training.gradients import StageGradients
 
 
 class MegatronAdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). Parameters without decay are a group of their own."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). Parameters without decay are a group of their own.
+
+    Parameters in half precision have an fp32 copy, which is what is updated; those in fp16 also a dynamic loss scale.
+    """
 
     def __init__(self, stage: Stage, config: OptimizerConfig, mesh: Mesh, gradients: StageGradients) -> None:
         self._config = config
+        dtype = stage.config.params_dtype
         self._optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
+                params_dtype=dtype,
+                bf16=dtype is torch.bfloat16,
+                fp16=dtype is torch.float16,
+                initial_loss_scale=config.initial_loss_scale,
                 lr=config.lr,
                 weight_decay=config.weight_decay,
                 adam_beta1=config.beta1,
@@ -37,16 +45,22 @@ class MegatronAdamW:
             pg_collection=mesh.groups,
         )
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, and update the parameters; returns the norm of all stages' gradients before clipping."""
+    @property
+    def loss_scale(self) -> float:
+        """Of the next step; 1 but for fp16."""
+        return float(self._optimizer.get_loss_scale())
+
+    def step(self, learning_rate: float) -> float | None:
+        """Clip, and update the parameters; returns the norm of all stages' gradients before clipping, or None where
+        fp16 gradients overflowed and nothing was updated."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
             group["betas"] = (self._config.beta1, self._config.beta2)  # the config's, also after a resume
             group["eps"] = self._config.epsilon
             group["weight_decay"] = self._config.weight_decay * group["wd_mult"]
-        _, gradient_norm, _ = self._optimizer.step()
+        updated, gradient_norm, _ = self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(gradient_norm)
+        return float(gradient_norm) if updated else None
 
     def sharded_state_dict(self, model_state: ShardedStateDict, *, is_loading: bool = False) -> ShardedStateDict:
         """Moments, sharded as the parameters in `model_state` are."""

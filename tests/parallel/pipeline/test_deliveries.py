@@ -1,7 +1,7 @@
 """When a stage may let go of what it sent."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ee.parallel.pipeline.deliveries import SENDS, deliveries
@@ -10,9 +10,14 @@ from megatron_ee.parallel.pipeline.schedules import SCHEDULES, build_plan
 from megatron_ee.parallel.pipeline.validity import receive_of
 
 
-def _plan(schedule: str, num_stages: int, num_microbatches: int) -> Plan:
-    has_exits = [True] * num_stages
-    return build_plan(schedule, num_stages=num_stages, num_microbatches=num_microbatches, has_exits=has_exits)
+def _plan(schedule: str, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Plan:
+    return build_plan(
+        schedule,
+        num_stages=num_stages,
+        num_chunks=num_chunks,
+        num_microbatches=num_microbatches,
+        has_exits=[True] * num_stages * num_chunks,
+    )
 
 
 def _most_under_way(plan: Plan, stage: int) -> int:
@@ -25,18 +30,22 @@ def _most_under_way(plan: Plan, stage: int) -> int:
     return most
 
 
-@pytest.mark.parametrize(("schedule", "most"), [("1f1b", 9), ("forward-only", 3)])
+@pytest.mark.parametrize(("schedule", "most"), [("1f1b", 9), ("interleaved", 18), ("forward-only", 3)])
 def test_what_is_held_does_not_grow_with_the_step(schedule: str, most: int) -> None:
     for num_microbatches in (16, 64, 256):
-        plan = _plan(schedule, 4, num_microbatches)
+        plan = _plan(schedule, 4, num_microbatches, 2 if schedule == "interleaved" else 1)
         assert max(_most_under_way(plan, stage) for stage in range(4)) <= most
 
 
-@given(st.sampled_from(sorted(SCHEDULES)), st.integers(2, 5), st.integers(1, 12))
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(2, 5), st.integers(1, 12), st.integers(2, 3))
+@settings(max_examples=60, deadline=None)
 def test_a_finished_send_was_received_before_the_message_that_proves_it(
-    schedule: str, num_stages: int, num_microbatches: int
+    schedule: str, num_stages: int, num_microbatches: int, num_chunks: int
 ) -> None:
-    plan = _plan(schedule, num_stages, num_microbatches)
+    if schedule == "interleaved":
+        plan = _plan(schedule, num_stages, -(-num_microbatches // num_stages) * num_stages, num_chunks)
+    else:
+        plan = _plan(schedule, num_stages, num_microbatches)
     for stage in range(num_stages):
         finished: list[Action] = []
         own = {action: index for index, action in enumerate(plan.actions[stage])}

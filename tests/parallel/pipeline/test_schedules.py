@@ -11,16 +11,25 @@ from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
 from megatron_ee.parallel.pipeline.schedules import SCHEDULES, build_plan
 from megatron_ee.parallel.pipeline.simulate import check, simulate
 
-TRAINING = ["gpipe", "1f1b"]
+TRAINING = ["gpipe", "1f1b", "interleaved"]
+IN_ROUNDS = ["interleaved", "forward-only"]
 
 
 @st.composite
 def plans(draw: st.DrawFn, schedules: list[str] | None = None) -> tuple[Plan, list[bool]]:
     num_stages = draw(st.integers(1, 5))
-    has_exits = [*draw(st.lists(st.booleans(), min_size=num_stages - 1, max_size=num_stages - 1)), True]
     schedule = draw(st.sampled_from(schedules or sorted(SCHEDULES)))
-    num_microbatches = draw(st.integers(1, 8))
-    plan = build_plan(schedule, num_stages=num_stages, num_microbatches=num_microbatches, has_exits=has_exits)
+    num_chunks = draw(st.integers(1, 3)) if schedule in IN_ROUNDS else 1
+    num_others = num_stages * num_chunks - 1
+    has_exits = [*draw(st.lists(st.booleans(), min_size=num_others, max_size=num_others)), True]
+    num_microbatches = draw(st.integers(1, 8)) * (num_stages if schedule == "interleaved" else 1)
+    plan = build_plan(
+        schedule,
+        num_stages=num_stages,
+        num_chunks=num_chunks,
+        num_microbatches=num_microbatches,
+        has_exits=has_exits,
+    )
     return plan, has_exits
 
 
@@ -65,8 +74,11 @@ def test_every_plan_is_valid_and_complete(case: tuple[Plan, list[bool]]) -> None
     plan, has_exits = case
     check(plan)
     for stage, actions in enumerate(plan.actions):
-        work = [Kind.F] + [Kind.X] * has_exits[stage] + [Kind.B] * (plan.schedule != "forward-only")
-        expected = {Action(kind, stage, 0, i) for kind in work for i in range(plan.num_microbatches)}
+        expected = set()
+        for chunk in range(plan.num_chunks):
+            has_exit = has_exits[chunk * plan.num_stages + stage]
+            work = [Kind.F] + [Kind.X] * has_exit + [Kind.B] * (plan.schedule != "forward-only")
+            expected |= {Action(kind, stage, chunk, i) for kind in work for i in range(plan.num_microbatches)}
         assert {action for action in actions if action.kind in (Kind.F, Kind.X, Kind.B)} == expected
 
 
@@ -75,25 +87,45 @@ def test_every_plan_is_valid_and_complete(case: tuple[Plan, list[bool]]) -> None
 def test_exits_run_after_the_send_and_before_the_wait_for_the_gradient(case: tuple[Plan, list[bool]]) -> None:
     plan, _ = case
     for actions in plan.actions:
-        order = {(action.kind, action.microbatch): index for index, action in enumerate(actions)}
-        for kind, microbatch in order:
+        order = {(action.kind, action.chunk, action.microbatch): index for index, action in enumerate(actions)}
+        for kind, chunk, microbatch in order:
             if kind is not Kind.X:
                 continue
-            here = order[kind, microbatch]
-            assert order.get((Kind.SEND_FORWARD, microbatch), -1) < here
-            assert here < order.get((Kind.RECV_BACKWARD, microbatch), len(actions))
+            here = order[kind, chunk, microbatch]
+            assert order.get((Kind.SEND_FORWARD, chunk, microbatch), -1) < here
+            assert here < order.get((Kind.RECV_BACKWARD, chunk, microbatch), len(actions))
 
 
 @given(plans(schedules=TRAINING))
 @settings(max_examples=100, deadline=None)
 def test_microbatches_alive(case: tuple[Plan, list[bool]]) -> None:
     plan, _ = case
-    num_stages, num_microbatches = plan.num_stages, plan.num_microbatches
+    num_stages, num_chunks, num_microbatches = plan.num_stages, plan.num_chunks, plan.num_microbatches
     alive = {
         "gpipe": tuple(num_microbatches for _ in range(num_stages)),
         "1f1b": tuple(min(num_stages - stage, num_microbatches) for stage in range(num_stages)),
+        "interleaved": tuple(
+            min(2 * (num_stages - 1 - stage) + (num_chunks - 1) * num_stages + 1, num_chunks * num_microbatches)
+            for stage in range(num_stages)
+        ),
     }
     assert simulate(plan, lambda action: 1).peak_activations == alive[plan.schedule]
+
+
+@given(st.integers(2, 6), st.integers(1, 4), st.integers(1, 4))
+@settings(deadline=None)
+def test_chunks_divide_the_bubble(num_stages: int, num_chunks: int, groups: int) -> None:
+    """T = M v (F + B) + (P - 1) (F + B) with F and B of one chunk: the bubble is that of one chunk, not of v."""
+    num_microbatches, has_exits = groups * num_stages, [False] * (num_stages * num_chunks - 1) + [True]
+    plan = build_plan(
+        "interleaved",
+        num_stages=num_stages,
+        num_chunks=num_chunks,
+        num_microbatches=num_microbatches,
+        has_exits=has_exits,
+    )
+    makespan = simulate(plan, lambda action: {Kind.F: 1, Kind.X: 0, Kind.B: 2}[action.kind]).makespan
+    assert makespan == 3 * (num_microbatches * num_chunks + num_stages - 1)
 
 
 def test_validation_holds_one_microbatch_at_a_time() -> None:
@@ -102,7 +134,7 @@ def test_validation_holds_one_microbatch_at_a_time() -> None:
 
 
 def test_unknown_schedule_names_the_choices() -> None:
-    with pytest.raises(ValueError, match="unknown schedule '1b1f'; choose from gpipe, 1f1b, forward-only"):
+    with pytest.raises(ValueError, match="unknown schedule '1b1f'; choose from gpipe, 1f1b, interleaved, forward-only"):
         build_plan("1b1f", num_stages=1, num_microbatches=1, has_exits=[True])
 
 

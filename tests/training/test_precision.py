@@ -1,0 +1,110 @@
+"""Training in half precision: close to fp32, with the loss scale of fp16 over every exit."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.ranks import RankPool
+from helpers.runs import run_config, train, write_small_dataset
+
+from megatron_ee.checkpoint.folders import CheckpointError, newest_checkpoint
+from megatron_ee.config import Config, ExitParams
+from megatron_ee.device import choose_device
+from megatron_ee.inference.engine import load_engine
+from megatron_ee.inference.request import Request
+from megatron_ee.training.trainer import DivergedError, Trainer
+
+LAYOUTS = {"one": {}, "pipeline": {"pipeline": 2}, "tensor": {"tensor": 2, "sequence": True}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("precision")
+    write_small_dataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fp32(folder: Path, ranks: RankPool) -> dict[int, dict[str, float]]:
+    return ranks.run(1, train, run_config(folder, name="fp32"))[0]["figures"]
+
+
+def _config(folder: Path, name: str, precision: str, parallel: dict[str, Any], **changes: Any) -> Config:
+    return run_config(folder, name=name, parallel=parallel, training={"precision": precision}, **changes)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_gradients_are_near_those_of_fp32(
+    folder: Path, ranks: RankPool, fp32: dict[int, dict[str, float]], precision: str, layout: str
+) -> None:
+    parallel = LAYOUTS[layout]
+    world_size = parallel.get("pipeline", 1) * parallel.get("tensor", 1)
+    figures = ranks.run(world_size, train, _config(folder, f"{precision}-{layout}", precision, parallel))[0]["figures"]
+    for iteration, expected in fp32.items():
+        measured = figures[iteration]
+        for exit_layer in (2, 5, 8):
+            name = f"train/exit_{exit_layer}/loss"
+            assert measured[name] == pytest.approx(expected[name], rel=0.02), (iteration, name)
+        assert measured["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=0.1)
+        assert measured["train/skipped"] == 0
+        assert measured["train/loss_scale"] == (65536 if precision == "fp16" else 1)
+
+
+def test_a_step_that_overflows_is_skipped_and_the_scale_falls(folder: Path, ranks: RankPool) -> None:
+    optimizer = {"initial_loss_scale": 2.0**28}
+    results = ranks.run(2, train, _config(folder, "overflow", "fp16", {"pipeline": 2}, optimizer=optimizer))
+    figures = results[0]["figures"]
+    scales = [figures[iteration]["train/loss_scale"] for iteration in sorted(figures)]
+    assert scales == sorted(scales, reverse=True)
+    assert scales[-1] < 2.0**28
+    assert figures[1]["train/skipped"] == 1
+    assert "train/grad_norm" not in figures[1]
+    assert figures[2]["train/exit_8/loss"] == pytest.approx(figures[1]["train/exit_8/loss"], rel=0.1), "no update"
+
+
+def _train_to_three(config: Config) -> None:
+    train(config, until=3, save=True)
+
+
+def test_a_resumed_run_in_half_precision_is_the_uninterrupted_one(folder: Path, ranks: RankPool) -> None:
+    whole = ranks.run(2, train, _config(folder, "whole", "fp16", {"pipeline": 2}))
+    ranks.run(2, _train_to_three, _config(folder, "stopped", "fp16", {"pipeline": 2}))
+    shutil.copytree(folder / "runs/stopped", folder / "runs/again", symlinks=True)
+    resumed = ranks.run(2, train, _config(folder, "again", "fp16", {"pipeline": 2}))
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert ours["started_at"] == 3
+        for name, parameter in theirs["parameters"].items():
+            np.testing.assert_array_equal(ours["parameters"][name], parameter, err_msg=name)
+
+
+def _dtypes_of_an_engine(config: Config) -> set[str]:
+    step = newest_checkpoint(Path(config.runs) / config.name)
+    assert step is not None
+    engine = load_engine(step, config, choose_device("cpu"))
+    emissions = list(
+        engine.generate(Request(prompt=(65, 66), max_new_tokens=4, stop=-1, exit=ExitParams(threshold=0.5)))
+    )
+    assert len(emissions) == 4
+    return {str(parameter.dtype) for parameter in engine.stage.parameters()}
+
+
+def test_a_checkpoint_says_its_precision(folder: Path, ranks: RankPool) -> None:
+    ranks.run(1, _train_to_three, _config(folder, "half", "bf16", {}))
+    config = _config(folder, "half", "bf16", {})
+    assert ranks.run(1, _dtypes_of_an_engine, config) == [{"torch.bfloat16"}]
+    with pytest.raises(AssertionError, match=r"training\.precision is bf16, not fp32") as caught:
+        ranks.run(1, train, _config(folder, "half", "fp32", {}))
+    assert CheckpointError.__name__ in str(caught.value)
+
+
+def test_overflow_at_every_scale_ends_the_run() -> None:
+    trainer: Any = SimpleNamespace(num_skipped=0, optimizer=SimpleNamespace(loss_scale=2.0))
+    Trainer._check(trainer, None, 4)
+    assert trainer.num_skipped == 1
+    trainer.optimizer.loss_scale = 1.0
+    with pytest.raises(DivergedError, match=r"iteration 5: .* no number at any loss scale"):
+        Trainer._check(trainer, None, 4)
