@@ -74,7 +74,7 @@ def load_checkpoint(folder: Path, state: ShardedStateDict) -> dict:
 
 def load_stage(folder: Path, stage: Stage, mesh: Mesh) -> None:
     """Fill a stage's parameters from a checkpoint of any layout."""
-    stage.load_state_dict(load_checkpoint(folder, {"model": model_state(stage, mesh)})["model"])
+    stage.load_sharded(load_checkpoint(folder, {"model": model_state(stage, mesh)})["model"])
 
 
 def check_same_model(folder: Path, description: Description) -> Description:

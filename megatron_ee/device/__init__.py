@@ -38,9 +38,10 @@ class Device:
     reason: str
 
     def synchronize(self) -> None:
-        """Wait until all submitted work is done, so that a clock reads what it should."""
+        """Wait until all submitted work is done, so that a clock reads what it should. Not for messages under way,
+        which have streams of their own: one that is awaited ahead may need what comes next."""
         if self.torch.type == "cuda":
-            torch.cuda.synchronize(self.torch)
+            torch.cuda.current_stream(self.torch).synchronize()
 
     @property
     def gpu_name(self) -> str | None:
@@ -60,7 +61,7 @@ def choose_device(choice: Literal["auto", "cpu", "cuda"]) -> Device:
     `auto` takes CUDA only when every local rank has a GPU of its own; torchrun says which rank this is.
 
     Raises:
-        DeviceError: `cuda` was asked for and there are fewer GPUs than local ranks.
+        DeviceError: `cuda` was asked for and there are fewer GPUs than local ranks, or Transformer Engine is broken.
     """
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -72,10 +73,20 @@ def choose_device(choice: Literal["auto", "cpu", "cuda"]) -> Device:
         return Device(torch.device("cpu"), "gloo", False, f"device: CPU ({choice}: {counts})")
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)
-    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    has_engine = _has_transformer_engine()
     layers = "Transformer Engine's layers" if has_engine else "megatron-core's own layers"
     reason = f"device: CUDA ({choice}: {counts}), {layers}"
     return Device(torch.device("cuda", index), "nccl", has_engine, reason)
+
+
+def _has_transformer_engine() -> bool:
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as error:  # built for another CUDA, say
+        raise DeviceError("device", f"Transformer Engine is installed, but cannot be imported: {error}") from error
+    return True
 
 
 def _peak_resident_bytes() -> int:

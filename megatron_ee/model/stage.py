@@ -23,6 +23,8 @@ from megatron_ee.model.layers import layer_parts, layer_spec, transformer_config
 from megatron_ee.model.rotary import rotary_angles
 from megatron_ee.parallel.layout import Chunk
 
+_ENGINE_STATE = "_extra_state"  # Transformer Engine's fp8 scales: a checkpoint has to fit layers without it, too
+
 
 class Tap(NamedTuple):
     """Where a hidden state was read: after layer `layer`, at its output or after its attention."""
@@ -146,12 +148,19 @@ class Stage(MegatronModule):
                 path = f"{name}.{number}." if number else f"{name}."
                 state.update(sharded_state_dict_default(module, path, sharded_offsets, metadata, self.tp_group))
         final = f"exits.{self.model.num_layers}."
+        state = {name: entry for name, entry in state.items() if not name.endswith(_ENGINE_STATE)}
         for entry in state.values():
             entry.key = prefix + entry.key.removeprefix(final)
         if self.output is not None and not self.has_final_exit:
             for name in [name for name in state if name.startswith("output.")]:
                 _mark_as_copy(state[name], self.chunks[-1])
         return {prefix + name: entry for name, entry in state.items()}
+
+    def load_sharded(self, state: dict[str, torch.Tensor]) -> None:
+        """Take back what `sharded_state_dict` described, under this stage's own names."""
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        different = [name for name in (*missing, *unexpected) if not name.endswith(_ENGINE_STATE)]
+        assert not different, f"not in both the stage and the checkpoint: {different}"
 
 
 def _mark_as_copy(entry: ShardedBase, last: Chunk) -> None:

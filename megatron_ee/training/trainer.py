@@ -113,7 +113,7 @@ class Trainer:
         model = model_state(self.stage, self.mesh)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=True)
         state = load_checkpoint(folder, {"model": model, "optimizer": optimizer})
-        self.stage.load_state_dict(state["model"])
+        self.stage.load_sharded(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = saved.progress
 

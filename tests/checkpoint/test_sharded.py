@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers.models import whole_model
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 from megatron.core import dist_checkpointing
@@ -12,6 +14,7 @@ from megatron.core import dist_checkpointing
 from megatron_ee.checkpoint.folders import newest_checkpoint
 from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
+from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.build import build_trainer
 
 
@@ -106,3 +109,12 @@ def _save_twice(config: Any) -> tuple[float, float]:
 def test_a_step_that_is_saved_is_not_written_again(folder: Path, ranks: RankPool) -> None:
     ((first, second),) = ranks.run(1, _save_twice, run_config(folder, name="twice"))
     assert first == second
+
+
+def test_a_stage_takes_all_of_its_parameters_and_nothing_else(mesh: Mesh) -> None:
+    stage = whole_model(mesh, exits=[2])
+    state = dict(stage.state_dict())
+    stage.load_sharded({**state, "layers.1.self_attention.linear_qkv._extra_state": torch.empty(0)})
+    for wrong in ({}, {**state, "layers.9.weight": torch.empty(1)}):
+        with pytest.raises(AssertionError, match="not in both the stage and the checkpoint"):
+            stage.load_sharded(wrong)

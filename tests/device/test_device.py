@@ -7,6 +7,7 @@ import textwrap
 import pytest
 import torch
 
+from megatron_ee import device
 from megatron_ee.device import DeviceError, choose_device
 
 
@@ -133,3 +134,13 @@ def _fresh_process(code: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
+
+
+def test_a_broken_transformer_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError("libcudart.so.11: cannot open shared object file")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(DeviceError, match=r"^device: Transformer Engine is installed, .*: libcudart\.so\.11"):
+        device._has_transformer_engine()

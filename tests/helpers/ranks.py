@@ -1,4 +1,4 @@
-"""Real gloo processes for tests: started once, each case gets a fresh process group of the size it wants."""
+"""Real processes for tests, over gloo or NCCL: started once, each case gets a fresh group of the size it wants."""
 
 import importlib.util
 import multiprocessing
@@ -11,15 +11,20 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 CASE_TIMEOUT_S = 120.0
 
 
 class RankPool:
-    """Up to four worker processes. A case is a module-level function; it runs on ranks 0 to n - 1 at once."""
+    """Up to four worker processes. A case is a module-level function; it runs on ranks 0 to n - 1 at once.
 
-    def __init__(self) -> None:
+    Args:
+        device: `cuda` gives each worker the GPU of its number; this very process stays on the CPU.
+    """
+
+    def __init__(self, device: Literal["cpu", "cuda"] = "cpu") -> None:
+        self._device = device
         self._workers: list[tuple[multiprocessing.process.BaseProcess, multiprocessing.connection.Connection]] = []
 
     def run(self, world_size: int, case: Callable[..., Any], *args: Any) -> list[Any]:
@@ -63,14 +68,16 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         while len(self._workers) < count:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,))
+            process = context.Process(target=_serve, args=(theirs, self._device, len(self._workers)))
             process.start()
             theirs.close()
             self._workers.append((process, ours))
 
 
-def _serve(connection: multiprocessing.connection.Connection) -> None:
+def _serve(connection: multiprocessing.connection.Connection, choice: Literal["cpu", "cuda"], local_rank: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    if choice == "cuda":
+        os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_rank + 1))
     import torch
     import torch.distributed as dist
 
@@ -79,7 +86,7 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
 
     torch.set_num_threads(1)
     quiet_dependencies()
-    choose_device("cpu")
+    device = choose_device(choice)
     from megatron_ee.parallel.mesh import close_mesh
 
     while True:
@@ -90,7 +97,7 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
         try:
             store = dist.FileStore(str(Path(folder) / "store"), world_size)
             dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+                device.backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
             )
             connection.send((True, getattr(_module_of(path), name)(*args)))
         except Exception:

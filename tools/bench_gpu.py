@@ -1,0 +1,397 @@
+"""What exits cost and what they save on one GPU: training, memory, decoding. Writes runs/bench/gpu.json.
+
+The model with exits and the one without take turns in one process: a round is (without, with, without), in the opposite
+order in every other round. A ratio is the median over rounds, and without/without of the same rounds, beside it as
+`aa`, says how much of it is noise.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+
+from megatron_ee.config import Config, ExitParams
+from megatron_ee.device import Device, choose_device
+from megatron_ee.errors import UserError
+from megatron_ee.log import quiet_dependencies
+
+if TYPE_CHECKING:  # what imports megatron-core has to wait until the device is chosen
+    from megatron_ee.data.batch import Batch
+    from megatron_ee.parallel.mesh import Mesh
+    from megatron_ee.training.trainer import Trainer
+
+THRESHOLD = 0.5
+PERIOD = 64  # tokens count up and begin again: learnt within seconds, so that exits become confident
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured; by default a model of 400 million parameters."""
+
+    num_layers: int = 24
+    hidden_size: int = 1024
+    num_attention_heads: int = 16
+    vocab_size: int = 32768
+    exits: tuple[int, ...] = (6, 12)
+    sequence_length: int = 1024
+    micro_batch_size: int = 4
+    global_batch_size: int = 16
+    rounds: int = 20  # the first is dropped
+    new_tokens: int = 128
+    decoding_rounds: int = 7
+    learning_steps: int = 100  # at most, before decoding
+
+
+SMALL = Sizes(4, 32, 4, 320, (1, 2), 16, 1, 2, 6, 4, 3, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One line of the report.
+
+    Attributes:
+        goal: what the value is held against; None: it is only recorded.
+        spread: the 10th and the 90th percentile over rounds.
+        aa: the same measurement against itself; 1 without noise.
+    """
+
+    measure: str
+    value: float
+    goal: float | None
+    better: Literal["lower", "higher"]
+    spread: tuple[float, float]
+    aa: float
+    context: dict[str, Any]
+
+
+class Rounds(NamedTuple):
+    """Seconds of every round: A, B, and A again."""
+
+    a: list[float]
+    b: list[float]
+    again: list[float]
+
+    @property
+    def paired(self) -> list[float]:
+        """B over A of each round."""
+        return [b / a for a, b in zip(self.a, self.b, strict=True)]
+
+    @property
+    def aa(self) -> float:
+        return statistics.median(again / a for a, again in zip(self.a, self.again, strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: only to try the program itself")
+    parser.add_argument("--small", action="store_true", help="a tiny model and few rounds: seconds, and no figures")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench/gpu.json"), metavar="FILE")
+    arguments = parser.parse_args()
+    quiet_dependencies()
+    try:
+        device = choose_device(arguments.device)
+    except UserError as error:
+        print(f"{error}. `--device cpu --small` tries the program without one", file=sys.stderr)
+        return 2
+    print(device.reason)
+    measures = run(SMALL if arguments.small else Sizes(), device)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps([asdict(measure) for measure in measures], indent=1) + "\n")
+    print(table(measures))
+    print(f"written to {arguments.output}")
+    return 0
+
+
+def run(sizes: Sizes, device: Device) -> list[Measure]:
+    """Every measure that this device allows: a CPU has neither a known peak nor a mark of its memory to reset."""
+    from megatron_ee.config import ParallelConfig
+    from megatron_ee.parallel.mesh import close_mesh, open_mesh
+
+    mesh = open_mesh(ParallelConfig(), device)
+    load_libraries(device)
+    batch = counting_batch(sizes, device)
+    context = describe(sizes, device)
+    without, static_without = build_and_warm_up(config_of(sizes, ()), mesh, batch)
+    having, static_having = build_and_warm_up(config_of(sizes, sizes.exits), mesh, batch)
+    measures = training_measures(sizes, without, having, batch, context)
+    if device.torch.type == "cuda":
+        measures.append(memory_measure(sizes, (without, static_without), (having, static_having), batch, context))
+    learn(having, batch, sizes.learning_steps)
+    measures += decoding_measures(sizes, having, context)
+    close_mesh()
+    return measures
+
+
+def load_libraries(device: Device) -> None:
+    """Matrix products keep a workspace for good: not at the expense of the model that is built first."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(64, 64, dtype=dtype, device=device.torch, requires_grad=True)
+        torch.autograd.backward((x @ x).sum())
+
+
+def config_of(sizes: Sizes, exits: tuple[int, ...]) -> Config:
+    """A run in bf16 on one process."""
+    return Config.model_validate(
+        {
+            "name": "bench",
+            "model": {
+                "num_layers": sizes.num_layers,
+                "hidden_size": sizes.hidden_size,
+                "num_attention_heads": sizes.num_attention_heads,
+                "vocab_size": sizes.vocab_size,
+            },
+            "exits": {"layers": exits, "weight_schedule": {"shape": "constant"}},
+            "data": {"sequence_length": sizes.sequence_length},
+            "training": {
+                "train_iters": 1000,
+                "global_batch_size": sizes.global_batch_size,
+                "micro_batch_size": sizes.micro_batch_size,
+                "precision": "bf16",
+                "eval_iters": 0,
+            },
+            "optimizer": {"lr": 1e-3, "lr_decay": "constant"},
+        }
+    )
+
+
+def build_and_warm_up(config: Config, mesh: "Mesh", batch: "Batch") -> tuple["Trainer", int]:
+    """A trainer after two steps, and the bytes of the GPU's memory that it keeps between steps."""
+    device = mesh.device
+    before = _allocated(device)
+    trainer = build(config, mesh)
+    for _ in range(2):
+        step(trainer, batch)
+    gc.collect()
+    return trainer, _allocated(device) - before
+
+
+def build(config: Config, mesh: "Mesh") -> "Trainer":
+    """A trainer without data or files. `build_trainer` would open a mesh for each, and two share this one."""
+    from megatron_ee.checkpoint.description import Description, Progress
+    from megatron_ee.data.loader import BatchLoader
+    from megatron_ee.model.initialize import initialize
+    from megatron_ee.model.precision import DTYPES
+    from megatron_ee.model.stage import Stage
+    from megatron_ee.parallel.layout import have_exits, place
+    from megatron_ee.parallel.p2p import MessageSpec
+    from megatron_ee.parallel.pipeline.runtime import Runtime
+    from megatron_ee.parallel.pipeline.schedules import build_plan
+    from megatron_ee.tokenizer import BYTES, open_tokenizer
+    from megatron_ee.training.gradients import StageGradients
+    from megatron_ee.training.lr_schedule import DECAYS, LearningRate
+    from megatron_ee.training.metrics import ExitMeter
+    from megatron_ee.training.optimizers import BACKENDS
+    from megatron_ee.training.throughput import Throughput
+    from megatron_ee.training.trainer import Trainer
+
+    model, exits, training, vocab_size = config.model, config.exits, config.training, int(config.model.vocab_size)
+    device, dtype, layout = mesh.device, DTYPES[training.precision], place(config.model, config.exits, config.parallel)
+    stage = Stage(model, exits, layout[0], vocab_size=vocab_size, groups=mesh.groups, device=device, dtype=dtype)
+    initialize(stage, config.seed)
+    gradients = StageGradients(stage, mesh, layout)
+    batch_sizes = training.model_dump(include={"global_batch_size", "micro_batch_size"})
+    loader = BatchLoader([], mesh, **batch_sizes)  # only for the number of micro-batches
+    shape = (config.data.sequence_length, training.micro_batch_size, model.hidden_size)
+    return Trainer(
+        config=config,
+        run_folder=Path("runs/bench"),
+        description=Description(model, exits, training.precision, BYTES, vocab_size, Progress(0, 0)),
+        tokenizer=open_tokenizer(BYTES),
+        mesh=mesh,
+        stage=stage,
+        gradients=gradients,
+        optimizer=BACKENDS[config.optimizer.backend](stage, config.optimizer, mesh, gradients),
+        learning_rate=LearningRate(config.optimizer, training.train_iters, DECAYS[config.optimizer.lr_decay]),
+        loader=loader,
+        runtime=Runtime(mesh, MessageSpec(shape, dtype, device.torch)),
+        plan=build_plan("1f1b", num_stages=1, num_microbatches=loader.num_microbatches, has_exits=have_exits(layout)),
+        meter=ExitMeter([*exits.layers, model.num_layers], mesh),
+        throughput=Throughput(config, mesh, vocab_size=vocab_size),
+        evaluator=None,
+    )
+
+
+def counting_batch(sizes: Sizes, device: Device) -> "Batch":
+    """Sequences that count up modulo PERIOD, each from another start."""
+    from megatron_ee.data.batch import Batch
+
+    starts = torch.arange(sizes.global_batch_size).view(-1, sizes.micro_batch_size, 1)
+    counting_MBS = ((starts + torch.arange(sizes.sequence_length + 1)) % PERIOD).to(device.torch)
+    mask_MBS = torch.ones(counting_MBS[..., 1:].shape, device=device.torch)
+    return Batch(counting_MBS[..., :-1].contiguous(), counting_MBS[..., 1:].contiguous(), mask_MBS)
+
+
+def step(trainer: "Trainer", batch: "Batch") -> float:
+    """Seconds of a training step."""
+    device = trainer.mesh.device
+    device.synchronize()
+    started = time.perf_counter()
+    trainer.train_step(batch, 0)
+    device.synchronize()
+    return time.perf_counter() - started
+
+
+def learn(trainer: "Trainer", batch: "Batch", max_steps: int) -> None:
+    """Train until every exit is good at counting: an untrained one would never leave early."""
+    weights = dict.fromkeys([*trainer.config.exits.layers, trainer.config.model.num_layers], 1.0)
+    for _ in range(max_steps):
+        trainer.meter.read("train", weights)
+        step(trainer, batch)
+        figures = trainer.meter.read("train", weights)
+        if all(figures[f"train/exit_{layer}/loss"] < 0.1 for layer in weights):
+            return
+
+
+def take_turns(rounds: int, a: Callable[[], float], b: Callable[[], float]) -> Rounds:
+    """Run A, B, A in turns; the first round is dropped."""
+    kept = Rounds([], [], [])
+    for number in range(rounds):
+        first, middle, last = a(), b(), a()
+        if number % 2:  # what drifts, a clock that heats up, then counts once for and once against
+            first, last = last, first
+        if number:
+            kept.a.append(first)
+            kept.b.append(middle)
+            kept.again.append(last)
+    return kept
+
+
+def training_measures(
+    sizes: Sizes, without: "Trainer", having: "Trainer", batch: "Batch", context: dict[str, Any]
+) -> list[Measure]:
+    """The step with exits, and its time over that of the step without."""
+    from megatron_ee.training.throughput import flops_per_token, peak_flops
+
+    lengths = {"sequence_length": sizes.sequence_length, "vocab_size": sizes.vocab_size}
+    flops = [flops_per_token(having.config.model, num_exits=n, **lengths) for n in (1, 1 + len(sizes.exits))]
+    rounds = take_turns(sizes.rounds, lambda: step(without, batch), lambda: step(having, batch))
+    milliseconds = [1e3 * seconds for seconds in rounds.b]
+    per_second = [sizes.global_batch_size * sizes.sequence_length / seconds for seconds in rounds.b]
+    paired = context | {"flops_ratio": flops[1] / flops[0]}  # what the ratio of times would be at equal efficiency
+    measures = [
+        measure_of("train_step_ms", milliseconds, "lower", rounds.aa, context),
+        measure_of("train_tokens_per_s", per_second, "higher", rounds.aa, context),
+        measure_of("train_step_ratio_with_exits", rounds.paired, "lower", rounds.aa, paired),
+    ]
+    name = having.mesh.device.gpu_name
+    peak = peak_flops(name) if name is not None else None
+    if peak is not None:
+        utilisation = [tokens * flops[1] / peak for tokens in per_second]
+        measures.append(measure_of("train_mfu", utilisation, "higher", rounds.aa, context | {"peak_flops": peak}))
+    return measures
+
+
+def memory_measure(
+    sizes: Sizes, without: tuple["Trainer", int], having: tuple["Trainer", int], batch: "Batch", context: dict[str, Any]
+) -> Measure:
+    """Peak memory with exits over that without, beyond what they must add: their heads, and the gradient of the hidden
+    state at each while its micro-batch is in flight (a single stage has one in flight)."""
+    dtype = next(having[0].stage.parameters()).dtype
+    heads = _num_parameters(having[0]) - _num_parameters(without[0])
+    copies = dtype.itemsize + 4 + 4 + 8  # itself, its fp32 gradient and fp32 copy, two moments
+    hidden = sizes.sequence_length * sizes.micro_batch_size * sizes.hidden_size * dtype.itemsize
+    allowance = heads * copies + len(sizes.exits) * hidden
+    peaks = [static + peak_of_a_step(trainer, batch) for trainer, static in (without, having, without)]
+    ratio = (peaks[1] - allowance) / peaks[0]
+    details = {"bytes_without": peaks[0], "bytes_with": peaks[1], "bytes_allowed": allowance}
+    aa = peaks[2] / peaks[0]
+    return measure_of("peak_memory_ratio_with_exits", [ratio], "lower", aa, context | details, goal=1.03)
+
+
+def peak_of_a_step(trainer: "Trainer", batch: "Batch") -> int:
+    """Bytes of the GPU's memory that a step needs beside what is there before it."""
+    gc.collect()
+    before = _allocated(trainer.mesh.device)
+    torch.cuda.reset_peak_memory_stats()
+    step(trainer, batch)
+    return trainer.mesh.device.peak_memory_bytes() - before
+
+
+def decoding_measures(sizes: Sizes, trainer: "Trainer", context: dict[str, Any]) -> list[Measure]:
+    """Tokens per second of one greedy request with a cache, at full depth and with exits."""
+    depths: list[int] = []
+
+    def decode(params: ExitParams) -> float:
+        started = time.perf_counter()
+        depths[:] = generate(trainer, sizes.new_tokens, params)
+        return time.perf_counter() - started
+
+    exiting = ExitParams(threshold=THRESHOLD)
+    rounds = take_turns(sizes.decoding_rounds, lambda: decode(ExitParams(mode="full")), lambda: decode(exiting))
+    decode(exiting)
+    by_exit = {str(layer): depths.count(layer) for layer in sorted(set(depths))}
+    exits = context | {"threshold": THRESHOLD, "mean_depth": statistics.mean(depths), "tokens_by_exit": by_exit}
+    full, early = ([sizes.new_tokens / seconds for seconds in times] for times in (rounds.a, rounds.b))
+    speed = [1 / ratio for ratio in rounds.paired]
+    return [
+        measure_of("decode_tokens_per_s_full_depth", full, "higher", rounds.aa, context),
+        measure_of(f"decode_tokens_per_s_threshold_{THRESHOLD}", early, "higher", rounds.aa, exits),
+        measure_of(f"decode_speed_ratio_threshold_{THRESHOLD}", speed, "higher", rounds.aa, exits),
+    ]
+
+
+def generate(trainer: "Trainer", new_tokens: int, params: ExitParams) -> list[int]:
+    """The exit layer of each new token. Greedy choices reach the host one by one, so no clock runs ahead."""
+    from megatron_ee.inference.engine import Engine
+    from megatron_ee.inference.policies import MEASURES
+    from megatron_ee.inference.request import Request
+
+    engine = Engine(trainer.stage.eval(), trainer.tokenizer, list(trainer.config.exits.layers), MEASURES)
+    request = Request(tuple(range(PERIOD // 2)), new_tokens, stop=-1, exit=params)
+    return [emission.exit_layer for emission in engine.generate(request)]
+
+
+def measure_of(
+    name: str,
+    values: list[float],
+    better: Literal["lower", "higher"],
+    aa: float,
+    context: dict[str, Any],
+    goal: float | None = None,
+) -> Measure:
+    """The median of the rounds, with its spread."""
+    cuts = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 2
+    return Measure(name, statistics.median(values), goal, better, (cuts[0], cuts[-1]), aa, context)
+
+
+def describe(sizes: Sizes, device: Device) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "device": device.gpu_name or "CPU",
+        "torch": torch.__version__,
+        "megatron_core": version("megatron-core"),
+        "transformer_engine": device.has_transformer_engine,
+        "precision": "bf16",
+        "sizes": asdict(sizes),
+    }
+
+
+def table(measures: list[Measure]) -> str:
+    """The report as text."""
+    lines = [f"{'':<34}{'value':>12}{'goal':>8}{'p10':>12}{'p90':>12}{'A/A':>8}"]
+    for measure in measures:
+        goal = "" if measure.goal is None else f"{measure.goal:g}"
+        low, high = measure.spread
+        lines.append(f"{measure.measure:<34}{measure.value:>12.5g}{goal:>8}{low:>12.5g}{high:>12.5g}{measure.aa:>8.3f}")
+    return "\n".join(lines)
+
+
+def _num_parameters(trainer: "Trainer") -> int:
+    return sum(parameter.numel() for parameter in trainer.stage.parameters())
+
+
+def _allocated(device: Device) -> int:
+    return torch.cuda.memory_allocated(device.torch) if device.torch.type == "cuda" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
