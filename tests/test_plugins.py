@@ -92,6 +92,9 @@ def test_a_schedule_that_gives_an_invalid_plan_is_refused(tmp_path: Path, ranks:
     config = run_config(tmp_path, plugins=[str(path)], parallel={"schedule": "none"})
     (answer,) = ranks.run(1, _build, config)
     assert answer.startswith("parallel.schedule: 'none' gives an invalid plan:")
+    config = run_config(tmp_path, plugins=[str(path)], parallel={"schedule": "forward-only"})
+    (answer,) = ranks.run(1, _build, config)
+    assert answer.startswith("parallel.schedule: 'forward-only' must be one of"), "nothing would be trained"
 
 
 def _build(config: Any) -> str:

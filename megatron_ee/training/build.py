@@ -22,7 +22,7 @@ from megatron_ee.parallel.mesh import Mesh, open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.runtime import Runtime
-from megatron_ee.parallel.pipeline.schedules import SCHEDULES, Schedule, build_plan
+from megatron_ee.parallel.pipeline.schedules import TRAINING_SCHEDULES, Schedule, build_plan
 from megatron_ee.parallel.pipeline.simulate import InvalidPlanError, check
 from megatron_ee.plugins import PluginError, choose, load_plugins
 from megatron_ee.tokenizer import open_tokenizer
@@ -99,7 +99,7 @@ class _Parts:
 def _choose_parts(config: Config) -> _Parts:
     plugins = load_plugins(config.plugins)
     optimizer = config.optimizer
-    choose("parallel.schedule", config.parallel.schedule, SCHEDULES, plugins.pipeline_schedules)
+    choose("parallel.schedule", config.parallel.schedule, TRAINING_SCHEDULES, plugins.pipeline_schedules)
     return _Parts(
         choose("optimizer.backend", optimizer.backend, BACKENDS, plugins.optimizer_backends),
         choose("optimizer.lr_decay", optimizer.lr_decay, DECAYS, plugins.learning_rate_decays),

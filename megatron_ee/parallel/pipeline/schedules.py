@@ -1,6 +1,6 @@
 """Pipeline schedules: pure functions that give each stage its F and B in order, and one rule for where X goes.
 
-A new schedule is one more function in SCHEDULES; all of them share the passes that put in the exits and the transfers.
+A new schedule is one more function in TRAINING_SCHEDULES; all share the passes that put in exits and transfers.
 
 **Where X goes.** On a stage that waits for gradients, the exits of all micro-batches that have run forward run just
 before the next such wait: after a run of forwards, so that none of its outputs leaves later for them, and before the
@@ -140,12 +140,13 @@ def forward_only(pipeline: Pipeline, stage: int) -> list[Action]:
     return _in_rounds(pipeline, stage, Kind.F)
 
 
-SCHEDULES: Mapping[str, Schedule] = {
+TRAINING_SCHEDULES: Mapping[str, Schedule] = {
     "gpipe": gpipe,
     "1f1b": one_forward_one_backward,
     "interleaved": interleaved,
-    "forward-only": forward_only,
 }
+
+SCHEDULES: Mapping[str, Schedule] = {**TRAINING_SCHEDULES, "forward-only": forward_only}
 
 
 def _in_rounds(pipeline: Pipeline, stage: int, kind: Kind) -> list[Action]:
