@@ -55,7 +55,7 @@ def build_trainer(config: Config, device: Device) -> Trainer:
     tokenizer = open_tokenizer(config.data.tokenizer)
     vocab_size = resolve_vocab_size(config.model, tokenizer)
     datasets = open_datasets(config, tokenizer, mesh, num_train_samples=_num_train_samples(config, checkpoint))
-    stage = _build_stage(config, layout, vocab_size, mesh)
+    stage = build_stage(config, layout, vocab_size, mesh)
     gradients = StageGradients(stage, mesh, layout)
     loader = _build_loader(config, datasets.train, mesh)
     runtime = Runtime(mesh, _message_between_stages(config, device))
@@ -159,7 +159,8 @@ def _write_config(config: Config, run_folder: Path) -> None:
     (run_folder / "config.yaml").write_text(to_yaml(config))
 
 
-def _build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> Stage:
+def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> Stage:
+    """This rank's part of the model, with its initial parameters."""
     stage = Stage(
         config.model,
         config.exits,

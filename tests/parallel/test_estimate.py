@@ -12,7 +12,6 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
-from megatron_ee.model.initialize import initialize
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.estimate import describe, estimate
@@ -21,6 +20,7 @@ from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.simulate import simulate
 from megatron_ee.parallel.world import MeshError
+from megatron_ee.training.build import build_stage
 from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.optimizers.megatron import MegatronAdamW
 
@@ -97,17 +97,7 @@ def _measure(config: Config) -> dict[str, Any]:
     device = choose_device("cpu")
     mesh = open_mesh(config.parallel, device)
     layout = place(config.model, config.exits, config.parallel)
-    stage = Stage(
-        config.model,
-        config.exits,
-        layout[mesh.pipeline_rank],
-        vocab_size=VOCAB_SIZE,
-        groups=mesh.groups,
-        device=device,
-        dtype=DTYPES[config.training.precision],
-        sequence_parallel=config.parallel.sequence,
-    )
-    initialize(stage, 0)
+    stage = build_stage(config, layout, VOCAB_SIZE, mesh)
     gradients = StageGradients(stage, mesh, layout)
     optimizer = MegatronAdamW(stage, config.optimizer, mesh, gradients)
     gradients.zero()

@@ -14,13 +14,12 @@ from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, RandomSamples, tiny_config
 from megatron_ee.config import Config
 from megatron_ee.data.loader import BatchLoader
 from megatron_ee.device import choose_device
-from megatron_ee.model.initialize import initialize
-from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.layout import have_exits, place
 from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.runtime import Runtime
 from megatron_ee.parallel.pipeline.schedules import build_plan
+from megatron_ee.training.build import build_stage
 from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.loss_weights import loss_weights
 from megatron_ee.training.losses import count_tokens
@@ -124,16 +123,7 @@ def _step(config: Config) -> dict[str, Any]:
     device = choose_device("cpu")
     mesh = open_mesh(config.parallel, device)
     layout = place(config.model, config.exits, config.parallel)
-    stage = Stage(
-        config.model,
-        config.exits,
-        layout[mesh.pipeline_rank],
-        vocab_size=VOCAB_SIZE,
-        groups=mesh.groups,
-        device=device,
-        sequence_parallel=config.parallel.sequence,
-    )
-    initialize(stage, config.seed)
+    stage = build_stage(config, layout, VOCAB_SIZE, mesh)
     parameters = pieces_of(stage, lambda parameter: parameter)
     buffers = StageGradients(stage, mesh, layout)
     loader = BatchLoader(RandomSamples(), mesh, global_batch_size=8, micro_batch_size=1)
