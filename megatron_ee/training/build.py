@@ -154,9 +154,16 @@ def _describe(config: Config, tokenizer: str, vocab_size: int) -> Description:
 
 
 def _write_config(config: Config, run_folder: Path) -> None:
-    """The config that the run goes on with; one that was refused leaves the old file alone."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    (run_folder / "config.yaml").write_text(to_yaml(config))
+    """The config that the run goes on with; one that was refused leaves the old file alone.
+
+    Raises:
+        FieldError: the run's folder cannot be written.
+    """
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        (run_folder / "config.yaml").write_text(to_yaml(config))
+    except OSError as error:
+        raise FieldError("runs", f"{run_folder} cannot be written: {error.strerror}") from error
 
 
 def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> Stage:

@@ -11,8 +11,8 @@ from helpers.runs import run_config, train, write_small_dataset
 from megatron_ee.checkpoint.folders import newest_checkpoint
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
-from megatron_ee.errors import UserError
-from megatron_ee.training.build import build_trainer
+from megatron_ee.errors import FieldError, UserError
+from megatron_ee.training.build import _write_config, build_trainer
 from megatron_ee.training.trainer import DivergedError
 
 
@@ -92,3 +92,10 @@ def _all_masked(config: Config) -> float:
 
 def test_a_batch_that_is_masked_altogether_changes_no_gradient(folder: Path, ranks: RankPool) -> None:
     assert ranks.run(1, _all_masked, run_config(folder, name="r")) == [0.0]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = run_config(tmp_path, runs=str(tmp_path / "file"))
+    with pytest.raises(FieldError, match=r"^runs: .*/file/tiny cannot be written: Not a directory$"):
+        _write_config(config, Path(config.runs) / config.name)
