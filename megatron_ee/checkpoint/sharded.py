@@ -94,9 +94,18 @@ def check_same_model(folder: Path, description: Description) -> Description:
 def _shape(description: Description) -> dict[str, object]:
     """What decides the parameters' names and shapes, and how the layers compute."""
     model = {f"model.{name}": value for name, value in description.model if name not in ("init_std", "vocab_size")}
-    exits = {"exits.layers": description.exits.layers, "exits.projection": description.exits.projection}
+    layers = description.exits.layers
+    exits = {
+        "exits.layers": layers,
+        "exits.head": _in_short(tuple(map(description.exits.head_of, layers))),
+        "exits.projection": _in_short(tuple(map(description.exits.projection_of, layers))),
+    }
     model["training.precision"] = description.precision
     return {**model, **exits, "tokenizer": description.tokenizer, "vocab_size": description.vocab_size}
+
+
+def _in_short(of_exits: tuple[str, ...]) -> str | tuple[str, ...]:
+    return of_exits[0] if len(set(of_exits)) == 1 else of_exits
 
 
 def _digests_of_all_ranks(folder: Path, mesh: Mesh) -> dict[str, str]:

@@ -13,7 +13,7 @@ Problems = Iterator[tuple[str, str]]
 
 # Names that need no plug-in, by the field that chooses among them.
 BUILT_IN: Mapping[str, tuple[str, ...]] = {
-    "parallel.schedule": ("1f1b", "gpipe", "interleaved"),
+    "parallel.schedule": ("1f1b", "gpipe", "interleaved", "filled-1f1b", "megatron"),
     "optimizer.backend": ("megatron",),
     "optimizer.lr_decay": ("cosine", "linear", "wsd", "constant"),
     "inference.exit.measure": ("max_probability",),
@@ -79,8 +79,14 @@ def _schedule_problems(config: "Config") -> Problems:
             "parallel.schedule",
             f"interleaved needs pipeline and chunks of at least 2, not {parallel.pipeline} and {parallel.chunks}",
         )
-    if parallel.chunks > 1 and parallel.schedule in ("1f1b", "gpipe"):
+    if parallel.chunks > 1 and parallel.schedule in ("1f1b", "gpipe", "filled-1f1b"):
         yield "parallel.chunks", f"{parallel.chunks} chunks need schedule interleaved, not {parallel.schedule}"
+    if parallel.schedule == "megatron" and parallel.chunks > 1 and parallel.pipeline < 2:
+        yield "parallel.chunks", f"{parallel.chunks} chunks need pipeline of at least 2, not {parallel.pipeline}"
+    if parallel.schedule == "filled-1f1b" and parallel.pipeline < 2:
+        yield "parallel.schedule", "filled-1f1b needs pipeline of at least 2, not 1: one stage is never idle"
+    if config.exits.release and parallel.schedule == "megatron":
+        yield "exits.release", "true is what schedule megatron always does; leave it out"
 
 
 def _layout_problems(config: "Config") -> Problems:
@@ -105,6 +111,11 @@ def _layout_problems(config: "Config") -> Problems:
                 f"exit {border} is on the border of entries {number} and {number + 1} and is given to {whose}: set "
                 f"either exits_at_end of the first or exits_at_start of the second, and not both",
             )
+        elif border in config.exits.layers and right.exits_at_start and config.exits.head_of(border) == "mlp":
+            yield (
+                f"parallel.layout.{number + 1}.exits_at_start",
+                f"exit {border} has an MLP head, which reads the inside of layer {border}: leave it to entry {number}",
+            )
 
 
 def _count_parts(config: "Config") -> str:
@@ -119,11 +130,11 @@ def _training_problems(config: "Config") -> Problems:
     if left_over:
         across = f" x parallel.data = {micro_batch} x {ranks}" if ranks > 1 else f" = {micro_batch}"
         yield "training.global_batch_size", f"{batch} must be a multiple of micro_batch_size{across}"
-    elif config.parallel.schedule == "interleaved" and num_microbatches % stages:
+    elif config.parallel.goes_in_rounds and num_microbatches % stages:
         yield (
             "training.global_batch_size",
-            f"makes {num_microbatches} micro-batches a step, but schedule interleaved needs a multiple of the "
-            f"{stages} stages",
+            f"makes {num_microbatches} micro-batches a step, but schedule {config.parallel.schedule} needs a multiple "
+            f"of the {stages} stages",
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield "optimizer.min_lr", f"{config.optimizer.min_lr} must be at most lr = {config.optimizer.lr}"

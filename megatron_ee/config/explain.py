@@ -104,7 +104,8 @@ def _findings(details: ErrorDetails) -> list[Finding]:
         return [Finding(path, f"{subject} is not {_words(choices[0]._replace(limits=()))}")]
     names = [name for choice in choices if get_origin(choice.type) is Literal for name in get_args(choice.type)]
     hint = did_you_mean(value, names) if isinstance(value, str) else ""
-    return [Finding(path, f"{subject} must be {_either(map(_words, choices))}{hint}", of_union=len(choices) > 1)]
+    allowed = [words for choice in choices for words in _each_in_words(choice)]
+    return [Finding(path, f"{subject} must be {_either(allowed)}{hint}", of_union=len(choices) > 1)]
 
 
 def _between_fields(section: KeyPath, error: ValueError) -> list[Finding]:
@@ -163,6 +164,12 @@ def _choices(annotation: Any, *limits: Any) -> Iterator[Choice]:
             yield from _choices(argument)
     else:
         yield Choice(annotation, limits)
+
+
+def _each_in_words(choice: Choice) -> list[str]:
+    """What a choice allows, each name for itself."""
+    names = get_origin(choice.type) is Literal
+    return [show(name) for name in get_args(choice.type)] if names else [_words(choice)]
 
 
 def _words(choice: Choice) -> str:

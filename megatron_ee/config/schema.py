@@ -33,10 +33,17 @@ Split = Annotated[tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat], B
 
 
 Precision = Literal["fp32", "bf16", "fp16"]
+HeadKind = Literal["norm", "mlp", "block"]
+Projection = Literal["shared", "own"]
+HeadKinds = Annotated[tuple[HeadKind, ...], BeforeValidator(_list_as_tuple)]
+Projections = Annotated[tuple[Projection, ...], BeforeValidator(_list_as_tuple)]
+RecomputeModules = Annotated[
+    tuple[Literal["core_attn", "mlp", "layernorm"], ...], Field(min_length=1), BeforeValidator(_list_as_tuple)
+]
 
 
 class ModelConfig(Section):
-    """A decoder of the Llama family: RMSNorm, rotary positions, SwiGLU, grouped-query attention, untied embedding."""
+    """A decoder of the Llama family: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
@@ -53,6 +60,7 @@ class ModelConfig(Section):
         default_factory=lambda model: -(-8 * model["hidden_size"] // (3 * 64)) * 64,
     )
     vocab_size: PositiveInt | Literal["auto"] = Field("auto", description="auto: the tokenizer's, rounded up to 64")
+    tie_embeddings: bool = Field(False, description="the output projection is the input embedding")
     rope_theta: PositiveFloat = 10000.0
     norm_epsilon: PositiveFloat = 1e-5
     init_std: PositiveFloat = 0.02
@@ -93,17 +101,50 @@ class ExitsConfig(Section):
     layers: Layers = Field((), description="ascending; each is the number of layers run before the exit")
     weights: Weights = Field((), description="target loss weight of each exit; default: layer / num_layers")
     weight_schedule: WeightScheduleConfig = WeightScheduleConfig()
-    projection: Literal["shared", "own"] = Field("shared", description="shared: one output weight for all exits")
+    head: HeadKind | HeadKinds = Field(
+        "norm",
+        description="what an exit has before its projection: a norm; an MLP, or a whole transformer layer, and a norm; "
+        "one for all exits, or a list",
+    )
+    projection: Projection | Projections = Field(
+        "shared", description="shared: the final output's weight; own: the exit's; one for all exits, or a list"
+    )
+    release: bool = Field(
+        False, description="run an exit's loss just before its backward: less memory, and less of it is hidden"
+    )
+    loss_chunk_rows: NonNegativeInt = Field(
+        512, description="tokens whose logits exist at a time in training; 0: all of a micro-batch's"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if list(self.layers) != sorted(set(self.layers)):
             raise InvalidFieldsError([("layers", f"{list(self.layers)} must ascend, without duplicates")])
-        if self.weights and len(self.weights) != len(self.layers):
-            raise InvalidFieldsError(
-                [("weights", f"{len(self.weights)} weights, but exits.layers has {len(self.layers)}")]
-            )
+        listed = {
+            name: len(value)
+            for name, value in (("weights", self.weights or None), ("head", self.head), ("projection", self.projection))
+            if isinstance(value, tuple)
+        }
+        problems = [
+            (name, f"{count} {name.removesuffix('s')}{'s' * (count != 1)}, but exits.layers has {len(self.layers)}")
+            for name, count in listed.items()
+            if count != len(self.layers)
+        ]
+        if problems:
+            raise InvalidFieldsError(problems)
         return self
+
+    def head_of(self, layer: int) -> HeadKind:
+        """The head of the exit after `layer`; one that isn't listed is the final output, which is a norm."""
+        if layer not in self.layers:
+            return "norm"
+        return self.head if isinstance(self.head, str) else self.head[self.layers.index(layer)]
+
+    def projection_of(self, layer: int) -> Projection:
+        """Whether the exit after `layer` has a projection of its own. The final output's is the shared one."""
+        if layer not in self.layers:
+            return "shared"
+        return self.projection if isinstance(self.projection, str) else self.projection[self.layers.index(layer)]
 
 
 class StagePlacement(Section):
@@ -122,12 +163,28 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = Field(1, description="stages")
     chunks: PositiveInt = Field(1, description="pieces of the model on each stage; above 1 for schedule interleaved")
     data: PositiveInt | Literal["auto"] = Field("auto", description="auto: world size / (tensor x pipeline)")
-    schedule: str = Field("1f1b", description="1f1b, gpipe, interleaved, or a plug-in's")
+    schedule: str = Field(
+        "1f1b",
+        description="1f1b, gpipe, interleaved, filled-1f1b (extra micro-batches in idle time), megatron "
+        "(megatron-core's own 1f1b or interleaved), or a plug-in's",
+    )
     layout: Literal["auto"] | Annotated[tuple[StagePlacement, ...], BeforeValidator(_list_as_tuple)] = Field(
         "auto",
-        description="auto: equal layers, border exits at the end of a stage; or a list, one entry a stage, those of "
-        "every stage's first chunk before those of the second",
+        description="auto: the slowest stage as fast as can be; or a list, one entry a stage, those of every stage's "
+        "first chunk before those of the second",
     )
+    costs: str = Field(
+        "estimated",
+        description="durations of layers and exits, for layouts and fills: estimated from their products, or the file "
+        "that tools/measure_costs.py wrote",
+    )
+    overlap_grad_reduce: bool = Field(False, description="sum gradients over data ranks while others are computed")
+    distributed_optimizer: bool = Field(False, description="data ranks share the optimizer's state (ZeRO stage 1)")
+
+    @property
+    def goes_in_rounds(self) -> bool:
+        """Whether micro-batches go through the stages' chunks in groups of as many as there are stages."""
+        return self.schedule == "interleaved" or (self.schedule == "megatron" and self.chunks > 1)
 
 
 class BlendEntry(Section):
@@ -159,6 +216,10 @@ class TrainingConfig(Section):
     precision: Precision = Field(
         "fp32", description="of parameters and activations; gradients, moments and master weights are fp32"
     )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="what the backward computes again instead of keeping it: `recompute_modules`, or all layers"
+    )
+    recompute_modules: RecomputeModules = Field(("core_attn",), description="of each layer, for selective")
     eval_interval: NonNegativeInt = Field(0, description="iterations between validations; 0: only at the end")
     eval_iters: NonNegativeInt = Field(10, description="global batches per validation; 0: no validation")
 
@@ -205,6 +266,9 @@ class LoggingConfig(Section):
     """Where a run reports, beside the console and metrics.jsonl, and how often."""
 
     interval: PositiveInt = Field(10, description="iterations between console lines and metrics.jsonl records")
+    trace_iterations: Layers = Field(
+        (), description="iterations, counted from 1, whose actions are timed and written to traces/; these are slower"
+    )
     tensorboard: bool = Field(False, description="write event files into the run's folder")
     wandb: WandbConfig | None = None
 

@@ -59,9 +59,9 @@ def check_microbatches(parallel: ParallelConfig, num_microbatches: int) -> None:
     Raises:
         MeshError: the schedule cannot run so many micro-batches.
     """
-    if parallel.schedule == "interleaved" and num_microbatches % parallel.pipeline:
+    if parallel.goes_in_rounds and num_microbatches % parallel.pipeline:
         raise MeshError(
             "training.global_batch_size",
-            f"makes {num_microbatches} micro-batches a step, but schedule interleaved needs a multiple of the "
+            f"makes {num_microbatches} micro-batches a step, but schedule {parallel.schedule} needs a multiple of the "
             f"{parallel.pipeline} stages",
         )

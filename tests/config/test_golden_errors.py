@@ -152,11 +152,12 @@ ONE_FIELD: Cases = {
         ),
         "projection": (
             "exits: {projection: share}",
-            "1:9: exits.projection: 'share' must be 'shared' or 'own'; did you mean 'shared'?",
+            "1:9: exits.projection: 'share' must be 'shared', 'own' or a list; did you mean 'shared'?",
         ),
         "schedule": (
             "parallel: {schedule: interleave}",
-            "1:12: parallel.schedule: 'interleave' must be '1f1b', 'gpipe', 'interleaved' or a plug-in's; "
+            "1:12: parallel.schedule: 'interleave' must be '1f1b', 'gpipe', 'interleaved', 'filled-1f1b', "
+            "'megatron' or a plug-in's; "
             "did you mean 'interleaved'?",
         ),
     },
@@ -258,8 +259,43 @@ BETWEEN_FIELDS: Cases = {
             "2:25: parallel.layout: exit 4 is on the border of entries 0 and 1 and is given to neither: "
             "set either exits_at_end of the first or exits_at_start of the second, and not both",
         ),
+        "of the right side, with an MLP": (
+            "exits: {layers: [4], head: mlp}\n"
+            "parallel: {pipeline: 2, layout: [{layers: 4, exits_at_end: false}, {layers: 4, exits_at_start: true}]}",
+            "2:80: parallel.layout.1.exits_at_start: exit 4 has an MLP head, which reads the inside of layer 4: "
+            "leave it to entry 0",
+        ),
+    },
+    "heads of exits": {
+        "another number than exits": (
+            "exits: {layers: [2, 4], head: [mlp], projection: [own, own, own]}",
+            "1:25: exits.head: 1 head, but exits.layers has 2",
+            "1:38: exits.projection: 3 projections, but exits.layers has 2",
+        ),
+        "of no kind": (
+            "exits: {layers: [2], head: [attention]}",
+            "1:29: exits.head.0: 'attention' must be 'norm', 'mlp' or 'block'",
+        ),
+    },
+    "recomputation": {
+        "of no part": (
+            "training: {train_iters: 10, global_batch_size: 8, micro_batch_size: 2, recompute_modules: []}",
+            "1:72: training.recompute_modules: [] must be a non-empty list",
+        ),
     },
     "schedule": {
+        "fills for one stage": (
+            "parallel: {schedule: filled-1f1b}",
+            "1:12: parallel.schedule: filled-1f1b needs pipeline of at least 2, not 1: one stage is never idle",
+        ),
+        "megatron's, with chunks on one stage": (
+            "parallel: {schedule: megatron, chunks: 2}",
+            "1:32: parallel.chunks: 2 chunks need pipeline of at least 2, not 1",
+        ),
+        "megatron's, which always releases": (
+            "exits: {layers: [2], release: true}\nparallel: {schedule: megatron}",
+            "1:22: exits.release: true is what schedule megatron always does; leave it out",
+        ),
         "chunks without interleaved": (
             "parallel: {pipeline: 2, chunks: 2}",
             "1:25: parallel.chunks: 2 chunks need schedule interleaved, not 1f1b",
@@ -344,7 +380,8 @@ FOUND_IN_USE = {
     "an estimate of a plug-in's schedule": (
         "plugins: [mine.py]\nparallel: {schedule: mine}",
         "--estimate",
-        "run.yaml:2:12: parallel.schedule: --estimate knows 1f1b, gpipe, interleaved, not the plug-in's 'mine'",
+        "run.yaml:2:12: parallel.schedule: --estimate knows 1f1b, gpipe, interleaved, filled-1f1b, "
+        "megatron, not the plug-in's 'mine'",
     ),
 }
 
