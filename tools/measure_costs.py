@@ -56,7 +56,7 @@ def main() -> int:
             costs = costs_from(seconds)
             name = device.gpu_name or "CPU"
             write_costs(arguments.output, costs, config, vocab_size, device=name)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(table(seconds, costs))
@@ -72,6 +72,8 @@ def check(config: Config, output: Path) -> None:
     ranks = config.parallel.tensor
     if ranks > 1:
         raise FieldError("parallel.tensor", f"{ranks} ranks share each matrix, but costs are measured by one process")
+    if output.is_dir():
+        raise FieldError("--output", f"{output} is a folder, not a file")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_name(f".{output.name}.try").touch()
@@ -88,14 +90,18 @@ def vocab_size_of(config: Config) -> int:
 
 
 class Parts(NamedTuple):
-    """A model just large enough: its config, and its chunks. The first has one layer, the last LAYERS_MORE more and the
-    final exit; each head other than a norm is at the end of a chunk of its own, the first being the first of them."""
+    """A model just large enough: its config, and its chunks.
+
+    All chunks have one layer, but the last, which has LAYERS_MORE more and the final exit, a norm. Each other kind of
+    head that the config uses is at the end of one of them.
+    """
 
     config: Config
     chunks: tuple[Chunk, ...]
 
 
 def parts_of(config: Config) -> Parts:
+    """What has to be built to measure a config."""
     heads = sorted({config.exits.head_of(layer) for layer in config.exits.layers} - {"norm"})
     start = max(1, len(heads))
     stop = start + 1 + LAYERS_MORE
