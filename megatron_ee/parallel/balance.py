@@ -120,9 +120,13 @@ def _cut(durations: _Durations, num_parts: int, limit: int, add: Callable[[int, 
     for later_parts in range(num_parts):
         least: dict[_Border, int] = {}
         choice: dict[_Border, _Border] = {}
-        for layer in range(num_parts - later_parts - 1, num_layers - later_parts):
+        parts_until = num_parts - later_parts  # with this one
+        last_stop = num_layers - later_parts
+        first_stop = parts_until if later_parts else num_layers
+        for layer in range(parts_until - 1, last_stop):
             for start in durations.borders_at(layer):
-                for stop, duration in _parts_from(durations, start, num_layers - later_parts, limit):
+                stops = range(max(first_stop, layer + 1), last_stop + 1)
+                for stop, duration in _parts_from(durations, start, stops, limit):
                     if stop in rest and (value := add(duration, rest[stop])) <= least.get(start, value):
                         least[start], choice[start] = value, stop
         rest = least
@@ -133,9 +137,9 @@ def _cut(durations: _Durations, num_parts: int, limit: int, add: Callable[[int, 
     return borders[1:-1]
 
 
-def _parts_from(durations: _Durations, start: _Border, last_stop: int, limit: int) -> Iterator[tuple[_Border, int]]:
+def _parts_from(durations: _Durations, start: _Border, stops: range, limit: int) -> Iterator[tuple[_Border, int]]:
     """Where a part that begins at `start` may end, and its duration; of equals the last is preferred."""
-    for layer in range(start.layer + 1, last_stop + 1):
+    for layer in stops:
         within = [
             (stop, duration)
             for stop in durations.borders_at(layer)
