@@ -272,7 +272,8 @@ def training_measures(
     from megatron_ee.training.throughput import flops_per_token, peak_flops
 
     lengths = {"sequence_length": sizes.sequence_length, "vocab_size": sizes.vocab_size}
-    flops = [flops_per_token(having.config.model, num_exits=n, **lengths) for n in (1, 1 + len(sizes.exits))]
+    configs = without.config, having.config
+    flops = [flops_per_token(config.model, config.exits, **lengths) for config in configs]
     rounds = take_turns(sizes.rounds, lambda: step(without, batch), lambda: step(having, batch))
     milliseconds = [1e3 * seconds for seconds in rounds.b]
     per_second = [sizes.global_batch_size * sizes.sequence_length / seconds for seconds in rounds.b]

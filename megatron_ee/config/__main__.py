@@ -50,9 +50,7 @@ def _look_at(config: Config, world_size: int | None, *, wants_estimate: bool) ->
         return to_yaml(config)
     _check_schedule(config.parallel.schedule)
     vocab_size = resolve_vocab_size(config.model, open_tokenizer(config.data.tokenizer))
-    return describe(
-        estimate(config, world_size or _fewest_processes(config.parallel), vocab_size), config.model.num_layers
-    )
+    return describe(estimate(config, world_size or _fewest_processes(config.parallel), vocab_size))
 
 
 def _check_schedule(schedule: str) -> None:

@@ -1,9 +1,11 @@
 """What a config costs on each rank, before anything is started: parameters, memory, checkpoint, and the placement."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_ee.config import Config, ModelConfig, ParallelConfig
-from megatron_ee.parallel.layout import Chunk, Layout, have_exits, place
+from megatron_ee.config import Config, HeadKind, ModelConfig, ParallelConfig
+from megatron_ee.parallel.costs import costs_of
+from megatron_ee.parallel.layout import Chunk, Layout, describe_layout, have_exits, place
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.simulate import simulate
 from megatron_ee.parallel.world import count_microbatches, data_parallel_size
@@ -12,13 +14,18 @@ FP32 = 4  # bytes of a gradient, a moment or a master weight
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a parameter or an activation
 MOMENTS = 2  # AdamW's
 
+# Numbers that are kept: of both norms of a layer in hidden states, and of its MLP in units of its inner width.
+_NORM_NUMBERS, _NORM_INPUTS = 6, 2
+_MLP_NUMBERS = 5
+
 
 @dataclass(frozen=True, slots=True)
 class StageEstimate:
     """One stage, in numbers of parameters and in bytes, both on each of its ranks.
 
     Attributes:
-        activations: what F keeps until B, for all micro-batches that live at once, and one exit's logits.
+        activations: what F keeps until B, for all micro-batches that live at once, and what one exit's X or one
+            recomputed layer takes besides.
     """
 
     chunks: tuple[Chunk, ...]
@@ -35,12 +42,17 @@ class StageEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A run. `parameters` counts copies of the shared projection once; `checkpoint` is in bytes."""
+    """A run. `parameters` counts copies of the shared projection once; `checkpoint` is in bytes.
+
+    Attributes:
+        placement: a line for each stage: its layers, its exits and its share of the work.
+    """
 
     data_size: int
     num_microbatches: int
     parameters: int
     checkpoint: int
+    placement: tuple[str, ...]
     stages: tuple[StageEstimate, ...]
 
 
@@ -48,99 +60,179 @@ def estimate(config: Config, world_size: int, vocab_size: int) -> Estimate:
     """
     Raises:
         MeshError: so many processes don't fit the config.
+        FieldError: see `read_costs`.
     """
     data_size = data_parallel_size(config.parallel, world_size)
     training = config.training
     num_microbatches = count_microbatches(training.global_batch_size, training.micro_batch_size, data_size)
-    layout = place(config.model, config.exits, config.parallel)
+    costs = costs_of(config, vocab_size)
+    layout = place(config.model, config.exits, config.parallel, costs)
     live = _live_microbatches(config, layout, num_microbatches)
-    stages = tuple(
-        _estimate_stage(config, chunks, vocab_size, at_once) for chunks, at_once in zip(layout, live, strict=True)
-    )
     parameters = _all_parameters(config, vocab_size)
-    return Estimate(data_size, num_microbatches, parameters, parameters * _checkpoint_bytes(config), stages)
+    return Estimate(
+        data_size,
+        num_microbatches,
+        parameters,
+        parameters * _checkpoint_bytes(config),
+        tuple(describe_layout(layout, config.exits, costs)),
+        tuple(
+            _estimate_stage(config, chunks, vocab_size, live_microbatches=at_once, data_size=data_size)
+            for chunks, at_once in zip(layout, live, strict=True)
+        ),
+    )
 
 
-def describe(estimated: Estimate, num_layers: int) -> str:
-    """The estimate as a table, one line a stage."""
+def describe(estimated: Estimate) -> str:
+    """The estimate as text: the whole model, the placement, and a table of memory, one line a stage."""
     lines = [
         f"parameters: {estimated.parameters:,}",
         f"checkpoint: {_size(estimated.checkpoint)}",
         f"data-parallel ranks: {estimated.data_size}, micro-batches a step: {estimated.num_microbatches}",
         "",
-        f"{'stage':<7}{'layers':<10}{'exits':<16}{'weights':>11}{'gradients':>11}{'optimizer':>11}"
-        f"{'activations':>13}{'each rank':>11}",
+        *estimated.placement,
+        "",
+        f"{'stage':<7}{'weights':>11}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'each rank':>11}",
     ]
     for number, stage in enumerate(estimated.stages):
-        own_exits = [layer for chunk in stage.chunks for layer in chunk.exits]
-        exits = " ".join("final" if layer == num_layers else str(layer) for layer in own_exits) or "-"
-        layers = " ".join(f"{chunk.start + 1}-{chunk.stop}" for chunk in stage.chunks)
         sizes = (stage.weights, stage.gradients, stage.optimizer)
         columns = "".join(f"{_size(size):>11}" for size in sizes)
-        lines.append(
-            f"{number:<7}{layers:<10}{exits:<16}{columns}{_size(stage.activations):>13}{_size(stage.total):>11}"
-        )
+        lines.append(f"{number:<7}{columns}{_size(stage.activations):>13}{_size(stage.total):>11}")
     return "\n".join(lines) + "\n"
 
 
 def layer_parameters(model: ModelConfig, ranks: int = 1) -> int:
     """Attention, SwiGLU and two norms, on one of the tensor-parallel ranks."""
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
-    matrices = (heads * model.head_dim + 3 * model.ffn_hidden_size) * model.hidden_size
-    return matrices // ranks + 2 * model.hidden_size
+    attention = heads * model.head_dim * model.hidden_size
+    return (attention + _mlp_parameters(model)) // ranks + 2 * model.hidden_size
 
 
-def layer_activations(parallel: ParallelConfig, model: ModelConfig, micro_batch_size: int = 1) -> float:
+def head_parameters(model: ModelConfig, kind: HeadKind, ranks: int = 1) -> int:
+    """What an exit has before its projection, on one of the tensor-parallel ranks: a norm at least."""
+    before = {
+        "norm": 0,
+        "mlp": _mlp_parameters(model) // ranks + model.hidden_size,  # with the norm on its input
+        "block": layer_parameters(model, ranks),
+    }
+    return before[kind] + model.hidden_size
+
+
+def layer_activations(
+    parallel: ParallelConfig, model: ModelConfig, micro_batch_size: int = 1, recomputed: Collection[str] = ()
+) -> float:
     """Numbers that one layer keeps for its backward, per token, on one of the tensor-parallel ranks.
 
     Both norms keep their input, its normalised form and their output; attention keeps queries, keys and values before
     and after rotary positions, and its output; rotary positions keep sines and cosines, which the sequences of a
     micro-batch share; SwiGLU keeps both factors, the gate's silu, the other factor once more, and their product.
     Transformer Engine's fused layers keep less.
+
+    Args:
+        recomputed: modules that keep only their input. (Attention keeps no scores as it is: its core saves nothing.)
     """
     ranks = parallel.tensor
     queries, keys = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
-    of_split_matrices = 3 * queries + 3 * keys + 5 * model.ffn_hidden_size
-    of_hidden_states = 6 * model.hidden_size / (ranks if parallel.sequence else 1)
-    return of_hidden_states + of_split_matrices / ranks + 4 * model.head_dim / micro_batch_size
+    of_mlp = 0 if "mlp" in recomputed else _MLP_NUMBERS * model.ffn_hidden_size
+    of_norms = _NORM_INPUTS if "layernorm" in recomputed else _NORM_NUMBERS
+    of_hidden_states = of_norms * _hidden(parallel, model)
+    return of_hidden_states + (3 * queries + 3 * keys + of_mlp) / ranks + 4 * model.head_dim / micro_batch_size
 
 
 def _estimate_stage(
-    config: Config, chunks: tuple[Chunk, ...], vocab_size: int, live_microbatches: int
+    config: Config, chunks: tuple[Chunk, ...], vocab_size: int, *, live_microbatches: int, data_size: int
 ) -> StageEstimate:
-    model, parallel = config.model, config.parallel
-    num_layers = sum(chunk.stop - chunk.start for chunk in chunks)
-    num_exits = sum(len(chunk.exits) for chunk in chunks)
-    shares = config.exits.projection == "shared"
-    matrices = any(chunk.has_embedding for chunk in chunks) + (min(1, num_exits) if shares else num_exits)
-    parameters = num_layers * layer_parameters(model, parallel.tensor) + num_exits * model.hidden_size
-    parameters += matrices * vocab_size * model.hidden_size // parallel.tensor
-
-    hidden = model.hidden_size / (parallel.tensor if parallel.sequence else 1)
-    of_a_layer = layer_activations(parallel, model, config.training.micro_batch_size)
-    # X leaves a gradient at each exit, and each chunk's input and output are kept
-    of_a_chunk = num_layers / len(chunks) * of_a_layer + (num_exits / len(chunks) + 2) * hidden
-    tokens = config.training.micro_batch_size * config.data.sequence_length
+    parameters = _stage_parameters(config, chunks, vocab_size)
     size = BYTES[config.training.precision]
-    half = size < FP32
-    logits = (3 * FP32 + half * size) * vocab_size / parallel.tensor if num_exits else 0  # of one exit: with their
-    # softmax and gradient, in fp32
+    masters = size < FP32
+    shared_by = data_size if config.parallel.distributed_optimizer else 1
     return StageEstimate(
         chunks,
         parameters,
         weights=parameters * size,
         gradients=parameters * FP32,
-        optimizer=parameters * FP32 * (MOMENTS + half),
-        activations=round((live_microbatches * of_a_chunk * size + logits) * tokens),
+        optimizer=parameters * FP32 * (MOMENTS + masters) // shared_by,
+        activations=round(_stage_activations(config, chunks, vocab_size, live_microbatches)),
     )
+
+
+def _stage_parameters(config: Config, chunks: tuple[Chunk, ...], vocab_size: int) -> int:
+    model, exits, ranks = config.model, config.exits, config.parallel.tensor
+    own_exits = _exits_of(chunks)
+    num_layers = sum(chunk.stop - chunk.start for chunk in chunks)
+    own_projections = sum(exits.projection_of(layer) == "own" for layer in own_exits)
+    has_embedding = any(chunk.has_embedding for chunk in chunks)
+    has_copy = own_projections < len(own_exits) and not (model.tie_embeddings and has_embedding)
+    matrices = has_embedding + own_projections + has_copy
+    heads = sum(head_parameters(model, exits.head_of(layer), ranks) for layer in own_exits)
+    return num_layers * layer_parameters(model, ranks) + heads + matrices * vocab_size * model.hidden_size // ranks
+
+
+def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: int, live_microbatches: int) -> float:
+    """In bytes: what all live micro-batches keep, and what one X or one recomputed layer has besides for a while."""
+    model, parallel, exits, training = config.model, config.parallel, config.exits, config.training
+    size, tokens = BYTES[training.precision], training.micro_batch_size * config.data.sequence_length
+    own_exits = _exits_of(chunks)
+    num_layers = sum(chunk.stop - chunk.start for chunk in chunks)
+    hidden = _hidden(parallel, model)
+    whole_layer, kept_of_layer = _layer_activations(config)
+    # X leaves a gradient at each exit, which waits for B or else is there once; a chunk's input and output are kept
+    gradients = len(own_exits) * hidden
+    waits = not exits.release and parallel.schedule != "megatron"
+    of_microbatch = (num_layers * kept_of_layer + gradients * waits) / len(chunks) + 2 * hidden
+    in_passing = max(whole_layer - kept_of_layer, gradients * (not waits))
+    if own_exits:
+        in_passing = max(in_passing, *(_head_activations(config, exits.head_of(layer)) for layer in own_exits))
+    rows = min(exits.loss_chunk_rows or tokens, tokens) if own_exits else 0
+    logits = (3 * FP32 + (size if size < FP32 else 0)) * vocab_size / parallel.tensor  # with their softmax and
+    # gradient, in fp32
+    return (live_microbatches * of_microbatch + in_passing) * size * tokens + logits * rows
+
+
+def _layer_activations(config: Config) -> tuple[float, float]:
+    """Numbers per token of a layer: all of them, and those that are kept until its backward begins."""
+    parallel, model, training = config.parallel, config.model, config.training
+    whole = layer_activations(parallel, model, training.micro_batch_size)
+    match training.recompute:
+        case "full":
+            return whole, _hidden(parallel, model)
+        case "selective":
+            return whole, layer_activations(parallel, model, training.micro_batch_size, training.recompute_modules)
+        case "none":
+            return whole, whole
+
+
+def _head_activations(config: Config, kind: HeadKind) -> float:
+    """Numbers per token that an exit's head keeps from its forward to its backward, within X."""
+    parallel, model = config.parallel, config.model
+    norm = _NORM_NUMBERS / 2 * _hidden(parallel, model)
+    before = {
+        "norm": 0.0,
+        "mlp": norm + _MLP_NUMBERS * model.ffn_hidden_size / parallel.tensor,
+        "block": layer_activations(parallel, model, config.training.micro_batch_size),
+    }
+    return before[kind] + norm
+
+
+def _exits_of(chunks: tuple[Chunk, ...]) -> list[int]:
+    return [layer for chunk in chunks for layer in chunk.exits]
+
+
+def _hidden(parallel: ParallelConfig, model: ModelConfig) -> float:
+    """Numbers of a hidden state per token of the sequence, on one rank."""
+    return model.hidden_size / (parallel.tensor if parallel.sequence else 1)
+
+
+def _mlp_parameters(model: ModelConfig) -> int:
+    return 3 * model.ffn_hidden_size * model.hidden_size
 
 
 def _all_parameters(config: Config, vocab_size: int) -> int:
     """Of the whole model; copies count once."""
-    model, num_exits = config.model, len(config.exits.layers) + 1
-    matrices = 1 + (1 if config.exits.projection == "shared" else num_exits)
-    norms = num_exits * model.hidden_size
-    return model.num_layers * layer_parameters(model) + norms + matrices * vocab_size * model.hidden_size
+    model, exits = config.model, config.exits
+    heads = sum(head_parameters(model, exits.head_of(layer)) for layer in (*exits.layers, model.num_layers))
+    own_projections = sum(exits.projection_of(layer) == "own" for layer in exits.layers)
+    matrices = 1 + (not model.tie_embeddings) + own_projections
+    return model.num_layers * layer_parameters(model) + heads + matrices * vocab_size * model.hidden_size
 
 
 def _checkpoint_bytes(config: Config) -> int:
@@ -150,9 +242,14 @@ def _checkpoint_bytes(config: Config) -> int:
 
 
 def _live_microbatches(config: Config, layout: Layout, num_microbatches: int) -> tuple[int, ...]:
-    """How many micro-batches each stage holds at once, one in each of two chunks counting twice."""
+    """How many micro-batches each stage holds at once, one in each of two chunks counting twice.
+
+    Fills are taken only where they don't hold more than 1F1B does.
+    """
+    parallel = config.parallel
+    alike = {"filled-1f1b": "1f1b", "megatron": "interleaved" if parallel.chunks > 1 else "1f1b"}
     plan = build_plan(
-        config.parallel.schedule,
+        alike.get(parallel.schedule, parallel.schedule),
         num_stages=len(layout),
         num_chunks=len(layout[0]),
         num_microbatches=num_microbatches,

@@ -6,7 +6,9 @@ A stage holds one chunk of the model, or several (`parallel.chunks`): then the m
 from dataclasses import dataclass
 from itertools import accumulate
 
-from megatron_ee.config import ExitsConfig, ModelConfig, ParallelConfig, StagePlacement
+from megatron_ee.config import Config, ExitsConfig, ModelConfig, ParallelConfig, StagePlacement
+from megatron_ee.parallel.balance import Work, balance
+from megatron_ee.parallel.costs import ModelCosts, chunk_costs, costs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,22 @@ Layout = tuple[tuple[Chunk, ...], ...]
 """The chunks of every stage: `layout[stage][chunk]`."""
 
 
-def place(model: ModelConfig, exits: ExitsConfig, parallel: ParallelConfig) -> Layout:
-    """Each stage's layers and exits. (The config has been checked to give an exit on a border to exactly one side.)"""
-    placements = _equal_layers(model, parallel) if parallel.layout == "auto" else parallel.layout
+def layout_of(config: Config, vocab_size: int) -> Layout:
+    """Each stage's layers and exits, by the durations that the config chooses.
+
+    Raises:
+        FieldError: see `read_costs`.
+    """
+    return place(config.model, config.exits, config.parallel, costs_of(config, vocab_size))
+
+
+def place(model: ModelConfig, exits: ExitsConfig, parallel: ParallelConfig, costs: ModelCosts | None = None) -> Layout:
+    """Each stage's layers and exits. (The config has been checked to give an exit on a border to exactly one side.)
+
+    Args:
+        costs: what `parallel.layout: auto` balances; not needed where the model stays whole or the layout is pinned.
+    """
+    placements = _placements(model, exits, parallel, costs)
     stops = list(accumulate(part.layers for part in placements))
     chunks = []
     for placement, start, stop in zip(placements, [0, *stops], stops, strict=False):
@@ -49,6 +64,23 @@ def place(model: ModelConfig, exits: ExitsConfig, parallel: ParallelConfig) -> L
     return tuple(tuple(chunks[stage :: parallel.pipeline]) for stage in range(parallel.pipeline))
 
 
+def describe_layout(layout: Layout, exits: ExitsConfig, costs: ModelCosts) -> list[str]:
+    """A line for each stage: its layers, its exits, and its share of the work."""
+    totals = chunk_costs(layout, exits, costs).totals
+    num_layers = layout[-1][-1].stop
+    lines = []
+    for stage, (chunks, total) in enumerate(zip(layout, totals, strict=True)):
+        names = ["final" if layer == num_layers else str(layer) for chunk in chunks for layer in chunk.exits]
+        layers = " ".join(map(_layers, chunks))
+        own_exits = " ".join(["exits", *names]) if names else "no exits"
+        of_slowest, of_all = total / max(totals), total / sum(totals)
+        lines.append(
+            f"stage {stage}: layers {layers}, {own_exits}, "
+            f"{of_slowest:.1%} of the slowest stage's work, {of_all:.1%} of all"
+        )
+    return lines
+
+
 def have_exits(layout: Layout) -> list[bool]:
     """For each chunk, in the model's order, whether it has an exit."""
     return [bool(chunk.exits) for same_chunk in zip(*layout, strict=True) for chunk in same_chunk]
@@ -59,8 +91,25 @@ def stages_with_exits(layout: Layout) -> list[int]:
     return [stage for stage, chunks in enumerate(layout) if any(chunk.exits for chunk in chunks)]
 
 
-def _equal_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[StagePlacement, ...]:
-    """As equal as can be; the first take what is left over, because the last one has the final head."""
-    parts = parallel.pipeline * parallel.chunks
-    layers, left_over = divmod(model.num_layers, parts)
-    return tuple(StagePlacement(layers=layers + (part < left_over)) for part in range(parts))
+def _layers(chunk: Chunk) -> str:
+    first = chunk.start + 1
+    return str(first) if first == chunk.stop else f"{first}-{chunk.stop}"
+
+
+def _placements(
+    model: ModelConfig, exits: ExitsConfig, parallel: ParallelConfig, costs: ModelCosts | None
+) -> tuple[StagePlacement, ...]:
+    if parallel.layout != "auto":
+        return parallel.layout
+    if parallel.pipeline * parallel.chunks == 1:
+        return (StagePlacement(layers=model.num_layers),)
+    assert costs is not None, "an automatic layout of several parts needs costs"
+    work = Work(
+        num_layers=model.num_layers,
+        layer=costs.layer,
+        first=costs.embedding,
+        last=costs.exits[exits.head_of(model.num_layers)],
+        exits={layer: costs.exits[exits.head_of(layer)] for layer in exits.layers},
+        only_at_end=frozenset(layer for layer in exits.layers if exits.head_of(layer) == "mlp"),
+    )
+    return balance(work, parallel.pipeline, parallel.chunks)

@@ -17,7 +17,8 @@ from megatron_ee.model.initialize import initialize
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
 from megatron_ee.model.vocabulary import resolve_vocab_size
-from megatron_ee.parallel.layout import Layout, have_exits, place
+from megatron_ee.parallel.costs import costs_of
+from megatron_ee.parallel.layout import Layout, describe_layout, have_exits, place
 from megatron_ee.parallel.mesh import Mesh, open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Plan
@@ -46,14 +47,14 @@ def build_trainer(config: Config, device: Device) -> Trainer:
     check_loggers(config.logging)
     mesh = open_mesh(config.parallel, device)
     log = start_logging(is_main_rank=mesh.is_main)
-    layout = place(config.model, config.exits, config.parallel)
     if mesh.is_main:
-        _announce(log, config, device, layout)
+        _announce(log, config, device)
     run_folder = Path(config.runs) / config.name
     checkpoint = _checkpoint_to_resume(config, run_folder)
 
     tokenizer = open_tokenizer(config.data.tokenizer)
     vocab_size = resolve_vocab_size(config.model, tokenizer)
+    layout = _choose_layout(log, config, vocab_size)
     datasets = open_datasets(config, tokenizer, mesh, num_train_samples=_num_train_samples(config, checkpoint))
     stage = build_stage(config, layout, vocab_size, mesh)
     gradients = StageGradients(stage, mesh, layout)
@@ -112,12 +113,8 @@ def all_exits(config: Config) -> list[int]:
     return [*config.exits.layers, config.model.num_layers]
 
 
-def _announce(log: logging.Logger, config: Config, device: Device, layout: Layout) -> None:
+def _announce(log: logging.Logger, config: Config, device: Device) -> None:
     log.info("%s", device.reason)
-    for stage, chunks in enumerate(layout):
-        for chunk in chunks:
-            early = [layer for layer in chunk.exits if layer < config.model.num_layers]
-            log.info("stage %d: layers %d-%d, exits after %s", stage, chunk.start + 1, chunk.stop, early or "none")
     warmup, total = config.exits.weight_schedule.warmup_iters, config.training.train_iters
     if config.exits.layers and config.exits.weight_schedule.shape != "constant" and warmup >= total:
         log.warning(
@@ -126,6 +123,14 @@ def _announce(log: logging.Logger, config: Config, device: Device, layout: Layou
             warmup,
             total,
         )
+
+
+def _choose_layout(log: logging.Logger, config: Config, vocab_size: int) -> Layout:
+    costs = costs_of(config, vocab_size)
+    layout = place(config.model, config.exits, config.parallel, costs)
+    for line in describe_layout(layout, config.exits, costs):
+        log.info("%s", line)
+    return layout
 
 
 def _checkpoint_to_resume(config: Config, run_folder: Path) -> Path | None:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_ee.config import Config, ModelConfig
+from megatron_ee.config import Config, ExitsConfig, ModelConfig
 from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.parallel.products import BACKWARD, MULTIPLY_AND_ADD, head_products, layer_products
 
 PEAK_BF16_FLOPS = {
     "GB200": 2500e12,
@@ -31,24 +32,18 @@ PEAK_BF16_FLOPS = {
 GIB = 2**30
 
 
-def flops_per_token(model: ModelConfig, *, num_exits: int, sequence_length: int, vocab_size: int) -> float:
-    """Forward and backward of one token of training: the matrix products of all layers, and of every exit's projection.
+def flops_per_token(model: ModelConfig, exits: ExitsConfig, *, sequence_length: int, vocab_size: int) -> float:
+    """Forward and backward of one token of training: the matrix products of all layers, and of every exit's head.
 
-    A product of the forward counts twice more in the backward. Attention counts all pairs of positions, as in the
-    usual definition of MFU (PaLM, arXiv 2204.02311, appendix B), though a causal kernel skips half of them. What is
-    recomputed doesn't count.
-
-    Args:
-        num_exits: with the final one.
+    Attention counts all pairs of positions, as in the usual definition of MFU (PaLM, arXiv 2204.02311, appendix B).
+    What is recomputed doesn't count.
     """
-    query_width = model.num_attention_heads * model.head_dim
-    key_value_width = 2 * model.num_key_value_heads * model.head_dim
-    weights = model.hidden_size * (2 * query_width + key_value_width + 3 * model.ffn_hidden_size)  # SwiGLU has three
-    scores_and_values = 2 * sequence_length * query_width
-    projections = num_exits * model.hidden_size * vocab_size
-    multiply_and_add = 2
-    forward = multiply_and_add * (model.num_layers * (weights + scores_and_values) + projections)
-    return 3.0 * forward
+    layers = model.num_layers * layer_products(model, sequence_length)
+    heads = sum(
+        head_products(model, exits.head_of(layer), sequence_length, vocab_size)
+        for layer in (*exits.layers, model.num_layers)
+    )
+    return float((1 + BACKWARD) * MULTIPLY_AND_ADD * (layers + heads))
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -67,10 +62,7 @@ class Throughput:
         self._mesh = mesh
         self._tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         self._flops_per_token = flops_per_token(
-            config.model,
-            num_exits=len(config.exits.layers) + 1,
-            sequence_length=config.data.sequence_length,
-            vocab_size=vocab_size,
+            config.model, config.exits, sequence_length=config.data.sequence_length, vocab_size=vocab_size
         )
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._step_seconds, self._num_steps = 0.0, 0

@@ -377,6 +377,17 @@ FOUND_IN_USE = {
         "run.yaml:2:3: data.tokenizer: '\\x00' is neither 'bytes' nor the path of a tokenizer.json or of a tokenizer's "
         "folder",
     ),
+    "no file of costs": (
+        "parallel:\n  costs: estimate",
+        "--estimate",
+        "run.yaml:2:3: parallel.costs: estimate does not exist; tools/measure_costs.py writes such files",
+    ),
+    "costs in a file of something else": (
+        "parallel: {costs: run.yaml}",
+        "--estimate",
+        "run.yaml:1:12: parallel.costs: run.yaml is no file of tools/measure_costs.py, or is damaged "
+        "(Expecting value: line 1 column 1 (char 0))",
+    ),
     "an estimate of a plug-in's schedule": (
         "plugins: [mine.py]\nparallel: {schedule: mine}",
         "--estimate",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.ranks import RankPool
 from helpers.shards import pieces_of, whole
-from helpers.tiny import VOCAB_SIZE, tiny_config
+from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, tiny_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
@@ -14,8 +14,8 @@ from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.estimate import describe, estimate
-from megatron_ee.parallel.layout import place
+from megatron_ee.parallel.estimate import describe, estimate, head_parameters, layer_activations
+from megatron_ee.parallel.layout import layout_of
 from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.simulate import simulate
@@ -82,10 +82,100 @@ def test_activations_of_a_layer(name: str, ranks: RankPool) -> None:
 
 def test_a_table_shows_the_placement() -> None:
     config = tiny_config(parallel={"pipeline": 2}, exits={"layers": [2, 5]})
-    lines = describe(estimate(config, 4, VOCAB_SIZE), 8).splitlines()
+    lines = describe(estimate(config, 4, VOCAB_SIZE)).splitlines()
     assert lines[2] == "data-parallel ranks: 2, micro-batches a step: 4"
-    assert lines[5].split()[:3] == ["0", "1-4", "2"]
-    assert lines[6].split()[:4] == ["1", "5-8", "5", "final"]
+    assert lines[4].startswith("stage 0: layers 1-4, exits 2, ")
+    assert lines[5].startswith("stage 1: layers 5-8, exits 5 final, 100.0% of the slowest stage's work, ")
+    assert [line.split()[0] for line in lines[7:]] == ["stage", "0", "1"]
+
+
+MLP = 3 * 32 * 48
+LAYER = 32 * (32 + 2 * 16 + 32) + MLP + 2 * 32
+MATRIX = VOCAB_SIZE * 32
+
+
+@pytest.mark.parametrize(
+    ("head", "projection", "tied", "first", "second", "whole_model"),
+    [  # first: exits 2 and 4 and the embedding; second: exit 6 and the final one
+        ("mlp", "shared", False, 2 * (MLP + 64) + 2 * MATRIX, MLP + 64 + 32 + MATRIX, 3 * (MLP + 64) + 32 + 2 * MATRIX),
+        ("block", "own", False, 2 * (LAYER + 32) + 3 * MATRIX, LAYER + 64 + 2 * MATRIX, 3 * LAYER + 128 + 5 * MATRIX),
+        ("norm", "shared", True, 64 + MATRIX, 64 + MATRIX, 128 + MATRIX),
+        (
+            ["norm", "mlp", "block"],
+            ["own", "shared", "own"],
+            True,
+            32 + MLP + 64 + 2 * MATRIX,
+            LAYER + 64 + 2 * MATRIX,
+            32 + MLP + 64 + LAYER + 64 + 3 * MATRIX,
+        ),
+    ],
+    ids=["mlp", "block, own projections", "tied", "all kinds, tied"],
+)
+def test_hand_count_of_heads_and_projections(
+    head: Any, projection: Any, tied: bool, first: int, second: int, whole_model: int
+) -> None:
+    config = tiny_config(
+        model={"tie_embeddings": tied},
+        exits={"layers": [2, 4, 6], "head": head, "projection": projection},
+        parallel={"pipeline": 2, "layout": [{"layers": 4}, {"layers": 4}]},
+    )
+    estimated = estimate(config, 2, VOCAB_SIZE)
+    assert [stage.parameters for stage in estimated.stages] == [4 * LAYER + first, 4 * LAYER + second]
+    assert estimated.parameters == 8 * LAYER + whole_model
+
+
+def test_heads_are_split_over_tensor_parallel_ranks() -> None:
+    model = tiny_config().model
+    assert head_parameters(model, "mlp", 2) == MLP // 2 + 64
+    assert head_parameters(model, "block", 2) == (LAYER - 64) // 2 + 64 + 32
+
+
+def _activations(schedule: str = "1f1b", **changes: dict[str, Any]) -> int:
+    parallel = {"pipeline": 2, "schedule": schedule, "layout": [{"layers": 4}, {"layers": 4}]}
+    return estimate(tiny_config(parallel=parallel, **changes), 2, VOCAB_SIZE).stages[0].activations
+
+
+def test_what_saves_memory_is_counted() -> None:
+    tokens, live = SEQUENCE_LENGTH, 2
+    numbers = layer_activations(tiny_config().parallel, tiny_config().model)
+    plain = _activations()
+    full = _activations(training={"recompute": "full"})
+    assert plain - full == 4 * tokens * (live * 4 * (numbers - 32) - (numbers - 32 - 3 * 32)), "and one layer again"
+    modules = _activations(training={"recompute": "selective", "recompute_modules": ["mlp", "layernorm"]})
+    saved = 5 * 48 + 4 * 32
+    assert plain - modules == 4 * tokens * (live * 4 * saved - (saved - 3 * 32))
+    assert _activations(training={"recompute": "selective"}) == plain, "attention keeps no scores as it is"
+    exits = {"layers": [2, 3]}
+    released = _activations(exits={**exits, "release": True})
+    assert _activations(exits=exits) - released == 4 * tokens * live * 2 * 32, "gradients of two exits, for each"
+    chunked = _activations(exits={"layers": [2, 5], "loss_chunk_rows": 4})
+    assert plain - chunked == 3 * 4 * VOCAB_SIZE * (tokens - 4)
+    heads = [_activations(exits={"layers": [2, 5], "head": head}) for head in ("norm", "mlp", "block")]
+    assert heads[0] == plain
+    assert [size - plain for size in heads] == [0, 4 * tokens * (3 * 32 + 5 * 48), 4 * tokens * numbers]
+
+
+def test_schedules_hold_as_much_as_those_that_they_are_like() -> None:
+    plain = _activations()
+    assert _activations("filled-1f1b") == plain
+    assert _activations("megatron") == _activations(exits={"layers": [2, 5], "release": True})
+    rounds = {"pipeline": 2, "chunks": 2, "layout": [{"layers": 2}] * 4}
+    ours, megatron = (
+        estimate(tiny_config(parallel={**rounds, "schedule": schedule}, exits=exits), 2, VOCAB_SIZE).stages
+        for schedule, exits in (("interleaved", {"layers": [2, 5], "release": True}), ("megatron", {"layers": [2, 5]}))
+    )
+    assert ours == megatron
+
+
+def test_a_distributed_optimizer_is_shared_by_data_parallel_ranks() -> None:
+    for precision, numbers in (("fp32", 2), ("bf16", 3)):
+        training = {"precision": precision}
+        (alone,) = estimate(tiny_config(training=training), 4, VOCAB_SIZE).stages
+        parallel = {"distributed_optimizer": True}
+        (shared,) = estimate(tiny_config(training=training, parallel=parallel), 4, VOCAB_SIZE).stages
+        assert alone.optimizer == 4 * numbers * alone.parameters
+        assert shared.optimizer == numbers * alone.parameters
+        assert (shared.weights, shared.gradients) == (alone.weights, alone.gradients)
 
 
 def test_processes_that_do_not_fit_are_refused() -> None:
@@ -96,7 +186,7 @@ def test_processes_that_do_not_fit_are_refused() -> None:
 def _measure(config: Config) -> dict[str, Any]:
     device = choose_device("cpu")
     mesh = open_mesh(config.parallel, device)
-    layout = place(config.model, config.exits, config.parallel)
+    layout = layout_of(config, VOCAB_SIZE)
     stage = build_stage(config, layout, VOCAB_SIZE, mesh)
     gradients = StageGradients(stage, mesh, layout)
     optimizer = MegatronAdamW(stage, config.optimizer, mesh, gradients)

@@ -14,7 +14,7 @@ from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, RandomSamples, tiny_config
 from megatron_ee.config import Config
 from megatron_ee.data.loader import BatchLoader
 from megatron_ee.device import choose_device
-from megatron_ee.parallel.layout import have_exits, place
+from megatron_ee.parallel.layout import have_exits, layout_of
 from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.runtime import Runtime
@@ -122,7 +122,7 @@ def _step(config: Config) -> dict[str, Any]:
     """On each rank: one step on the first global batch."""
     device = choose_device("cpu")
     mesh = open_mesh(config.parallel, device)
-    layout = place(config.model, config.exits, config.parallel)
+    layout = layout_of(config, VOCAB_SIZE)
     stage = build_stage(config, layout, VOCAB_SIZE, mesh)
     parameters = pieces_of(stage, lambda parameter: parameter)
     buffers = StageGradients(stage, mesh, layout)

@@ -16,11 +16,9 @@ from megatron_ee.training import throughput
 from megatron_ee.training.throughput import Throughput, flops_per_token, peak_flops
 
 
-def _count(exits: list[int]) -> float:
-    config = tiny_config(exits={"layers": exits})
-    return flops_per_token(
-        config.model, num_exits=len(exits) + 1, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
-    )
+def _count(exits: list[int], head: str = "norm") -> float:
+    config = tiny_config(exits={"layers": exits, "head": head})
+    return flops_per_token(config.model, config.exits, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE)
 
 
 def test_hand_count_of_the_tiny_model() -> None:
@@ -41,8 +39,10 @@ def test_count_is_that_of_the_products_which_torch_runs(mesh: Mesh, exits: list[
     assert counter.get_total_flops() == pytest.approx(_count(exits) * tokens_BS.numel(), rel=0.01)
 
 
-def test_each_exit_costs_its_projection() -> None:
+def test_each_exit_costs_its_projection_and_what_is_before_it() -> None:
     assert _count([2, 5]) - _count([2]) == 6 * 32 * VOCAB_SIZE
+    assert _count([2, 5], "mlp") - _count([2, 5]) == 2 * 6 * 3 * 32 * 48
+    assert _count([2], "block") - _count([2]) == (_count([]) - 6 * 32 * VOCAB_SIZE) / 8, "a layer"
 
 
 @pytest.mark.parametrize(

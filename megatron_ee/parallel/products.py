@@ -1,0 +1,35 @@
+"""How many multiply-adds the matrix products of one token's forward take: what speed, balance and MFU are counted in.
+
+Attention counts all pairs of positions, though a causal kernel skips half of them. Norms, rotary positions, activation
+functions and look-ups are no matrix products.
+"""
+
+from megatron_ee.config import HeadKind, ModelConfig
+
+MULTIPLY_AND_ADD = 2
+BACKWARD = 2
+"""A product of the forward counts twice more in the backward: for its input's gradient and for its weight's."""
+
+
+def layer_products(model: ModelConfig, sequence_length: int) -> int:
+    """Of one layer: attention and MLP."""
+    query_width = model.num_attention_heads * model.head_dim
+    key_value_width = 2 * model.num_key_value_heads * model.head_dim
+    projections = model.hidden_size * (2 * query_width + key_value_width)
+    return projections + core_attention_products(model, sequence_length) + mlp_products(model)
+
+
+def core_attention_products(model: ModelConfig, sequence_length: int) -> int:
+    """Of attention's scores and values, without its projections."""
+    return 2 * sequence_length * model.num_attention_heads * model.head_dim
+
+
+def mlp_products(model: ModelConfig) -> int:
+    """Of one MLP; SwiGLU has three matrices."""
+    return 3 * model.hidden_size * model.ffn_hidden_size
+
+
+def head_products(model: ModelConfig, kind: HeadKind, sequence_length: int, vocab_size: int) -> int:
+    """Of an exit's head, with its projection."""
+    before = {"norm": 0, "mlp": mlp_products(model), "block": layer_products(model, sequence_length)}
+    return before[kind] + model.hidden_size * vocab_size
