@@ -176,48 +176,17 @@ def build_and_warm_up(config: Config, mesh: "Mesh", batch: "Batch") -> tuple["Tr
 
 def build(config: Config, mesh: "Mesh") -> "Trainer":
     """A trainer without data or files. `build_trainer` would open a mesh for each, and two share this one."""
-    from megatron_ee.checkpoint.description import Description, Progress
-    from megatron_ee.data.loader import BatchLoader
-    from megatron_ee.model.initialize import initialize
-    from megatron_ee.model.precision import DTYPES
-    from megatron_ee.model.stage import Stage
-    from megatron_ee.parallel.layout import have_exits, place
-    from megatron_ee.parallel.p2p import MessageSpec
-    from megatron_ee.parallel.pipeline.runtime import Runtime
-    from megatron_ee.parallel.pipeline.schedules import build_plan
+    from megatron_ee.data.dataset import Datasets
+    from megatron_ee.parallel.layout import layout_of
     from megatron_ee.tokenizer import BYTES, open_tokenizer
-    from megatron_ee.training.gradients import StageGradients
-    from megatron_ee.training.lr_schedule import DECAYS, LearningRate
-    from megatron_ee.training.metrics import ExitMeter
-    from megatron_ee.training.optimizers import BACKENDS
-    from megatron_ee.training.throughput import Throughput
-    from megatron_ee.training.trainer import Trainer
+    from megatron_ee.training.assemble import assemble_trainer
+    from megatron_ee.training.planning import plan_step
 
-    model, exits, training, vocab_size = config.model, config.exits, config.training, int(config.model.vocab_size)
-    device, dtype, layout = mesh.device, DTYPES[training.precision], place(config.model, config.exits, config.parallel)
-    stage = Stage(model, exits, layout[0], vocab_size=vocab_size, groups=mesh.groups, device=device, dtype=dtype)
-    initialize(stage, config.seed)
-    gradients = StageGradients(stage, mesh, layout)
-    batch_sizes = training.model_dump(include={"global_batch_size", "micro_batch_size"})
-    loader = BatchLoader([], mesh, **batch_sizes)  # only for the number of micro-batches
-    shape = (config.data.sequence_length, training.micro_batch_size, model.hidden_size)
-    return Trainer(
-        config=config,
-        run_folder=Path("runs/bench"),
-        description=Description(model, exits, training.precision, BYTES, vocab_size, Progress(0, 0)),
-        tokenizer=open_tokenizer(BYTES),
-        mesh=mesh,
-        stage=stage,
-        gradients=gradients,
-        optimizer=BACKENDS[config.optimizer.backend](stage, config.optimizer, mesh, gradients),
-        learning_rate=LearningRate(config.optimizer, training.train_iters, DECAYS[config.optimizer.lr_decay]),
-        loader=loader,
-        runtime=Runtime(mesh, MessageSpec(shape, dtype, device.torch)),
-        plan=build_plan("1f1b", num_stages=1, num_microbatches=loader.num_microbatches, has_exits=have_exits(layout)),
-        meter=ExitMeter([*exits.layers, model.num_layers], mesh),
-        throughput=Throughput(config, mesh, vocab_size=vocab_size),
-        evaluator=None,
-    )
+    vocab_size, training = int(config.model.vocab_size), config.training
+    layout = layout_of(config, vocab_size)
+    plan = plan_step(config, layout, vocab_size, training.global_batch_size // training.micro_batch_size)
+    tokenizer, nothing = open_tokenizer(BYTES), Datasets([], None)
+    return assemble_trainer(config, mesh, tokenizer, nothing, vocab_size=vocab_size, layout=layout, plan=plan)
 
 
 def counting_batch(sizes: Sizes, device: Device) -> "Batch":

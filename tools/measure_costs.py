@@ -121,20 +121,23 @@ def measure(config: Config, vocab_size: int, device: Device) -> Seconds:
     """Time everything ROUNDS times, in turns, so that what drifts hits all alike."""
     from megatron_ee.data.batch import Batch
     from megatron_ee.parallel.mesh import close_mesh, open_mesh
-    from megatron_ee.training.build import build_stage
+    from megatron_ee.training.assemble import build_stage
     from megatron_ee.training.gradients import StageGradients
+    from megatron_ee.training.losses import StepTokens
+    from megatron_ee.training.planning import plan_validation
     from megatron_ee.training.stage_step import StageStep
 
     short, chunks = parts_of(config)
     mesh = open_mesh(short.parallel, device)
     stage = build_stage(short, (chunks,), vocab_size, mesh)
-    gradients = StageGradients(stage, mesh, (chunks,))  # a backward adds to the gradients of training
+    gradients = StageGradients(stage, mesh, short.parallel)  # a backward adds to the gradients of training
     gradients.zero()
     shape = (1, config.training.micro_batch_size, config.data.sequence_length)
     tokens_MBS = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device.torch)
     batch = Batch(tokens_MBS, tokens_MBS, torch.ones(shape, device=device.torch))
-    scales = dict.fromkeys((layer for chunk in chunks for layer in chunk.exits), 1 / tokens_MBS.numel())
-    step = StageStep(stage, batch, scales)
+    weights = dict.fromkeys((layer for chunk in chunks for layer in chunk.exits), 1.0)
+    tokens, plan = StepTokens(tokens_MBS.numel()), plan_validation((chunks,), 1)
+    step = StageStep(stage, batch, plan, tokens, weights, chunk_rows=config.exits.loss_chunk_rows)
     seconds: Seconds = defaultdict(list)
     for number in range(WARM_UP + ROUNDS):
         once = _round(short.exits, stage, step, tokens_MBS[0], device)

@@ -12,7 +12,6 @@ from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError
 from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
 VERSION = 3
-READABLE = (2, 3)  # 2: before exits had heads other than a norm; all its models have the defaults of what came later
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +76,8 @@ def read_description(folder: Path) -> Description:
     path = folder / FORMAT_FILE
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        if content["version"] not in READABLE:
-            readable = " and ".join(map(str, READABLE))
-            raise CheckpointError(f"{path}: format version {content['version']}; this release reads {readable}")
+        if content["version"] != VERSION:
+            raise CheckpointError(f"{path}: format version {content['version']}; this release reads {VERSION}")
         return Description(
             model=ModelConfig.model_validate(content["model"]),
             exits=ExitsConfig.model_validate(content["exits"]),

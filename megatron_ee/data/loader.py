@@ -22,26 +22,36 @@ class BatchLoader:
     """Cuts this rank's share out of every global batch.
 
     Micro-batch m of data-parallel rank r holds samples `first + (m * data_size + r) * micro_batch_size` and on, so
-    what a global batch contains depends on `first` alone.
+    what a global batch contains depends on `first` alone. Fills, extra micro-batches for a pipeline's idle time, come
+    after it and are cut in the same way.
     """
 
-    def __init__(self, source: SampleSource, mesh: Mesh, *, global_batch_size: int, micro_batch_size: int) -> None:
+    def __init__(
+        self, source: SampleSource, mesh: Mesh, *, global_batch_size: int, micro_batch_size: int, num_fills: int = 0
+    ) -> None:
         """
         Raises:
             MeshError: the global batch doesn't divide over data-parallel ranks and micro-batches.
         """
         self.num_microbatches = count_microbatches(global_batch_size, micro_batch_size, mesh.data_size)
+        self.num_fills = num_fills
         self._source, self._mesh = source, mesh
         self._micro_batch_size = micro_batch_size
 
+    @property
+    def samples_per_batch(self) -> int:
+        """Samples that a step draws from the source, over all ranks, fills included."""
+        return (self.num_microbatches + self.num_fills) * self._micro_batch_size * self._mesh.data_size
+
     def batch(self, first_sample: int) -> Batch:
-        """This rank's share of the global batch that begins at a sample number."""
+        """This rank's share of the global batch that begins at a sample number, and of the fills after it."""
         size, data_size, data_rank = self._micro_batch_size, self._mesh.data_size, self._mesh.data_rank
-        starts = (first_sample + (m * data_size + data_rank) * size for m in range(self.num_microbatches))
+        count = self.num_microbatches + self.num_fills
+        starts = (first_sample + (m * data_size + data_rank) * size for m in range(count))
         samples = [self._source[start + row] for start in starts for row in range(size)]
 
         def stack(name: str) -> torch.Tensor:
             rows = torch.stack([sample[name] for sample in samples])
-            return rows.view(self.num_microbatches, size, -1).to(self._mesh.device.torch)
+            return rows.view(count, size, -1).to(self._mesh.device.torch)
 
         return Batch(stack("tokens"), stack("labels"), stack("loss_mask"))

@@ -58,8 +58,8 @@ class Decoder:
         x_SBH = self._stage.embed(torch.tensor([tokens], device=self._device))
         self._pending.add(0, Rows(positions, x_SBH))
         for start, stop in self._segments:
-            last_1BH = self._run_segment(start, stop)
-            logits_V = self._stage.exit_logits(last_1BH, stop).flatten()
+            features_1BH = self._run_segment(start, stop)
+            logits_V = self._stage.project(features_1BH, stop).flatten()
             if stop == self._num_layers:
                 break
             confidence = self._measure(logits_V)
@@ -76,13 +76,16 @@ class Decoder:
             self._run_segment(start, stop)
 
     def _run_segment(self, start: int, stop: int) -> torch.Tensor:
-        """Run whatever waits at `start`; returns the hidden state of its last position."""
+        """Run whatever waits at `start`; returns the features of its last position at the exit after `stop`."""
         rows = self._pending.take(start)
         if rows is None:
             return torch.empty(0)
         positions_S = torch.tensor(rows.positions, device=self._device)
         self.cache.begin_launch(positions_S)
-        x_SBH, _ = self._stage.run_layers(rows.hidden_SBH, positions_S, start, stop, store=self.cache)
+        x_SBH, taps = self._stage.run_layers(rows.hidden_SBH, positions_S, start, stop, store=self.cache)
         if stop < self._num_layers:
             self._pending.add(stop, Rows(rows.positions, x_SBH))
-        return x_SBH[-1:]
+        hidden_SBH = taps[self._stage.tap_of(stop)]
+        if not self._stage.head(stop).attends:  # one that does needs the keys and values of all positions
+            hidden_SBH = hidden_SBH[-1:]
+        return self._stage.exit_features(hidden_SBH, stop, positions_S, store=self.cache)[-1:]

@@ -65,7 +65,7 @@ class Engine:
         x_SBH = self.stage.embed(positions.new_tensor([tokens]))
         num_layers = self.stage.model.num_layers
         y_SBH, _ = self.stage.run_layers(x_SBH, positions, 0, num_layers)
-        logits_SBV = self.stage.exit_logits(y_SBH, num_layers)[..., : self.tokenizer.vocab_size]
+        logits_SBV = self.stage.exit_logits(y_SBH, num_layers, positions)[..., : self.tokenizer.vocab_size]
         return logits_SBV.argmax(-1).flatten().tolist()
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of one sequence, for every layer.
+"""Keys and values of one sequence, for every layer and for exit heads that attend.
 
 Shapes: S rows of a launch, T positions up to the launch's last, G key-value heads, D head dimension; batch is 1.
 """
@@ -19,7 +19,7 @@ class KeyValueCache:
         def empty() -> torch.Tensor:
             return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
 
-        self._layers = {int(layer): (empty(), empty()) for layer in stage.layers}
+        self._layers = {number: (empty(), empty()) for number in stage.attention_numbers}
         self._positions_S = torch.empty(0, dtype=torch.int64)
         self._mask_ST = torch.empty(0, 0, dtype=torch.bool)
 

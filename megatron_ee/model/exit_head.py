@@ -1,19 +1,34 @@
-"""An exit: a norm and an output projection that turn a hidden state into logits."""
+"""An exit: what turns a hidden state into logits. Its features are a norm of the state, of the state after an MLP, or
+of the state after a whole transformer layer; a projection on the vocabulary follows.
+
+The MLP head (EE-LLM, arXiv 2312.04916, section 3.2) reads the state after its layer's attention and adds an MLP branch
+of its own, as the layer does: h + MLP(norm(h)). Its parameters are named as the layer's, and so is the block's: an exit
+that begins as a copy of a layer is a copy name by name.
+"""
+
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ee.model.layers import LayerParts
+from megatron_ee.config import HeadKind
+from megatron_ee.model.layers import LayerParts, layer_spec, mlp_spec
 
 
 class ExitHead(MegatronModule):
-    """Norm, then projection. The final output is an exit like the others.
+    """The final output is an exit like the others.
 
     Args:
-        shared_projection: the projection that all exits share; None: this exit has its own, `output`.
+        layer: the number of layers run before the exit.
+        owns_projection: whether it has a projection of its own, `output`.
     """
 
     def __init__(
@@ -22,24 +37,54 @@ class ExitHead(MegatronModule):
         parts: LayerParts,
         groups: ProcessGroupCollection,
         *,
+        layer: int,
+        kind: HeadKind,
         vocab_size: int,
-        shared_projection: ColumnParallelLinear | None,
+        owns_projection: bool,
     ) -> None:
         super().__init__(config)
-        self.tp_group = groups.tp
-        self.norm = parts.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-        if shared_projection is None:
-            self.output = make_projection(config, groups, vocab_size)
+        self.kind, self.tp_group = kind, groups.tp
 
-    def forward(self, hidden_SBH: torch.Tensor, shared_projection: ColumnParallelLinear | None) -> torch.Tensor:
-        """logits_SBV of the hidden states, by the exit's own projection or else the shared one."""
-        projection = shared_projection if shared_projection is not None else self.output
-        logits_SBV, _ = projection(self.norm(hidden_SBH))
-        return logits_SBV
+        def norm() -> torch.nn.Module:
+            return parts.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+        if kind == "mlp":
+            self.pre_mlp_layernorm = norm()
+            self.mlp = build_module(mlp_spec(parts), config=config, tp_group=groups.tp)
+        elif kind == "block":
+            self.block = build_module(
+                layer_spec(parts), config=config, layer_number=config.num_layers + layer, pg_collection=groups
+            )
+        self.norm = norm()
+        self.output = make_projection(config, groups, vocab_size) if owns_projection else None
+
+    @property
+    def attends(self) -> bool:
+        """Whether it needs other positions than its own."""
+        return self.kind == "block"
+
+    def features(self, hidden_SBH: torch.Tensor, **context: Any) -> torch.Tensor:
+        """What the projection takes: [S, B, H], normed.
+
+        Args:
+            context: a layer's: a block attends as layers do.
+        """
+        if self.kind == "mlp":
+            branch_SBH, _ = self.mlp(self.pre_mlp_layernorm(hidden_SBH))
+            hidden_SBH = hidden_SBH + branch_SBH
+        elif self.kind == "block":
+            hidden_SBH, _ = self.block(hidden_SBH, **context)
+        return self.norm(hidden_SBH)
 
 
-def make_projection(config: TransformerConfig, groups: ProcessGroupCollection, vocab_size: int) -> ColumnParallelLinear:
-    """An output projection; its rows are the vocabulary, split over tensor-parallel ranks."""
+def make_projection(
+    config: TransformerConfig, groups: ProcessGroupCollection, vocab_size: int, *, has_weight: bool = True
+) -> ColumnParallelLinear:
+    """An output projection; its rows are the vocabulary, split over tensor-parallel ranks.
+
+    Args:
+        has_weight: False where it borrows the embedding's.
+    """
     return ColumnParallelLinear(
         config.hidden_size,
         vocab_size,
@@ -48,5 +93,16 @@ def make_projection(config: TransformerConfig, groups: ProcessGroupCollection, v
         bias=False,
         skip_bias_add=True,
         gather_output=False,
+        skip_weight_param_allocation=not has_weight,
         tp_group=groups.tp,
     )
+
+
+def enter_projection(features_SBH: torch.Tensor, config: TransformerConfig, groups: ProcessGroupCollection) -> Any:
+    """The features of all positions, as every tensor-parallel rank's share of a projection takes them; in the backward
+    their gradients are summed over those ranks."""
+    if groups.tp.size() == 1:
+        return features_SBH
+    if config.sequence_parallel:
+        return gather_from_sequence_parallel_region(features_SBH, tensor_parallel_output_grad=True, group=groups.tp)
+    return copy_to_tensor_model_parallel_region(features_SBH, group=groups.tp)

@@ -32,6 +32,15 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class Layer(TransformerLayer):
+    """megatron-core's layer, which also shows the state between its attention and its MLP."""
+
+    def forward(self, x_SBH: torch.Tensor, **context: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's output, and the residual stream after its attention; both [S, B, H]."""
+        after_attention_SBH, _ = self._forward_attention(x_SBH, **context)
+        return self._forward_mlp(after_attention_SBH), after_attention_SBH
+
+
 @dataclass(frozen=True, slots=True)
 class LayerParts:
     """The modules that a transformer layer and an exit head are made of."""
@@ -53,7 +62,7 @@ def layer_parts(device: Device) -> LayerParts:
 def layer_spec(parts: LayerParts) -> ModuleSpec:
     """A pre-norm layer: attention, then SwiGLU, each added to the residual stream."""
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm,
             self_attention=ModuleSpec(
@@ -67,37 +76,48 @@ def layer_spec(parts: LayerParts) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
-            ),
+            mlp=mlp_spec(parts),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
+def mlp_spec(parts: LayerParts) -> ModuleSpec:
+    """SwiGLU."""
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear))
+
+
+_FUSED = (  # each needs CUDA, Transformer Engine or Apex
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "apply_rope_fusion",
+    "masked_softmax_fusion",
+    "gradient_accumulation_fusion",
+    "persist_layer_norm",
+)
+
+
 def transformer_config(
-    model: ModelConfig, dtype: torch.dtype = torch.float32, *, tensor_size: int = 1, sequence_parallel: bool = False
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    *,
+    tensor_size: int = 1,
+    sequence_parallel: bool = False,
+    recomputed_modules: tuple[str, ...] = (),
 ) -> TransformerConfig:
     """megatron-core's description of one layer.
 
-    It is told nothing of pipeline stages: layers are numbered globally by whoever builds them. Fused kernels are off
-    because they need CUDA, and parameters are left as they are for `initialize` to fill by name.
+    It is told nothing of pipeline stages: layers are numbered globally by whoever builds them. Parameters are left as
+    they are, for `initialize` to fill by name.
+
+    Args:
+        recomputed_modules: parts of a layer that its backward computes again: core_attn, mlp, layernorm.
     """
 
     def leave(weight: torch.Tensor) -> torch.Tensor:
         return weight
 
-    unfused: dict[str, Any] = dict.fromkeys(
-        (
-            "bias_activation_fusion",
-            "bias_dropout_fusion",
-            "apply_rope_fusion",
-            "masked_softmax_fusion",
-            "gradient_accumulation_fusion",
-            "persist_layer_norm",
-        ),
-        False,
-    )
+    unfused: dict[str, Any] = dict.fromkeys(_FUSED, False)
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -117,6 +137,8 @@ def transformer_config(
         fp16=dtype is torch.float16,
         tensor_model_parallel_size=tensor_size,
         sequence_parallel=sequence_parallel,
+        recompute_granularity="selective" if recomputed_modules else None,
+        recompute_modules=list(recomputed_modules) or None,
         init_method=leave,
         output_layer_init_method=leave,
         embedding_init_method=leave,

@@ -5,7 +5,7 @@ V, and with sequence parallelism hidden states are its share of S.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
@@ -14,12 +14,13 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmb
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
+from torch.utils.checkpoint import checkpoint
 
 from megatron_ee.config import ExitsConfig, ModelConfig
 from megatron_ee.device import Device
 from megatron_ee.model.attention import KeyValueStore
-from megatron_ee.model.exit_head import ExitHead, make_projection
-from megatron_ee.model.layers import layer_parts, layer_spec, transformer_config
+from megatron_ee.model.exit_head import ExitHead, enter_projection, make_projection
+from megatron_ee.model.layers import LayerParts, layer_parts, layer_spec, transformer_config
 from megatron_ee.model.rotary import rotary_angles
 from megatron_ee.parallel.layout import Chunk
 
@@ -33,11 +34,22 @@ class Tap(NamedTuple):
     site: Literal["output", "attention"] = "output"
 
 
+class Recompute(NamedTuple):
+    """What the backward of a layer computes again: all of it, or some of its modules (core_attn, mlp, layernorm)."""
+
+    layers: bool = False
+    modules: tuple[str, ...] = ()
+
+
+NOTHING_RECOMPUTED = Recompute()
+
+
 class Stage(MegatronModule):
     """The layers of one pipeline stage (all of them where there is one stage), and its exits.
 
-    Layers keep their global numbers, so a parameter has the same name on whatever stage it is:
-    `embedding.*`, `layers.7.*`, `exits.6.norm.*`, and `output.*` for the projection that exits share.
+    Layers keep their global numbers, so a parameter has the same name on whatever stage it is: `embedding.*`,
+    `layers.7.*`, `exits.6.norm.*`. The projection that the final output and other exits share is `output`, on each
+    stage that needs it; one that is tied to the embedding is borrowed from it where the stage has it.
 
     Args:
         chunks: the parts of the model that this stage holds: one, or several where the schedule goes round the stages.
@@ -57,46 +69,50 @@ class Stage(MegatronModule):
         device: Device,
         dtype: torch.dtype = torch.float32,
         sequence_parallel: bool = False,
+        recompute: Recompute = NOTHING_RECOMPUTED,
     ) -> None:
-        config = transformer_config(model, dtype, tensor_size=groups.tp.size(), sequence_parallel=sequence_parallel)
+        config = transformer_config(
+            model,
+            dtype,
+            tensor_size=groups.tp.size(),
+            sequence_parallel=sequence_parallel,
+            recomputed_modules=recompute.modules,
+        )
         super().__init__(config)
-        self.chunks, self.model = tuple(chunks), model
+        self.chunks, self.model, self.groups, self.recompute = tuple(chunks), model, groups, recompute
         self.tp_group = groups.tp
         parts = layer_parts(device)
-        if any(chunk.has_embedding for chunk in chunks):
-            self.embedding = VocabParallelEmbedding(
-                vocab_size,
-                model.hidden_size,
-                init_method=config.init_method,
-                reduce_scatter_embeddings=sequence_parallel,
-                config=config,
-                tp_group=groups.tp,
-            )
-        own_layers = [layer for chunk in chunks for layer in range(chunk.start + 1, chunk.stop + 1)]
+        has_embedding = any(chunk.has_embedding for chunk in chunks)
+        self.embedding = self._make_embedding(vocab_size) if has_embedding else None
+        self.layers = self._make_layers(parts)
         own_exits = [layer for chunk in chunks for layer in chunk.exits]
         self.has_final_exit = model.num_layers in own_exits
-        spec = layer_spec(parts)
-        self.layers = torch.nn.ModuleDict(
-            {
-                str(layer): build_module(spec, config=config, layer_number=layer, pg_collection=groups)
-                for layer in own_layers
-            }
-        )
+        self.exits = self._make_exits(own_exits, exits, parts, vocab_size)
         self.output: ColumnParallelLinear | None = None
-        if exits.projection == "shared" and own_exits:
-            self.output = make_projection(config, groups, vocab_size)
-            # megatron-core counts a parameter's gradient in the norm only where it is not `shared`
-            self.output.weight.shared = not self.has_final_exit
-            self.output.weight.shared_embedding = True
-
-        def head() -> ExitHead:
-            return ExitHead(config, parts, groups, vocab_size=vocab_size, shared_projection=self.output)
-
-        self.exits = torch.nn.ModuleDict({str(layer): head() for layer in own_exits})
+        if any(exits.projection_of(layer) == "shared" for layer in own_exits):
+            borrows = model.tie_embeddings and has_embedding
+            self.output = make_projection(config, groups, vocab_size, has_weight=not borrows)
+        self._mark_copies()
         self.to(device.torch)
+
+    @property
+    def shared_weight(self) -> torch.nn.Parameter | None:
+        """This stage's copy of the weight that several stages may hold: the output projection's, which is also the
+        embedding's where the two are tied."""
+        if self.model.tie_embeddings and self.embedding is not None:
+            return self.embedding.weight
+        return self.output.weight if self.output is not None else None
+
+    @property
+    def attention_numbers(self) -> list[int]:
+        """The numbers under which a `KeyValueStore` hears of this stage's attentions: those of its layers, and beyond
+        the model's last layer those of exit heads."""
+        blocks = [self.head(int(layer)).block for layer in self.exits if self.head(int(layer)).attends]
+        return [int(module.layer_number) for module in (*self.layers.values(), *blocks)]
 
     def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """Token ids (int64) to the hidden states x_SBH that enter layer 1."""
+        assert self.embedding is not None, "tokens enter at the first stage"
         embedded = self.embedding(tokens_BS)
         return embedded if self.config.sequence_parallel else embedded.transpose(0, 1).contiguous()
 
@@ -120,41 +136,86 @@ class Stage(MegatronModule):
             The output [S, B, H], and the hidden state at each exit passed. An exit on a chunk's input is passed when
             `start` is where the chunk begins.
         """
-        angles = rotary_angles(positions, self.model.head_dim, self.model.rope_theta)
+        context = self._context(positions, store)
         taps = {}
         if any(start == chunk.start and start in chunk.exits for chunk in self.chunks):
             taps[Tap(start)] = x_SBH
         for layer in range(start + 1, stop + 1):
-            x_SBH, _ = self.layers[str(layer)](x_SBH, attention_mask=store, rotary_pos_emb=angles)
+            x_SBH, after_attention_SBH = self._run_layer(layer, x_SBH, context)
             if str(layer) in self.exits:
-                taps[Tap(layer)] = x_SBH
+                tap = self.tap_of(layer)
+                taps[tap] = x_SBH if tap.site == "output" else after_attention_SBH
         return x_SBH, taps
 
-    def exit_logits(self, hidden_SBH: torch.Tensor, layer: int) -> torch.Tensor:
-        """logits_SBV of the exit after `layer`; the model's last layer is the final output."""
-        return self.exits[str(layer)](hidden_SBH, self.output)
+    def tap_of(self, layer: int) -> Tap:
+        """Where the exit after `layer` reads."""
+        return Tap(layer, "attention" if self.head(layer).kind == "mlp" else "output")
+
+    def head(self, layer: int) -> ExitHead:
+        """The exit after `layer`, which this stage has."""
+        head = self.exits[str(layer)]
+        assert isinstance(head, ExitHead)
+        return head
+
+    def exit_features(
+        self,
+        hidden_SBH: torch.Tensor,
+        layer: int,
+        positions: torch.Tensor,
+        *,
+        store: KeyValueStore | None = None,
+    ) -> torch.Tensor:
+        """What the exit's projection takes, [S, B, H], from the hidden state at its tap; other arguments as those of
+        `run_layers`."""
+        head = self.head(layer)
+        return head.features(hidden_SBH, **(self._context(positions, store) if head.attends else {}))
+
+    def project(self, features_SBH: torch.Tensor, layer: int) -> torch.Tensor:
+        """logits_SBV of the features of the exit after `layer`."""
+        projection, weight = self._projection(layer)
+        logits_SBV, _ = projection(features_SBH, weight=weight)
+        return logits_SBV
+
+    def projection_input(self, features_SBH: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of `project`, for a loss that computes the product piece by piece: features of all positions, and
+        the rows [V, H] of the exit's projection."""
+        _, weight = self._projection(layer)
+        return enter_projection(features_SBH, self.config, self.groups), weight
+
+    def exit_logits(
+        self,
+        hidden_SBH: torch.Tensor,
+        layer: int,
+        positions: torch.Tensor,
+        *,
+        store: KeyValueStore | None = None,
+    ) -> torch.Tensor:
+        """logits_SBV of the exit after `layer` from the hidden state at its tap; the model's last layer is the final
+        output. Other arguments as those of `run_layers`."""
+        return self.project(self.exit_features(hidden_SBH, layer, positions, store=store), layer)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """What this stage contributes to a checkpoint, under the names that do not depend on the layout.
-
-        The final exit's head loses its number on disk: `norm.weight` and `output.weight`, as everyone knows them.
-        """
+        """What this stage contributes to a checkpoint, under the names that do not depend on the layout."""
         state: ShardedStateDict = {}
         for name, child in self.named_children():
             parts = child.items() if isinstance(child, torch.nn.ModuleDict) else [("", child)]
             for number, module in parts:
                 path = f"{name}.{number}." if number else f"{name}."
                 state.update(sharded_state_dict_default(module, path, sharded_offsets, metadata, self.tp_group))
-        final = f"exits.{self.model.num_layers}."
         state = {name: entry for name, entry in state.items() if not name.endswith(_ENGINE_STATE)}
-        for entry in state.values():
-            entry.key = prefix + entry.key.removeprefix(final)
-        if self.output is not None and not self.has_final_exit:
-            for name in [name for name in state if name.startswith("output.")]:
-                _mark_as_copy(state[name], self.chunks[-1])
+        for name, entry in state.items():
+            entry.key = prefix + self.global_name(name)
+            if name.startswith("output.") and self._holds_copy:
+                _mark_as_copy(entry, self.chunks[-1])
         return {prefix + name: entry for name, entry in state.items()}
+
+    def global_name(self, name: str) -> str:
+        """A parameter's name in the whole model and on disk: the final exit's head loses its number, as everyone knows
+        it, and what is tied to the embedding is the embedding's."""
+        name = name.removeprefix(f"exits.{self.model.num_layers}.")
+        return name.replace("output.", "embedding.", 1) if self.model.tie_embeddings and name[:7] == "output." else name
 
     def load_sharded(self, state: dict[str, torch.Tensor]) -> None:
         """Take back what `sharded_state_dict` described, under this stage's own names."""
@@ -162,8 +223,78 @@ class Stage(MegatronModule):
         different = [name for name in (*missing, *unexpected) if not name.endswith(_ENGINE_STATE)]
         assert not different, f"not in both the stage and the checkpoint: {different}"
 
+    @property
+    def _holds_copy(self) -> bool:
+        """Whether another stage holds the original of this stage's `output`."""
+        return self.model.tie_embeddings or not self.has_final_exit
+
+    def _mark_copies(self) -> None:
+        """megatron-core counts a parameter's gradient in the norm only where it is not `shared`, and gives one that is
+        a `shared_embedding` a gradient bucket of its own, so that its copies are cut alike over data ranks."""
+        if self.shared_weight is not None:
+            self.shared_weight.shared_embedding = True  # type: ignore[attr-defined]
+        if self.output is not None and self.output.weight is not None:
+            self.output.weight.shared = self._holds_copy
+
+    def _make_embedding(self, vocab_size: int) -> VocabParallelEmbedding:
+        return VocabParallelEmbedding(
+            vocab_size,
+            self.model.hidden_size,
+            init_method=self.config.init_method,
+            reduce_scatter_embeddings=self.config.sequence_parallel,
+            config=self.config,
+            tp_group=self.groups.tp,
+        )
+
+    def _make_layers(self, parts: LayerParts) -> torch.nn.ModuleDict:
+        numbers = [layer for chunk in self.chunks for layer in range(chunk.start + 1, chunk.stop + 1)]
+        spec = layer_spec(parts)
+        return torch.nn.ModuleDict(
+            {
+                str(layer): build_module(spec, config=self.config, layer_number=layer, pg_collection=self.groups)
+                for layer in numbers
+            }
+        )
+
+    def _make_exits(
+        self, own_exits: list[int], exits: ExitsConfig, parts: LayerParts, vocab_size: int
+    ) -> torch.nn.ModuleDict:
+        return torch.nn.ModuleDict(
+            {
+                str(layer): ExitHead(
+                    self.config,
+                    parts,
+                    self.groups,
+                    layer=layer,
+                    kind=exits.head_of(layer),
+                    vocab_size=vocab_size,
+                    owns_projection=exits.projection_of(layer) == "own",
+                )
+                for layer in own_exits
+            }
+        )
+
+    def _context(self, positions: torch.Tensor, store: KeyValueStore | None) -> dict[str, Any]:
+        """What megatron-core's layers take beside the hidden states."""
+        angles = rotary_angles(positions, self.model.head_dim, self.model.rope_theta)
+        return {"attention_mask": store, "rotary_pos_emb": angles}
+
+    def _run_layer(self, layer: int, x_SBH: torch.Tensor, context: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        run = self.layers[str(layer)]
+        if self.recompute.layers and torch.is_grad_enabled():
+            return checkpoint(run, x_SBH, use_reentrant=False, preserve_rng_state=False, **context)
+        return run(x_SBH, **context)
+
+    def _projection(self, layer: int) -> tuple[ColumnParallelLinear, torch.Tensor]:
+        projection = self.head(layer).output or self.output
+        assert projection is not None, f"exit {layer} is not on this stage"
+        if projection.weight is not None:
+            return projection, projection.weight
+        assert self.embedding is not None
+        return projection, self.embedding.weight
+
 
 def _mark_as_copy(entry: ShardedBase, last: Chunk) -> None:
-    """The final exit's stage writes the shared projection; others hold replicas of it."""
+    """Another stage writes the shared weight; this one holds a replica of it."""
     _, tensor_rank, data_rank = entry.replica_id
     entry.replica_id = (last.stop, tensor_rank, data_rank)

@@ -86,11 +86,6 @@ def have_exits(layout: Layout) -> list[bool]:
     return [bool(chunk.exits) for same_chunk in zip(*layout, strict=True) for chunk in same_chunk]
 
 
-def stages_with_exits(layout: Layout) -> list[int]:
-    """The stages that need an output projection."""
-    return [stage for stage, chunks in enumerate(layout) if any(chunk.exits for chunk in chunks)]
-
-
 def _layers(chunk: Chunk) -> str:
     first = chunk.start + 1
     return str(first) if first == chunk.stop else f"{first}-{chunk.stop}"

@@ -1,39 +1,31 @@
 """Puts a run together: from a config to a trainer, at the run's beginning or at the point where it stopped."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ee.checkpoint.description import Description, Progress, read_description
+from megatron_ee.checkpoint.description import Progress, read_description
 from megatron_ee.checkpoint.folders import link_latest, newest_checkpoint
-from megatron_ee.config import Config, OptimizerConfig, to_yaml
+from megatron_ee.config import Config, to_yaml
 from megatron_ee.data.dataset import open_datasets
-from megatron_ee.data.loader import BatchLoader, SampleSource
 from megatron_ee.device import Device
 from megatron_ee.errors import FieldError
 from megatron_ee.log import start_logging
-from megatron_ee.model.initialize import initialize
-from megatron_ee.model.precision import DTYPES
-from megatron_ee.model.stage import Stage
 from megatron_ee.model.vocabulary import resolve_vocab_size
 from megatron_ee.parallel.costs import costs_of
-from megatron_ee.parallel.layout import Layout, describe_layout, have_exits, place
+from megatron_ee.parallel.layout import Layout, describe_layout, layout_of
 from megatron_ee.parallel.mesh import Mesh, open_mesh
-from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Plan
-from megatron_ee.parallel.pipeline.runtime import Runtime
-from megatron_ee.parallel.pipeline.schedules import TRAINING_SCHEDULES, Schedule, build_plan
-from megatron_ee.parallel.pipeline.simulate import InvalidPlanError, check
-from megatron_ee.plugins import PluginError, choose, load_plugins
+from megatron_ee.parallel.pipeline.schedules import TRAINING_SCHEDULES, Schedule
+from megatron_ee.parallel.world import count_microbatches
+from megatron_ee.plugins import choose, load_plugins
 from megatron_ee.tokenizer import open_tokenizer
-from megatron_ee.training.evaluate import Evaluator
-from megatron_ee.training.gradients import StageGradients
+from megatron_ee.training.assemble import all_exits, assemble_trainer, run_folder_of
 from megatron_ee.training.loggers import check_loggers, open_loggers
-from megatron_ee.training.lr_schedule import DECAYS, Decay, LearningRate
-from megatron_ee.training.metrics import ExitMeter
-from megatron_ee.training.optimizers import BACKENDS, OptimizerBackend
-from megatron_ee.training.throughput import Throughput
+from megatron_ee.training.lr_schedule import DECAYS, Decay
+from megatron_ee.training.optimizers import BACKENDS, Backend
+from megatron_ee.training.planning import FILLED, plan_step, schedule_of
 from megatron_ee.training.trainer import Trainer
 
 
@@ -47,35 +39,27 @@ def build_trainer(config: Config, device: Device) -> Trainer:
     check_loggers(config.logging)
     mesh = open_mesh(config.parallel, device)
     log = start_logging(is_main_rank=mesh.is_main)
-    if mesh.is_main:
-        _announce(log, config, device)
-    run_folder = Path(config.runs) / config.name
+    run_folder = run_folder_of(config)
     checkpoint = _checkpoint_to_resume(config, run_folder)
-
     tokenizer = open_tokenizer(config.data.tokenizer)
     vocab_size = resolve_vocab_size(config.model, tokenizer)
-    layout = _choose_layout(log, config, vocab_size)
-    datasets = open_datasets(config, tokenizer, mesh, num_train_samples=_num_train_samples(config, checkpoint))
-    stage = build_stage(config, layout, vocab_size, mesh)
-    gradients = StageGradients(stage, mesh, layout)
-    loader = _build_loader(config, datasets.train, mesh)
-    runtime = Runtime(mesh, _message_between_stages(config, device))
-    trainer = Trainer(
-        config=config,
-        run_folder=run_folder,
-        description=_describe(config, tokenizer.name, vocab_size),
-        tokenizer=tokenizer,
-        mesh=mesh,
-        stage=stage,
-        gradients=gradients,
-        optimizer=parts.optimizer_backend(stage, config.optimizer, mesh, gradients),
-        learning_rate=LearningRate(config.optimizer, config.training.train_iters, parts.learning_rate_decay),
-        loader=loader,
-        runtime=runtime,
-        plan=_build_plan(config.parallel.schedule, layout, loader.num_microbatches, parts.schedules),
-        meter=ExitMeter(all_exits(config), mesh),
-        throughput=Throughput(config, mesh, vocab_size=vocab_size),
-        evaluator=_build_evaluator(config, datasets.valid, stage, runtime, layout, mesh),
+    layout = layout_of(config, vocab_size)
+    plan = _plan_step(config, layout, vocab_size, mesh, parts.schedules)
+    if mesh.is_main:
+        _announce(log, config, device, layout, plan, vocab_size)
+
+    num_samples = _num_train_samples(config, checkpoint, plan, mesh)
+    datasets = open_datasets(config, tokenizer, mesh, num_train_samples=num_samples)
+    trainer = assemble_trainer(
+        config,
+        mesh,
+        tokenizer,
+        datasets,
+        vocab_size=vocab_size,
+        layout=layout,
+        plan=plan,
+        optimizer_backend=parts.optimizer_backend,
+        learning_rate_decay=parts.learning_rate_decay,
     )
     if checkpoint is not None:
         trainer.load(checkpoint)
@@ -92,7 +76,7 @@ def build_trainer(config: Config, device: Device) -> Trainer:
 class _Parts:
     """What the config chooses by name, built in or a plug-in's."""
 
-    optimizer_backend: Callable[[Stage, OptimizerConfig, Mesh, StageGradients], OptimizerBackend]
+    optimizer_backend: Backend
     learning_rate_decay: Decay
     schedules: Mapping[str, Schedule]
 
@@ -100,7 +84,8 @@ class _Parts:
 def _choose_parts(config: Config) -> _Parts:
     plugins = load_plugins(config.plugins)
     optimizer = config.optimizer
-    choose("parallel.schedule", config.parallel.schedule, TRAINING_SCHEDULES, plugins.pipeline_schedules)
+    schedule = schedule_of(config)
+    choose("parallel.schedule", schedule, TRAINING_SCHEDULES, plugins.pipeline_schedules)
     return _Parts(
         choose("optimizer.backend", optimizer.backend, BACKENDS, plugins.optimizer_backends),
         choose("optimizer.lr_decay", optimizer.lr_decay, DECAYS, plugins.learning_rate_decays),
@@ -108,13 +93,14 @@ def _choose_parts(config: Config) -> _Parts:
     )
 
 
-def all_exits(config: Config) -> list[int]:
-    """The early exits and the final one, ascending."""
-    return [*config.exits.layers, config.model.num_layers]
-
-
-def _announce(log: logging.Logger, config: Config, device: Device) -> None:
+def _announce(log: logging.Logger, config: Config, device: Device, layout: Layout, plan: Plan, vocab_size: int) -> None:
     log.info("%s", device.reason)
+    for line in describe_layout(layout, config.exits, costs_of(config, vocab_size)):
+        log.info("%s", line)
+    if config.parallel.schedule == FILLED:
+        kinds = [fill.kind for fill in plan.fills]
+        warmup, cooldown = kinds.count("warmup"), kinds.count("cooldown")
+        log.info("fills: %d warm-up and %d cool-down micro-batches beside %d", warmup, cooldown, plan.num_regular)
     warmup, total = config.exits.weight_schedule.warmup_iters, config.training.train_iters
     if config.exits.layers and config.exits.weight_schedule.shape != "constant" and warmup >= total:
         log.warning(
@@ -125,14 +111,6 @@ def _announce(log: logging.Logger, config: Config, device: Device) -> None:
         )
 
 
-def _choose_layout(log: logging.Logger, config: Config, vocab_size: int) -> Layout:
-    costs = costs_of(config, vocab_size)
-    layout = place(config.model, config.exits, config.parallel, costs)
-    for line in describe_layout(layout, config.exits, costs):
-        log.info("%s", line)
-    return layout
-
-
 def _checkpoint_to_resume(config: Config, run_folder: Path) -> Path | None:
     newest = newest_checkpoint(run_folder)
     if newest is not None and not config.checkpoint.resume:
@@ -140,22 +118,16 @@ def _checkpoint_to_resume(config: Config, run_folder: Path) -> Path | None:
     return newest
 
 
-def _num_train_samples(config: Config, checkpoint: Path | None) -> int:
+def _num_train_samples(config: Config, checkpoint: Path | None, plan: Plan, mesh: Mesh) -> int:
     """What was drawn, and what is left to draw: the batch may be of another size since the run was resumed."""
     done = read_description(checkpoint).progress if checkpoint is not None else Progress(0, 0)
     left = max(0, config.training.train_iters - done.iteration)
-    return max(1, done.consumed_samples + left * config.training.global_batch_size)
+    return max(1, done.consumed_samples + left * samples_per_step(config, plan, mesh))
 
 
-def _describe(config: Config, tokenizer: str, vocab_size: int) -> Description:
-    return Description(
-        model=config.model,
-        exits=config.exits,
-        precision=config.training.precision,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        progress=Progress(0, 0),
-    )
+def samples_per_step(config: Config, plan: Plan, mesh: Mesh) -> int:
+    """Of all ranks, with fills."""
+    return plan.num_microbatches * config.training.micro_batch_size * mesh.data_size
 
 
 def _write_config(config: Config, run_folder: Path) -> None:
@@ -171,76 +143,9 @@ def _write_config(config: Config, run_folder: Path) -> None:
         raise FieldError("runs", f"{run_folder} cannot be written: {error.strerror}") from error
 
 
-def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> Stage:
-    """This rank's part of the model, with its initial parameters."""
-    stage = Stage(
-        config.model,
-        config.exits,
-        layout[mesh.pipeline_rank],
-        vocab_size=vocab_size,
-        groups=mesh.groups,
-        device=mesh.device,
-        dtype=DTYPES[config.training.precision],
-        sequence_parallel=config.parallel.sequence,
-    )
-    initialize(stage, config.seed)
-    return stage
-
-
-def _build_loader(config: Config, source: SampleSource, mesh: Mesh) -> BatchLoader:
-    return BatchLoader(
-        source,
-        mesh,
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-    )
-
-
-def _message_between_stages(config: Config, device: Device) -> MessageSpec:
-    positions = config.data.sequence_length // (config.parallel.tensor if config.parallel.sequence else 1)
-    shape = (positions, config.training.micro_batch_size, config.model.hidden_size)
-    return MessageSpec(shape, DTYPES[config.training.precision], device.torch)
-
-
-def _build_plan(
-    schedule: str,
-    layout: Layout,
-    num_microbatches: int,
-    more_schedules: Mapping[str, Schedule] | None = None,
+def _plan_step(
+    config: Config, layout: Layout, vocab_size: int, mesh: Mesh, more_schedules: Mapping[str, Schedule]
 ) -> Plan:
-    try:
-        plan = build_plan(
-            schedule,
-            num_stages=len(layout),
-            num_chunks=len(layout[0]),
-            num_microbatches=num_microbatches,
-            has_exits=have_exits(layout),
-            more_schedules=more_schedules,
-        )
-        check(plan)
-    except InvalidPlanError as error:  # a plug-in's; the built-in ones are tested
-        raise PluginError("parallel.schedule", f"{schedule!r} gives an invalid plan: {error}") from error
-    return plan
-
-
-def _build_evaluator(
-    config: Config,
-    source: SampleSource | None,
-    stage: Stage,
-    runtime: Runtime,
-    layout: Layout,
-    mesh: Mesh,
-) -> Evaluator | None:
-    if source is None:
-        return None
-    loader = _build_loader(config, source, mesh)
-    return Evaluator(
-        stage,
-        loader,
-        runtime,
-        _build_plan("forward-only", layout, loader.num_microbatches),
-        ExitMeter(all_exits(config), mesh),
-        mesh,
-        num_batches=config.training.eval_iters,
-        global_batch_size=config.training.global_batch_size,
-    )
+    training = config.training
+    num_microbatches = count_microbatches(training.global_batch_size, training.micro_batch_size, mesh.data_size)
+    return plan_step(config, layout, vocab_size, num_microbatches, more_schedules=more_schedules)

@@ -30,18 +30,21 @@ class Evaluator:
         *,
         num_batches: int,
         global_batch_size: int,
+        chunk_rows: int,
     ) -> None:
         self._stage, self._loader, self._runtime, self._plan = stage, loader, runtime, plan
         self._meter, self._mesh = meter, mesh
         self._num_batches, self._global_batch_size = num_batches, global_batch_size
+        self._chunk_rows = chunk_rows
 
     def evaluate(self, weights: Mapping[int, float]) -> dict[str, float]:
         """Loss, perplexity and accuracy of every exit. Collective."""
         self._stage.eval()
         for number in range(self._num_batches):
             batch = self._loader.batch(number * self._global_batch_size)
-            step = StageStep(self._stage, batch, loss_scales=None)
+            tokens = count_tokens(batch, self._plan, self._mesh)
+            step = StageStep(self._stage, batch, self._plan, tokens, None, chunk_rows=self._chunk_rows)
             self._runtime.run(self._plan, step)
-            self._meter.add(step.losses, count_tokens(batch, self._mesh))
+            self._meter.add(step.losses, tokens.regular)
         self._stage.train()
         return self._meter.read("val", weights)

@@ -3,6 +3,9 @@
 Gradients are sums, never means: every loss is divided by the global batch's token count before its backward.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -10,8 +13,8 @@ from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+from megatron_ee.config import ParallelConfig
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.layout import Layout, stages_with_exits
 from megatron_ee.parallel.mesh import Mesh
 
 
@@ -21,49 +24,73 @@ class StageGradients:
     Collective: every rank builds it and calls its methods together.
 
     Args:
-        layout: of all stages, to find which of them hold a copy of the shared output projection.
+        parallel: whether data ranks share the optimizer's state, and whether their sums overlap the backward.
     """
 
-    def __init__(self, stage: Stage, mesh: Mesh, layout: Layout) -> None:
+    def __init__(self, stage: Stage, mesh: Mesh, parallel: ParallelConfig) -> None:
         self.ddp = DistributedDataParallel(
             stage.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False),
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                use_distributed_optimizer=parallel.distributed_optimizer,
+            ),
             stage,
             pg_collection=mesh.groups,
         )
-        self._stage, self._mesh = stage, mesh
-        self._projection: torch.nn.Parameter | None = stage.output.weight if stage.output is not None else None
-        self._projection_owners = mesh.group_over_stages(stages_with_exits(layout))
+        self._mesh, self._parallel = mesh, parallel
+        self._trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        weight = stage.shared_weight
+        self._shared_weight = weight if weight is not None and weight.requires_grad else None
+        self._shared_weight_owners = _open_group_of_owners(self._shared_weight is not None, mesh)
         self._of_split_positions = [
-            parameter for parameter in stage.parameters() if getattr(parameter, "sequence_parallel", False)
+            parameter for parameter in self._trained if getattr(parameter, "sequence_parallel", False)
         ]
+
+    @property
+    def no_sync(self) -> Callable[[], AbstractContextManager[None]]:
+        """A context for backwards that are not the last: a gradient computed in it is not handed over yet."""
+        return self.ddp.no_sync if self._parallel.overlap_grad_reduce else nullcontext
 
     def zero(self) -> None:
         """Before a step's first backward."""
         self.ddp.zero_grad_buffer()
 
-    def reduce(self) -> None:
-        """Sum over data-parallel ranks, then over the stages that hold a copy of the shared projection; and what sees
-        only its rank's share of the positions, over tensor-parallel ranks."""
+    def reduce(self, factor: float = 1.0) -> None:
+        """Sum over data-parallel ranks and multiply by this stage's factor; then sum over the stages that hold a copy
+        of the shared weight; and what sees only its rank's share of the positions, over tensor-parallel ranks."""
         self.ddp.finish_grad_sync()
+        if factor != 1.0:
+            self.ddp.scale_gradients(factor)
         if self._of_split_positions:
             together = torch.cat([_gradient(parameter).flatten() for parameter in self._of_split_positions])
             dist.all_reduce(together, group=self._mesh.groups.tp)
             sizes = [parameter.numel() for parameter in self._of_split_positions]
             for parameter, summed in zip(self._of_split_positions, torch.split(together, sizes), strict=True):
                 _gradient(parameter).copy_(summed.view_as(parameter))
-        if self._projection is not None:
-            dist.all_reduce(_gradient(self._projection), group=self._projection_owners)
+        if self._shared_weight is not None:
+            dist.all_reduce(_gradient(self._shared_weight), group=self._shared_weight_owners)
 
     def norm(self) -> float:
-        """The 2-norm over all stages; what several ranks hold counts once. After `reduce`."""
-        own = [_gradient(parameter) for parameter in self._stage.parameters() if self._counts(parameter)]
+        """The 2-norm over all stages; what several ranks hold counts once. After `reduce`, and where data ranks share
+        no optimizer state: then each has the sums of its share only."""
+        assert not self._parallel.distributed_optimizer, "no rank has all sums"
+        own = [_gradient(parameter) for parameter in self._trained if self._counts(parameter)]
         return float(get_grad_norm_fp32(own, grad_stats_parallel_group=self._mesh.groups.mp))
 
     def _counts(self, parameter: torch.nn.Parameter) -> bool:
         return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
             parameter, self._mesh.groups.tp
         )
+
+
+def _open_group_of_owners(trains_copy: bool, mesh: Mesh) -> dist.ProcessGroup | None:
+    """The stages that train a copy of the shared weight, if any do. Collective."""
+    holds = torch.zeros(mesh.world_size, device=mesh.device.torch)
+    holds[mesh.rank] = trains_copy
+    by_stage = mesh.sum_over_ranks(holds).view(mesh.pipeline_size, -1).amax(1).tolist()
+    owners = [number for number, has_it in enumerate(by_stage) if has_it]
+    return mesh.group_over_stages(owners) if owners else None
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -6,15 +6,18 @@ section 3.1): no message between stages grows. Here the exits' share is split of
 exit's hidden state h_e, never logits, and B starts from g at y and from d_e at every h_e.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from megatron_ee.data.batch import Batch
+from megatron_ee.model.chunked_loss import ProjectedLoss
 from megatron_ee.model.stage import Stage, Tap
-from megatron_ee.parallel.pipeline.plan import Action
-from megatron_ee.training.losses import ExitLoss, exit_loss
+from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
+from megatron_ee.training.losses import ExitLoss, StepTokens, exit_loss
 
 
 @dataclass(slots=True)
@@ -28,68 +31,131 @@ class _LiveMicrobatch:
 
 
 class StageStep:
-    """The program that the pipeline runtime runs for one batch.
+    """The program that a pipeline runtime runs for one batch.
 
     Args:
-        loss_scales: exit layer -> factor of its summed cross-entropy in the loss: its weight over the global batch's
-            number of unmasked tokens. None: losses are only measured (validation); the plan has no B then.
+        weights: exit layer -> weight of its loss, times the optimizer's loss scale. None: losses are only measured
+            (validation); the plan has no B then.
+        chunk_rows: see `exit_loss`.
+        no_sync: a context in which gradients are not handed over for their sum over data ranks, because more is to
+            come; all but the last backwards run in it.
     """
 
-    def __init__(self, stage: Stage, batch: Batch, loss_scales: Mapping[int, float] | None) -> None:
-        self._stage, self._batch, self._loss_scales = stage, batch, loss_scales
+    def __init__(
+        self,
+        stage: Stage,
+        batch: Batch,
+        plan: Plan,
+        tokens: StepTokens,
+        weights: Mapping[int, float] | None,
+        *,
+        chunk_rows: int,
+        no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._stage, self._batch, self._plan = stage, batch, plan
+        self._tokens, self._weights = tokens, weights
+        self._chunk_rows, self._no_sync = chunk_rows, no_sync
         self._live: dict[tuple[int, int], _LiveMicrobatch] = {}  # by chunk and micro-batch
-        self.losses: dict[int, ExitLoss] = {}
+        self._last: dict[tuple[int, Kind, int], Action] = {}  # action of a kind on a chunk of a stage
+        if no_sync is not nullcontext:
+            self._last = {
+                (action.stage, action.kind, action.chunk): action for actions in plan.actions for action in actions
+            }
         self._positions = torch.arange(batch.tokens_MBS.shape[2], device=batch.tokens_MBS.device)
+        self.losses: dict[int, ExitLoss] = {}  # by exit, over regular micro-batches
 
     def forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor:
-        """F: keep the output and the hidden state at each exit."""
-        with torch.set_grad_enabled(self._loss_scales is not None):
+        """F: keep the output and the hidden state at each exit, where anything is to come of them."""
+        is_trained = self._is_trained(action)
+        with torch.set_grad_enabled(is_trained):
             if received is None:
                 x_SBH = self._stage.embed(self._batch.tokens_MBS[action.microbatch])
             else:
-                x_SBH = received.requires_grad_(self._loss_scales is not None)
+                x_SBH = received.requires_grad_(is_trained)
             chunk = self._stage.chunks[action.chunk]
             y_SBH, taps = self._stage.run_layers(x_SBH, self._positions, chunk.start, chunk.stop)
-        self._live[action.chunk, action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps)
+        if is_trained or self._weights is None:
+            self._live[action.chunk, action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps)
         return y_SBH
 
     def exits(self, action: Action) -> None:
         """X: each exit's loss and the backward of its head only; one exit's logits live at a time."""
         live = self._live[action.chunk, action.microbatch]
-        for tap, hidden_SBH in live.taps.items():
-            if self._loss_scales is None:
-                with torch.no_grad():
-                    loss = self._exit_loss(hidden_SBH, tap.layer, action.microbatch)
-            else:
-                leaf_SBH = hidden_SBH.detach().requires_grad_()
-                loss = self._exit_loss(leaf_SBH, tap.layer, action.microbatch)
-                torch.autograd.backward(loss.cross_entropy * self._loss_scales[tap.layer])
-                assert leaf_SBH.grad is not None
-                live.tap_gradients[tap] = leaf_SBH.grad
-            self._add(tap.layer, loss)
-        if self._loss_scales is None:
+        with self._sync_of(action):
+            for tap, hidden_SBH in live.taps.items():
+                if self._weights is None:
+                    with torch.no_grad():
+                        self._exit_loss(hidden_SBH, tap, action)
+                else:
+                    live.tap_gradients[tap] = self._exit_gradient(hidden_SBH, tap, action)
+        if self._weights is None:
             del self._live[action.chunk, action.microbatch]
 
     def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """B: the layers' backward from the output's gradient and the exits' hidden-state gradients at once."""
         live = self._live.pop((action.chunk, action.microbatch))
-        roots = [live.taps[tap] for tap in live.tap_gradients]
-        gradients = list(live.tap_gradients.values())
+        pairs = [(live.taps[tap], tap_gradient) for tap, tap_gradient in live.tap_gradients.items()]
         if gradient is not None:
-            roots.append(live.y_SBH)
-            gradients.append(gradient)
-        torch.autograd.backward(roots, gradients)
+            pairs.append((live.y_SBH, gradient))
+        pairs = [pair for pair in pairs if pair[0].requires_grad]  # a stage may have nothing to train
+        with self._sync_of(action):
+            torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
         return live.x_SBH.grad if live.x_SBH.is_leaf else None
 
-    def _exit_loss(self, hidden_SBH: torch.Tensor, layer: int, microbatch: int) -> ExitLoss:
-        return exit_loss(
-            self._stage.exit_logits(hidden_SBH, layer),
-            self._batch.labels_MBS[microbatch],
-            self._batch.mask_MBS[microbatch],
-            self._stage.tp_group,
-        )
+    def forward_with_exits(self, action: Action, received: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """F for a runtime that knows no X: when a backward of the output reaches an exit's hidden state, it runs the
+        exit and goes on with both gradients.
 
-    def _add(self, layer: int, loss: ExitLoss) -> None:
-        detached = ExitLoss(*(value.detach() for value in loss))
-        so_far = self.losses.get(layer)
-        self.losses[layer] = ExitLoss(*map(torch.add, so_far, detached)) if so_far else detached
+        Returns:
+            The output, and the final exit's differentiable loss (zero elsewhere).
+        """
+        y_SBH = self.forward(action, received)
+        live = self._live.pop((action.chunk, action.microbatch))
+        loss = y_SBH.new_zeros(())
+        for tap, hidden_SBH in live.taps.items():
+            if self._weights is None or tap.layer == self._stage.model.num_layers:
+                loss = self._exit_loss(hidden_SBH, tap, action).objective
+            else:
+                run_exit = partial(self._add_exit_gradient, hidden_SBH.detach(), tap, action)
+                hidden_SBH.register_hook(run_exit)  # type: ignore[no-untyped-call]
+        return y_SBH, loss
+
+    def _add_exit_gradient(
+        self, hidden_SBH: torch.Tensor, tap: Tap, action: Action, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        with torch.enable_grad():
+            return gradient + self._exit_gradient(hidden_SBH, tap, action)
+
+    def _exit_gradient(self, hidden_SBH: torch.Tensor, tap: Tap, action: Action) -> torch.Tensor:
+        """The backward of an exit's head; returns dL/dh."""
+        leaf_SBH = hidden_SBH.detach().requires_grad_()
+        torch.autograd.backward(self._exit_loss(leaf_SBH, tap, action).objective)
+        assert leaf_SBH.grad is not None
+        return leaf_SBH.grad
+
+    def _exit_loss(self, hidden_SBH: torch.Tensor, tap: Tap, action: Action) -> ProjectedLoss:
+        fill = self._plan.fill_of(action.microbatch)
+        weight = self._weights[tap.layer] if self._weights is not None else 0.0
+        loss = exit_loss(
+            self._stage,
+            self._stage.exit_features(hidden_SBH, tap.layer, self._positions),
+            tap.layer,
+            self._batch.labels_MBS[action.microbatch],
+            self._batch.mask_MBS[action.microbatch],
+            scale=weight / self._tokens.loss_divisor(fill),
+            chunk_rows=self._chunk_rows,
+        )
+        if fill is None:
+            own = ExitLoss(loss.cross_entropy, loss.correct)
+            so_far = self.losses.get(tap.layer)
+            self.losses[tap.layer] = ExitLoss(*map(torch.add, so_far, own)) if so_far else own
+        return loss
+
+    def _is_trained(self, action: Action) -> bool:
+        """Whether a B of the same micro-batch comes on this stage."""
+        fill = self._plan.fill_of(action.microbatch)
+        return self._weights is not None and (fill is None or fill.trains(action.stage))
+
+    def _sync_of(self, action: Action) -> AbstractContextManager[None]:
+        is_last = self._last.get((action.stage, action.kind, action.chunk)) == action
+        return nullcontext() if is_last else self._no_sync()

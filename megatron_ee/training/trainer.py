@@ -22,6 +22,7 @@ from megatron_ee.training.loggers import Figures, Logger
 from megatron_ee.training.loss_weights import loss_weights
 from megatron_ee.training.losses import count_tokens
 from megatron_ee.training.lr_schedule import LearningRate
+from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.metrics import ExitMeter
 from megatron_ee.training.optimizers import OptimizerBackend
 from megatron_ee.training.stage_step import StageStep
@@ -49,7 +50,7 @@ class Trainer:
     optimizer: OptimizerBackend
     learning_rate: LearningRate
     loader: BatchLoader
-    runtime: Runtime
+    runtime: Runtime | MegatronRuntime
     plan: Plan
     meter: ExitMeter
     throughput: Throughput
@@ -68,7 +69,7 @@ class Trainer:
                     batch = self.loader.batch(self.progress.consumed_samples)
                 gradient_norm = self.train_step(batch, iteration)
             self._check(gradient_norm, iteration)
-            consumed = self.progress.consumed_samples + training.global_batch_size
+            consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
             if self._is_due(self.config.logging.interval):
                 self._log_training(iteration, gradient_norm)
@@ -80,18 +81,25 @@ class Trainer:
 
     def train_step(self, batch: Batch, iteration: int) -> float | None:
         """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped."""
-        num_tokens = count_tokens(batch, self.mesh)
-        scale = self.optimizer.loss_scale / max(1.0, num_tokens)
-        loss_scales = {layer: weight * scale for layer, weight in self._weights(iteration).items()}
-        step = StageStep(self.stage, batch, loss_scales)
+        tokens = count_tokens(batch, self.plan, self.mesh)
+        loss_scale = self.optimizer.loss_scale
+        step = StageStep(
+            self.stage,
+            batch,
+            self.plan,
+            tokens,
+            {layer: weight * loss_scale for layer, weight in self._weights(iteration).items()},
+            chunk_rows=self.config.exits.loss_chunk_rows,
+            no_sync=self.gradients.no_sync,
+        )
         self.gradients.zero()
         with self.throughput.phase("forward_backward"):
             self.runtime.run(self.plan, step)
         with self.throughput.phase("grad_sync"):
-            self.gradients.reduce()
+            self.gradients.reduce(tokens.gradient_factor)
         with self.throughput.phase("optimizer"):
             gradient_norm = self.optimizer.step(self.learning_rate(iteration))
-        self.meter.add(step.losses, num_tokens)
+        self.meter.add(step.losses, tokens.regular)
         return gradient_norm
 
     def save(self) -> Path:

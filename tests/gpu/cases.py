@@ -172,9 +172,9 @@ def _full_logits(stage: Stage, tokens: list[int], layer: int) -> torch.Tensor:
     """[S, V] at an exit, from one pass without a cache."""
     device = next(stage.parameters()).device
     with torch.no_grad():
-        x_SBH = stage.embed(torch.tensor([tokens], device=device))
-        y_SBH, _ = stage.run_layers(x_SBH, torch.arange(len(tokens), device=device), 0, layer)
-        return stage.exit_logits(y_SBH, layer).squeeze(1)
+        positions = torch.arange(len(tokens), device=device)
+        _, taps = stage.run_layers(stage.embed(torch.tensor([tokens], device=device)), positions, 0, layer)
+        return stage.exit_logits(taps[stage.tap_of(layer)], layer, positions).squeeze(1)
 
 
 def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:

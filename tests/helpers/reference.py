@@ -5,21 +5,38 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import cross_entropy, silu
 
-from megatron_ee.config import ModelConfig
+from megatron_ee.config import ExitsConfig, ModelConfig
 
 Parameters = Mapping[str, torch.Tensor]
 
 
-def exit_logits(parameters: Parameters, model: ModelConfig, exits: list[int], tokens_BS: torch.Tensor) -> dict:
-    """Logits [B, S, V] of each exit, the final one under the number of layers."""
+def exit_logits(
+    parameters: Parameters,
+    model: ModelConfig,
+    exits: ExitsConfig,
+    tokens_BS: torch.Tensor,
+    *,
+    shared: Mapping[int, torch.Tensor] | None = None,
+) -> dict[int, torch.Tensor]:
+    """Logits [B, S, V] of each exit, the final one under the number of layers.
+
+    Args:
+        shared: for each exit, what it uses as the shared projection, instead of the one in `parameters`.
+    """
     x = parameters["embedding.weight"][tokens_BS]
+    if shared is None:
+        weight = parameters["embedding.weight" if model.tie_embeddings else "output.weight"]
+        shared = dict.fromkeys([*exits.layers, model.num_layers], weight)
     logits = {}
     for layer in range(1, model.num_layers + 1):
-        x = _layer(parameters, f"layers.{layer}.", model, x)
-        if layer in exits or layer == model.num_layers:
-            own = parameters.get(f"exits.{layer}.output.weight")
-            projection = parameters["output.weight"] if own is None else own
-            logits[layer] = _norm(x, parameters[f"exits.{layer}.norm.weight"], model.norm_epsilon) @ projection.T
+        after_attention = x + _attention_branch(parameters, f"layers.{layer}.", model, x)
+        x = after_attention + _mlp_branch(parameters, f"layers.{layer}.", model, after_attention)
+        if layer in exits.layers:
+            features = _head(parameters, f"exits.{layer}.", model, exits.head_of(layer), x, after_attention)
+            own = exits.projection_of(layer) == "own"
+            projection = parameters[f"exits.{layer}.output.weight"] if own else shared[layer]
+            logits[layer] = _norm(features, parameters[f"exits.{layer}.norm.weight"], model.norm_epsilon) @ projection.T
+    logits[model.num_layers] = _norm(x, parameters["norm.weight"], model.norm_epsilon) @ shared[model.num_layers].T
     return logits
 
 
@@ -34,13 +51,27 @@ def weighted_loss(
     return total
 
 
-def _layer(parameters: Parameters, prefix: str, model: ModelConfig, x: torch.Tensor) -> torch.Tensor:
-    weight = {name: parameters[prefix + name] for name in _NAMES}
-    normed = _norm(x, weight["input_layernorm.weight"], model.norm_epsilon)
-    x = x + _attention(normed, weight["self_attention.linear_qkv.weight"], model) @ weight[_PROJECTION].T
-    normed = _norm(x, weight["pre_mlp_layernorm.weight"], model.norm_epsilon)
-    gate, up = (normed @ weight["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
-    return x + (silu(gate) * up) @ weight["mlp.linear_fc2.weight"].T
+def _head(
+    parameters: Parameters, prefix: str, model: ModelConfig, kind: str, x: torch.Tensor, after_attention: torch.Tensor
+) -> torch.Tensor:
+    if kind == "mlp":
+        return after_attention + _mlp_branch(parameters, prefix, model, after_attention)
+    if kind == "block":
+        x = x + _attention_branch(parameters, f"{prefix}block.", model, x)
+        return x + _mlp_branch(parameters, f"{prefix}block.", model, x)
+    return x
+
+
+def _attention_branch(parameters: Parameters, prefix: str, model: ModelConfig, x: torch.Tensor) -> torch.Tensor:
+    normed = _norm(x, parameters[f"{prefix}input_layernorm.weight"], model.norm_epsilon)
+    qkv, projection = (parameters[f"{prefix}self_attention.linear_{name}.weight"] for name in ("qkv", "proj"))
+    return _attention(normed, qkv, model) @ projection.T
+
+
+def _mlp_branch(parameters: Parameters, prefix: str, model: ModelConfig, x: torch.Tensor) -> torch.Tensor:
+    normed = _norm(x, parameters[f"{prefix}pre_mlp_layernorm.weight"], model.norm_epsilon)
+    gate, up = (normed @ parameters[f"{prefix}mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
+    return (silu(gate) * up) @ parameters[f"{prefix}mlp.linear_fc2.weight"].T
 
 
 def _attention(x: torch.Tensor, qkv: torch.Tensor, model: ModelConfig) -> torch.Tensor:
@@ -68,14 +99,3 @@ def _rotate(x: torch.Tensor, model: ModelConfig) -> torch.Tensor:
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
-
-
-_PROJECTION = "self_attention.linear_proj.weight"
-_NAMES = (
-    "input_layernorm.weight",
-    "self_attention.linear_qkv.weight",
-    _PROJECTION,
-    "pre_mlp_layernorm.weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc2.weight",
-)

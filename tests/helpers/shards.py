@@ -12,7 +12,8 @@ Pieces = dict[str, tuple[tuple[int, ...], list[tuple[tuple[slice, ...], np.ndarr
 
 
 def pieces_of(stage: Stage, value_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Pieces:
-    """name -> shape of the whole, and which slices of it this rank holds; `value_of` picks a parameter's tensor."""
+    """name in the whole model -> its shape, and which slices of it this rank holds; `value_of` picks a parameter's
+    tensor."""
     state = stage.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     apply_factories(state)
     pieces: Pieces = {}
@@ -21,7 +22,7 @@ def pieces_of(stage: Stage, value_of: Callable[[torch.nn.Parameter], torch.Tenso
         values = value_of(parameter).detach().float().chunk(len(shards))
         places = [shard.global_slice() for shard in shards]
         arrays = [value.numpy().copy() for value in values]
-        pieces[name] = tuple(shards[0].global_shape), list(zip(places, arrays, strict=True))
+        pieces[stage.global_name(name)] = tuple(shards[0].global_shape), list(zip(places, arrays, strict=True))
     return pieces
 
 

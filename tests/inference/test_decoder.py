@@ -20,9 +20,18 @@ NO_STOP = VOCAB_SIZE
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["fp32", "fp64"])
+KINDS = {
+    "fp32": (torch.float32, "norm"),
+    "fp64": (torch.float64, "norm"),
+    "fp32, MLP and block": (torch.float32, ["mlp", "block"]),
+    "fp64, block and MLP": (torch.float64, ["block", "mlp"]),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def stage(request: pytest.FixtureRequest, mesh: Mesh) -> Stage:
-    return whole_model(mesh, exits=EXITS, dtype=request.param)
+    dtype, head = KINDS[request.param]
+    return whole_model(mesh, exits=EXITS, dtype=dtype, head=head)
 
 
 def _decoder(stage: Stage, thresholds: dict[int, float], *, max_pending: int = 1000) -> Decoder:
@@ -32,9 +41,9 @@ def _decoder(stage: Stage, thresholds: dict[int, float], *, max_pending: int = 1
 def _full_logits(stage: Stage, tokens: list[int], layer: int) -> torch.Tensor:
     """[S, V] at an exit, from one pass without a cache."""
     with torch.no_grad():
-        x_SBH = stage.embed(torch.tensor([tokens]))
-        y_SBH, _ = stage.run_layers(x_SBH, torch.arange(len(tokens)), 0, layer)
-        return stage.exit_logits(y_SBH, layer).squeeze(1)
+        positions = torch.arange(len(tokens))
+        _, taps = stage.run_layers(stage.embed(torch.tensor([tokens])), positions, 0, layer)
+        return stage.exit_logits(taps[stage.tap_of(layer)], layer, positions).squeeze(1)
 
 
 def _tokens(count: int, seed: int = 0) -> list[int]:
@@ -83,7 +92,7 @@ def test_keys_and_values_after_flush_equal_full_depth(stage: Stage, prompt_lengt
     depths += [decoder.feed([token]).exit_layer for token in tokens[prompt_length:]]
     assert min(depths) < 8, "something has to be pending"
     decoder.flush()
-    _assert_same_store(decoder.cache, _full_cache(stage, tokens), len(tokens), _tolerance(stage))
+    _assert_same_store(stage, decoder.cache, _full_cache(stage, tokens), len(tokens))
 
 
 def test_a_limit_on_pending_positions_changes_no_decision(stage: Stage) -> None:
@@ -170,14 +179,17 @@ def _full_cache(stage: Stage, tokens: list[int]) -> KeyValueCache:
     positions = torch.arange(len(tokens))
     cache.begin_launch(positions)
     with torch.no_grad():
-        stage.run_layers(stage.embed(torch.tensor([tokens])), positions, 0, 8, store=cache)
+        _, taps = stage.run_layers(stage.embed(torch.tensor([tokens])), positions, 0, 8, store=cache)
+        for tap, hidden_SBH in taps.items():
+            stage.exit_features(hidden_SBH, tap.layer, positions, store=cache)
     return cache
 
 
-def _assert_same_store(actual: KeyValueCache, expected: KeyValueCache, length: int, tolerance: float) -> None:
-    for layer in range(1, 9):
-        for ours, theirs in zip(actual.read(layer, length), expected.read(layer, length), strict=True):
-            assert float((ours - theirs).abs().max()) <= tolerance, f"layer {layer}"
+def _assert_same_store(stage: Stage, actual: KeyValueCache, expected: KeyValueCache, length: int) -> None:
+    """Of all layers, and of blocks in exit heads."""
+    for number in stage.attention_numbers:
+        for ours, theirs in zip(actual.read(number, length), expected.read(number, length), strict=True):
+            assert float((ours - theirs).abs().max()) <= _tolerance(stage), f"attention {number}"
 
 
 def _generate(engine: Engine, params: ExitParams, prompt: list[int] | None = None) -> list[Emission]:

@@ -20,7 +20,7 @@ from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.simulate import simulate
 from megatron_ee.parallel.world import MeshError
-from megatron_ee.training.build import build_stage
+from megatron_ee.training.assemble import build_stage
 from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.optimizers.megatron import MegatronAdamW
 
@@ -188,7 +188,7 @@ def _measure(config: Config) -> dict[str, Any]:
     mesh = open_mesh(config.parallel, device)
     layout = layout_of(config, VOCAB_SIZE)
     stage = build_stage(config, layout, VOCAB_SIZE, mesh)
-    gradients = StageGradients(stage, mesh, layout)
+    gradients = StageGradients(stage, mesh, config.parallel)
     optimizer = MegatronAdamW(stage, config.optimizer, mesh, gradients)
     gradients.zero()
     optimizer.step(1e-3)

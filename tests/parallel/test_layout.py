@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_ee.config import ExitsConfig, ModelConfig, ParallelConfig, StagePlacement, load_config
 from megatron_ee.parallel.costs import ModelCosts, costs_of
-from megatron_ee.parallel.layout import Chunk, describe_layout, have_exits, layout_of, place, stages_with_exits
+from megatron_ee.parallel.layout import Chunk, describe_layout, have_exits, layout_of, place
 
 FREE_EXITS = ModelCosts(1.0, 2.0, 0.0, 0.0, exits={"norm": 0.0, "mlp": 0.0, "block": 0.0})
 EXITS = ModelCosts(1.0, 2.0, 0.0, 0.0, exits={"norm": 3.0, "mlp": 4.0, "block": 6.0})
@@ -28,7 +28,6 @@ def test_with_chunks_the_model_goes_round_the_stages() -> None:
     layout = place(_model(8), ExitsConfig(layers=(2, 5)), parallel, FREE_EXITS)
     assert layout == ((Chunk(0, 2, (2,)), Chunk(4, 6, (5,))), (Chunk(2, 4, ()), Chunk(6, 8, (8,))))
     assert have_exits(layout) == [True, False, True, True], "in the model's order"
-    assert stages_with_exits(layout) == [0, 1]
 
 
 def test_a_pinned_layout_may_move_a_border_exit_to_the_next_stage() -> None:

@@ -1,33 +1,19 @@
-"""Losses and every gradient of a pipeline equal those of one autograd over an independent model in one process."""
+"""Losses, every gradient, the norm and one optimizer step of a split model equal those of one autograd over an
+independent model in one process (fp32)."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from helpers import reference
+from helpers.one_step import assert_equals_reference, one_step
 from helpers.ranks import RankPool
-from helpers.shards import pieces_of, whole
-from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, RandomSamples, tiny_config
+from helpers.tiny import tiny_config
 
 from megatron_ee.config import Config
-from megatron_ee.data.loader import BatchLoader
-from megatron_ee.device import choose_device
-from megatron_ee.parallel.layout import have_exits, layout_of
-from megatron_ee.parallel.mesh import open_mesh
-from megatron_ee.parallel.p2p import MessageSpec
-from megatron_ee.parallel.pipeline.runtime import Runtime
-from megatron_ee.parallel.pipeline.schedules import build_plan
-from megatron_ee.training.build import build_stage
-from megatron_ee.training.gradients import StageGradients
-from megatron_ee.training.loss_weights import loss_weights
-from megatron_ee.training.losses import count_tokens
-from megatron_ee.training.metrics import ExitMeter
-from megatron_ee.training.optimizers.megatron import MegatronAdamW
-from megatron_ee.training.stage_step import StageStep
 
-Arrays = dict[str, np.ndarray]
+
+def _equal(parts: int, layers: int = 8) -> list[dict[str, Any]]:
+    return [{"layers": layers // parts} for _ in range(parts)]
 
 
 def _two_stages(left_end: bool, right_start: bool) -> list[dict[str, Any]]:
@@ -46,22 +32,35 @@ _PINNED = [
 
 @dataclass(frozen=True)
 class Case:
-    """Exits after `exits`, on `data` pipelines of as many stages as `parallel` says."""
+    """Exits after `exits`, on `data` pipelines of as many stages as `parallel` says, of equal layers unless it has a
+    layout."""
 
     name: str
     exits: list[int]
     parallel: dict[str, Any]
     data: int = 1
-    projection: str = "shared"
+    projection: str | list[str] = "shared"
+    head: str | list[str] = "norm"
+    release: bool = False
+    loss_chunk_rows: int = 5
     model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    repeats: int = 1
 
     @property
     def world_size(self) -> int:
         return self.parallel.get("tensor", 1) * self.parallel.get("pipeline", 1) * self.data
 
     def config(self) -> Config:
-        exits = {"layers": self.exits, "projection": self.projection}
-        return tiny_config(exits=exits, parallel=self.parallel, model=self.model)
+        parts = self.parallel.get("pipeline", 1) * self.parallel.get("chunks", 1)
+        names = ("projection", "head", "release", "loss_chunk_rows")
+        return tiny_config(
+            exits={"layers": self.exits, **{name: getattr(self, name) for name in names}},
+            parallel={"layout": _equal(parts), "data": self.data, **self.parallel},
+            model=self.model,
+            training=self.training,
+            optimizer={"epsilon": 1e-3},  # or a first step of AdamW shows no more than signs
+        )
 
 
 CASES = [
@@ -96,74 +95,84 @@ CASES = [
     Case("four stages of two chunks", [2, 3, 6], {"pipeline": 4, **_CHUNKS}),
     Case("two chunks, tensor parallel", [2, 4, 5], {**_SEQUENCE, "pipeline": 2, **_CHUNKS}),
     Case("two chunks, two pipelines", [2, 4, 5], {"pipeline": 2, **_CHUNKS}, data=2),
+    Case("all logits at once", [2, 5], {"pipeline": 2}, loss_chunk_rows=0),
+    Case("all logits at once, tensor parallel", [2, 5], _SEQUENCE, loss_chunk_rows=0),
+    Case("exits just before their backward", [2, 4, 7], {"pipeline": 2}, release=True),
+    Case("exits just before their backward, chunks", [2, 4, 7], {"pipeline": 2, **_CHUNKS}, release=True),
+    Case("each exit another head", [2, 4, 6], {"pipeline": 2}, head=["mlp", "block", "norm"]),
+    Case("each exit another projection", [2, 4, 6], {"pipeline": 2}, projection=["own", "shared", "own"]),
+    Case("tied, exits on the first stage only", [1, 3], {"pipeline": 2}, model={"tie_embeddings": True}),
+    Case("tied, a stage without exits", [2, 7], {"pipeline": 4}, model={"tie_embeddings": True}),
+    Case("tied, own projections", [2, 5], {"pipeline": 2}, projection="own", model={"tie_embeddings": True}),
+    Case("tied, two chunks", [1, 3, 5], {"pipeline": 2, **_CHUNKS}, model={"tie_embeddings": True}),
+    Case("an MLP at the end of a stage", [4], {"pipeline": 2}, head="mlp"),
+    Case("a block at the start of a stage", [4], {"pipeline": 2, "layout": _two_stages(False, True)}, head="block"),
 ]
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": {"parallel": {"tensor": 2}},
+    "PP2": {"parallel": {"pipeline": 2}},
+    "DP2": {"parallel": {}, "data": 2},
+    "TP2xPP2": {"parallel": {"tensor": 2, "pipeline": 2}},
+    "PP2xDP2": {"parallel": {"pipeline": 2}, "data": 2},
+    "PP2 v2": {"parallel": {"pipeline": 2, **_CHUNKS}},
+    "TP2+SPxPP2": {"parallel": {**_SEQUENCE, "pipeline": 2}},
+    "full recomputation": {"parallel": {"pipeline": 2}, "training": {"recompute": "full"}},
+    "full recomputation, SP": {"parallel": _SEQUENCE, "training": {"recompute": "full"}},
+    "selective recomputation": {
+        "parallel": {"pipeline": 2},
+        "training": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp", "layernorm"]},
+    },
+    "distributed optimizer": {"parallel": {"pipeline": 2, "distributed_optimizer": True}, "data": 2},
+    "distributed optimizer, TP": {"parallel": {"tensor": 2, "distributed_optimizer": True}, "data": 2},
+    "overlap": {"parallel": {"pipeline": 2, "overlap_grad_reduce": True}, "data": 2, "repeats": 2},
+    "overlap, distributed optimizer, v2": {
+        "parallel": {"pipeline": 2, **_CHUNKS, "overlap_grad_reduce": True, "distributed_optimizer": True},
+        "data": 2,
+        "repeats": 2,
+    },
+    "megatron": {"parallel": {"pipeline": 2, "schedule": "megatron"}},
+    "megatron v2": {"parallel": {"pipeline": 2, "chunks": 2, "schedule": "megatron"}},
+    "megatron, one stage": {"parallel": {"schedule": "megatron"}},
+    "megatron, overlap": {
+        "parallel": {"pipeline": 2, "schedule": "megatron", "overlap_grad_reduce": True},
+        "data": 2,
+        "repeats": 2,
+    },
+}
+
+EXITS: dict[str, dict[str, Any]] = {
+    "shared, tied": {"model": {"tie_embeddings": True}},
+    "shared, untied": {},
+    "own": {"projection": "own"},
+    "MLP": {"head": "mlp"},
+    "block": {"head": "block"},
+}
+
+TABLE = [
+    Case(f"{layout_name} x {exits_name}", [2, 4, 7], **layout, **exits)
+    for layout_name, layout in LAYOUTS.items()
+    for exits_name, exits in EXITS.items()
+]
+SAMPLE = 3  # of how many cases of the table one runs in every test run, the others with the long sweeps
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_one_autograd_over_the_whole_model(case: Case, ranks: RankPool) -> None:
-    results = ranks.run(case.world_size, _step, case.config())
-    parameters = whole(result["parameters"] for result in results)
-    losses, gradients = _reference_step(case.config(), parameters)
-    for result in results:
-        for layer, loss in losses.items():
-            assert result["figures"][f"train/exit_{layer}/loss"] == pytest.approx(loss, abs=1e-5)
-    measured = whole(result["gradients"] for result in results)
-    assert measured.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        scale = max(1.0, float(np.abs(gradient).max()))
-        np.testing.assert_allclose(measured[name], gradient, atol=1e-5 * scale, rtol=0, err_msg=name)
-    norm = float(np.sqrt(sum(np.square(gradient).sum() for gradient in gradients.values())))
-    for result in results:
-        assert result["gradient_norm"] == pytest.approx(norm, rel=1e-5), "a copy counts once"
-        assert result["own_norm"] == pytest.approx(norm, rel=1e-5), "a copy counts once"
+    _check(case, ranks)
 
 
-def _step(config: Config) -> dict[str, Any]:
-    """On each rank: one step on the first global batch."""
-    device = choose_device("cpu")
-    mesh = open_mesh(config.parallel, device)
-    layout = layout_of(config, VOCAB_SIZE)
-    stage = build_stage(config, layout, VOCAB_SIZE, mesh)
-    parameters = pieces_of(stage, lambda parameter: parameter)
-    buffers = StageGradients(stage, mesh, layout)
-    loader = BatchLoader(RandomSamples(), mesh, global_batch_size=8, micro_batch_size=1)
-    batch = loader.batch(0)
-    num_tokens = count_tokens(batch, mesh)
-    weights = loss_weights(config.exits, config.model.num_layers, 0)
-    step = StageStep(stage, batch, {layer: weight / num_tokens for layer, weight in weights.items()})
-    plan = build_plan(
-        config.parallel.schedule,
-        num_stages=mesh.pipeline_size,
-        num_chunks=config.parallel.chunks,
-        num_microbatches=loader.num_microbatches,
-        has_exits=have_exits(layout),
-    )
-    buffers.zero()
-    positions = SEQUENCE_LENGTH // (config.parallel.tensor if config.parallel.sequence else 1)
-    Runtime(mesh, MessageSpec((positions, 1, 32), torch.float32, device.torch)).run(plan, step)
-    buffers.reduce()
-    gradients = pieces_of(stage, lambda parameter: parameter.main_grad)
-    own_norm = buffers.norm()
-    meter = ExitMeter([*config.exits.layers, config.model.num_layers], mesh)
-    meter.add(step.losses, num_tokens)
-    figures = meter.read("train", weights)
-    return {
-        "parameters": parameters,
-        "gradients": gradients,
-        "figures": figures,
-        "own_norm": own_norm,
-        "gradient_norm": MegatronAdamW(stage, config.optimizer, mesh, buffers).step(1e-3),
-    }
+@pytest.mark.parametrize("case", TABLE[::SAMPLE], ids=lambda case: case.name)
+def test_layouts_and_exits(case: Case, ranks: RankPool) -> None:
+    _check(case, ranks)
 
 
-def _reference_step(config: Config, parameters: Arrays) -> tuple[dict[int, float], Arrays]:
-    leaves = {name: torch.tensor(value, requires_grad=True) for name, value in parameters.items()}
-    samples = [RandomSamples()[index] for index in range(8)]
-    tokens_BS, labels_BS, mask_BS = (
-        torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")
-    )
-    logits = reference.exit_logits(leaves, config.model, list(config.exits.layers), tokens_BS)
-    weights = loss_weights(config.exits, config.model.num_layers, 0)
-    losses = {layer: reference.weighted_loss(logits, labels_BS, mask_BS, {layer: 1.0}).item() for layer in weights}
-    reference.weighted_loss(logits, labels_BS, mask_BS, weights).backward()
-    return losses, {name: leaf.grad.numpy() for name, leaf in leaves.items() if leaf.grad is not None}
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in TABLE if case not in TABLE[::SAMPLE]], ids=lambda case: case.name)
+def test_all_layouts_and_exits(case: Case, ranks: RankPool) -> None:
+    _check(case, ranks)
+
+
+def _check(case: Case, ranks: RankPool) -> None:
+    config = case.config()
+    assert_equals_reference(config, ranks.run(case.world_size, one_step, config, None, case.repeats))

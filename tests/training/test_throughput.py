@@ -34,8 +34,9 @@ def test_count_is_that_of_the_products_which_torch_runs(mesh: Mesh, exits: list[
     stage = whole_model(mesh, exits=exits).train().requires_grad_(True)
     tokens_BS = torch.zeros(3, SEQUENCE_LENGTH, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts the others' kernels not
-        _, taps = stage.run_layers(stage.embed(tokens_BS), torch.arange(SEQUENCE_LENGTH), 0, 8)
-        torch.autograd.backward([stage.exit_logits(x_SBH, tap.layer).sum() for tap, x_SBH in taps.items()])
+        positions = torch.arange(SEQUENCE_LENGTH)
+        _, taps = stage.run_layers(stage.embed(tokens_BS), positions, 0, 8)
+        torch.autograd.backward([stage.exit_logits(x_SBH, tap.layer, positions).sum() for tap, x_SBH in taps.items()])
     assert counter.get_total_flops() == pytest.approx(_count(exits) * tokens_BS.numel(), rel=0.01)
 
 

@@ -9,7 +9,7 @@ from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.optimizers.megatron import MegatronAdamW
 
-__all__ = ["BACKENDS", "OptimizerBackend"]
+__all__ = ["BACKENDS", "Backend", "OptimizerBackend"]
 
 
 class OptimizerBackend(Protocol):
@@ -39,6 +39,6 @@ class OptimizerBackend(Protocol):
         ...
 
 
-BACKENDS: Mapping[str, Callable[[Stage, OptimizerConfig, Mesh, StageGradients], OptimizerBackend]] = {
-    "megatron": MegatronAdamW
-}
+Backend = Callable[[Stage, OptimizerConfig, Mesh, StageGradients], OptimizerBackend]
+
+BACKENDS: Mapping[str, Backend] = {"megatron": MegatronAdamW}

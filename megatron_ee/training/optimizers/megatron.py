@@ -1,7 +1,8 @@
-"""The default backend: megatron-core's AdamW, with its clipping and its sharded state."""
+"""The default backend: megatron-core's AdamW, with its clipping; plain, or with its state shared by data ranks."""
 
 import math
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -14,6 +15,7 @@ from megatron_ee.config import OptimizerConfig
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.gradients import StageGradients
+from megatron_ee.training.optimizers.adam_state import AdamState, open_adam_state
 
 
 class MegatronAdamW:
@@ -31,6 +33,7 @@ class MegatronAdamW:
                 params_dtype=dtype,
                 bf16=dtype is torch.bfloat16,
                 fp16=dtype is torch.float16,
+                use_distributed_optimizer=gradients.ddp.ddp_config.use_distributed_optimizer,
                 initial_loss_scale=config.initial_loss_scale,
                 lr=config.lr,
                 weight_decay=config.weight_decay,
@@ -40,10 +43,11 @@ class MegatronAdamW:
                 clip_grad=config.clip_grad_norm or math.inf,  # it measures the norm only where it may clip
             ),
             [gradients.ddp],
-            config_overrides={_without_decay(config): ParamGroupOverride(wd_mult=0.0)},
+            config_overrides={_without_decay(config, stage): ParamGroupOverride(wd_mult=0.0)},
             use_gloo_process_groups=False,
             pg_collection=mesh.groups,
         )
+        self._state: AdamState = open_adam_state(stage, self._optimizer.chained_optimizers, mesh)
 
     @property
     def loss_scale(self) -> float:
@@ -62,20 +66,22 @@ class MegatronAdamW:
         self._optimizer.zero_grad()
         return float(gradient_norm) if updated else None
 
-    def sharded_state_dict(self, model_state: ShardedStateDict, *, is_loading: bool = False) -> ShardedStateDict:
-        """Moments, sharded as the parameters in `model_state` are."""
-        return self._optimizer.sharded_state_dict(model_state, is_loading=is_loading)
+    def sharded_state_dict(self, model_state: ShardedStateDict, *, is_loading: bool = False) -> dict[str, Any]:
+        """Moments, and fp32 copies, sharded as the parameters in `model_state` are; the same whether data ranks share
+        them or not, so that any run can go on from any other's."""
+        return self._state.sharded(model_state, is_loading=is_loading)
 
-    def load_state_dict(self, state: dict) -> None:
-        """Moments as `sharded_state_dict` gave them."""
-        self._optimizer.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `sharded_state_dict` gave; after the parameters."""
+        self._state.load(state)
 
 
-def _without_decay(config: OptimizerConfig) -> ParamKey:
-    """Norms (all vectors are), and what the config's patterns name."""
+def _without_decay(config: OptimizerConfig, stage: Stage) -> ParamKey:
+    """Norms (all vectors are), and what the config's patterns name. A copy of a shared weight has the name of the
+    original, or copies would part."""
 
     def matches(parameter: torch.nn.Parameter, name: str) -> bool:
-        own_name = name.removeprefix("module.")
-        return parameter.dim() == 1 or any(fnmatch(own_name, pattern) for pattern in config.no_weight_decay)
+        global_name = stage.global_name(name.removeprefix("module."))
+        return parameter.dim() == 1 or any(fnmatch(global_name, pattern) for pattern in config.no_weight_decay)
 
     return ParamKey(with_name_predicate=ParamWithNamePredicate(name="without_decay", fn=matches))

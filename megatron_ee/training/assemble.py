@@ -1,0 +1,170 @@
+"""Builds the parts of a rank from a config, and a trainer from the parts; nothing here reads or writes a file."""
+
+from pathlib import Path
+
+from megatron_ee.checkpoint.description import Description, Progress
+from megatron_ee.config import Config, TrainingConfig
+from megatron_ee.data.dataset import Datasets
+from megatron_ee.data.loader import BatchLoader, SampleSource
+from megatron_ee.device import Device
+from megatron_ee.errors import FieldError
+from megatron_ee.model.initialize import initialize
+from megatron_ee.model.precision import DTYPES
+from megatron_ee.model.stage import Recompute, Stage
+from megatron_ee.parallel.layout import Layout
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.parallel.p2p import MessageSpec
+from megatron_ee.parallel.pipeline.plan import Plan
+from megatron_ee.parallel.pipeline.runtime import Runtime
+from megatron_ee.tokenizer import Tokenizer
+from megatron_ee.training.evaluate import Evaluator
+from megatron_ee.training.gradients import StageGradients
+from megatron_ee.training.lr_schedule import DECAYS, Decay, LearningRate
+from megatron_ee.training.megatron_runtime import MegatronRuntime
+from megatron_ee.training.metrics import ExitMeter
+from megatron_ee.training.optimizers import BACKENDS, Backend
+from megatron_ee.training.planning import MEGATRON, plan_validation
+from megatron_ee.training.throughput import Throughput
+from megatron_ee.training.trainer import Trainer
+
+
+def assemble_trainer(
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    datasets: Datasets,
+    *,
+    vocab_size: int,
+    layout: Layout,
+    plan: Plan,
+    optimizer_backend: Backend | None = None,
+    learning_rate_decay: Decay | None = None,
+) -> Trainer:
+    """A trainer at its first iteration, without loggers.
+
+    Args:
+        vocab_size: the resolved size.
+        optimizer_backend, learning_rate_decay: None: the built-in ones that the config names.
+    """
+    stage = build_stage(config, layout, vocab_size, mesh)
+    gradients = StageGradients(stage, mesh, config.parallel)
+    message = message_between_stages(config, mesh.device)
+    backend = optimizer_backend or BACKENDS[config.optimizer.backend]
+    decay = learning_rate_decay or DECAYS[config.optimizer.lr_decay]
+    return Trainer(
+        config=config,
+        run_folder=run_folder_of(config),
+        description=_describe(config, tokenizer.name, vocab_size),
+        tokenizer=tokenizer,
+        mesh=mesh,
+        stage=stage,
+        gradients=gradients,
+        optimizer=backend(stage, config.optimizer, mesh, gradients),
+        learning_rate=LearningRate(config.optimizer, config.training.train_iters, decay),
+        loader=_build_loader(config, datasets.train, mesh, num_fills=len(plan.fills)),
+        runtime=build_runtime(config, mesh, message, stage, gradients),
+        plan=plan,
+        meter=ExitMeter(all_exits(config), mesh),
+        throughput=Throughput(config, mesh, vocab_size=vocab_size),
+        evaluator=_build_evaluator(config, datasets.valid, stage, Runtime(mesh, message), layout, mesh),
+    )
+
+
+def run_folder_of(config: Config) -> Path:
+    return Path(config.runs) / config.name
+
+
+def all_exits(config: Config) -> list[int]:
+    """The early exits and the final one, ascending."""
+    return [*config.exits.layers, config.model.num_layers]
+
+
+def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> Stage:
+    """This rank's part of the model, with its initial parameters.
+
+    Raises:
+        FieldError: something is to be recomputed that this device's layers cannot.
+    """
+    stage = Stage(
+        config.model,
+        config.exits,
+        layout[mesh.pipeline_rank],
+        vocab_size=vocab_size,
+        groups=mesh.groups,
+        device=mesh.device,
+        dtype=DTYPES[config.training.precision],
+        sequence_parallel=config.parallel.sequence,
+        recompute=_recompute(config.training, mesh.device),
+    )
+    initialize(stage, config.seed)
+    return stage
+
+
+def build_runtime(
+    config: Config, mesh: Mesh, message: MessageSpec, stage: Stage, gradients: StageGradients
+) -> Runtime | MegatronRuntime:
+    """What executes a training step's plan."""
+    if config.parallel.schedule != MEGATRON:
+        return Runtime(mesh, message)
+    return MegatronRuntime(mesh, message, stage.config, num_chunks=config.parallel.chunks, no_sync=gradients.no_sync)
+
+
+def _recompute(training: TrainingConfig, device: Device) -> Recompute:
+    modules = training.recompute_modules if training.recompute == "selective" else ()
+    if "layernorm" in modules and not device.has_transformer_engine:
+        raise FieldError(
+            "training.recompute_modules",
+            "layernorm needs Transformer Engine's layers, and this device has megatron-core's own",
+        )
+    return Recompute(layers=training.recompute == "full", modules=modules)
+
+
+def _build_loader(config: Config, source: SampleSource, mesh: Mesh, *, num_fills: int = 0) -> BatchLoader:
+    return BatchLoader(
+        source,
+        mesh,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        num_fills=num_fills,
+    )
+
+
+def message_between_stages(config: Config, device: Device) -> MessageSpec:
+    positions = config.data.sequence_length // (config.parallel.tensor if config.parallel.sequence else 1)
+    shape = (positions, config.training.micro_batch_size, config.model.hidden_size)
+    return MessageSpec(shape, DTYPES[config.training.precision], device.torch)
+
+
+def _build_evaluator(
+    config: Config,
+    source: SampleSource | None,
+    stage: Stage,
+    runtime: Runtime,
+    layout: Layout,
+    mesh: Mesh,
+) -> Evaluator | None:
+    if source is None:
+        return None
+    loader = _build_loader(config, source, mesh)
+    return Evaluator(
+        stage,
+        loader,
+        runtime,
+        plan_validation(layout, loader.num_microbatches),
+        ExitMeter(all_exits(config), mesh),
+        mesh,
+        num_batches=config.training.eval_iters,
+        global_batch_size=config.training.global_batch_size,
+        chunk_rows=config.exits.loss_chunk_rows,
+    )
+
+
+def _describe(config: Config, tokenizer: str, vocab_size: int) -> Description:
+    return Description(
+        model=config.model,
+        exits=config.exits,
+        precision=config.training.precision,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        progress=Progress(0, 0),
+    )
