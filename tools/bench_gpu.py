@@ -7,17 +7,16 @@ order in every other round. A ratio is the median over rounds, and without/witho
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from bench_report import Measure, measure_of, table, take_turns, write
 
 from megatron_ee.config import Config, ExitParams
 from megatron_ee.device import Device, choose_device
@@ -54,42 +53,6 @@ class Sizes:
 SMALL = Sizes(4, 32, 4, 320, (1, 2), 16, 1, 2, 6, 4, 3, 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """One line of the report.
-
-    Attributes:
-        goal: what the value is held against; None: it is only recorded.
-        spread: the 10th and the 90th percentile over rounds.
-        aa: the same measurement against itself; 1 without noise.
-    """
-
-    measure: str
-    value: float
-    goal: float | None
-    better: Literal["lower", "higher"]
-    spread: tuple[float, float]
-    aa: float
-    context: dict[str, Any]
-
-
-class Rounds(NamedTuple):
-    """Seconds of every round: A, B, and A again."""
-
-    a: list[float]
-    b: list[float]
-    again: list[float]
-
-    @property
-    def paired(self) -> list[float]:
-        """B over A of each round."""
-        return [b / a for a, b in zip(self.a, self.b, strict=True)]
-
-    @property
-    def aa(self) -> float:
-        return statistics.median(again / a for a, again in zip(self.a, self.again, strict=True))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: only to try the program itself")
@@ -104,8 +67,7 @@ def main() -> int:
         return 2
     print(device.reason)
     measures = run(SMALL if arguments.small else Sizes(), device)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps([asdict(measure) for measure in measures], indent=1) + "\n")
+    write(measures, arguments.output)
     print(table(measures))
     print(f"written to {arguments.output}")
     return 0
@@ -220,20 +182,6 @@ def learn(trainer: "Trainer", batch: "Batch", max_steps: int) -> None:
             return
 
 
-def take_turns(rounds: int, a: Callable[[], float], b: Callable[[], float]) -> Rounds:
-    """Run A, B, A in turns; the first round is dropped."""
-    kept = Rounds([], [], [])
-    for number in range(rounds):
-        first, middle, last = a(), b(), a()
-        if number % 2:  # what drifts, a clock that heats up, then counts once for and once against
-            first, last = last, first
-        if number:
-            kept.a.append(first)
-            kept.b.append(middle)
-            kept.again.append(last)
-    return kept
-
-
 def training_measures(
     sizes: Sizes, without: "Trainer", having: "Trainer", batch: "Batch", context: dict[str, Any]
 ) -> list[Measure]:
@@ -320,19 +268,6 @@ def generate(trainer: "Trainer", new_tokens: int, params: ExitParams) -> list[in
     return [emission.exit_layer for emission in engine.generate(request)]
 
 
-def measure_of(
-    name: str,
-    values: list[float],
-    better: Literal["lower", "higher"],
-    aa: float,
-    context: dict[str, Any],
-    goal: float | None = None,
-) -> Measure:
-    """The median of the rounds, with its spread."""
-    cuts = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 2
-    return Measure(name, statistics.median(values), goal, better, (cuts[0], cuts[-1]), aa, context)
-
-
 def describe(sizes: Sizes, device: Device) -> dict[str, Any]:
     """What the figures depend on."""
     return {
@@ -343,16 +278,6 @@ def describe(sizes: Sizes, device: Device) -> dict[str, Any]:
         "precision": "bf16",
         "sizes": asdict(sizes),
     }
-
-
-def table(measures: list[Measure]) -> str:
-    """The report as text."""
-    lines = [f"{'':<34}{'value':>12}{'goal':>8}{'p10':>12}{'p90':>12}{'A/A':>8}"]
-    for measure in measures:
-        goal = "" if measure.goal is None else f"{measure.goal:g}"
-        low, high = measure.spread
-        lines.append(f"{measure.measure:<34}{measure.value:>12.5g}{goal:>8}{low:>12.5g}{high:>12.5g}{measure.aa:>8.3f}")
-    return "\n".join(lines)
 
 
 def _num_parameters(trainer: "Trainer") -> int:

@@ -87,6 +87,8 @@ def _schedule_problems(config: "Config") -> Problems:
         yield "parallel.schedule", "filled-1f1b needs pipeline of at least 2, not 1: one stage is never idle"
     if config.exits.release and parallel.schedule == "megatron":
         yield "exits.release", "true is what schedule megatron always does; leave it out"
+    if config.logging.trace_iterations and parallel.schedule == "megatron":
+        yield "logging.trace_iterations", "schedule megatron shows no actions to trace"
 
 
 def _layout_problems(config: "Config") -> Problems:

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
+from megatron_ee.parallel.pipeline.timeline import Span
 
 
 class AttachedProgram(Protocol):
@@ -52,8 +53,9 @@ class MegatronRuntime:
         self._run = get_forward_backward_func(mesh.pipeline_size, num_chunks if num_chunks > 1 else None)
         self._communicator = P2PCommunicator(mesh.groups.pp, self._config)
 
-    def run(self, plan: Plan, program: AttachedProgram) -> None:
+    def run(self, plan: Plan, program: AttachedProgram, *, record: Callable[[Span], None] | None = None) -> None:
         """Run all micro-batches forward and backward."""
+        assert record is None, "megatron-core's schedules show no actions"
         assert not plan.fills, "megatron-core's schedules have no fills"
 
         def step(microbatches: Iterator[int], chunk: "_Chunk") -> tuple[torch.Tensor, Callable[..., Any]]:

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh, close_mesh
 from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.runtime import Runtime
+from megatron_ee.parallel.pipeline.timeline import Span
 from megatron_ee.tokenizer import Tokenizer
 from megatron_ee.training.evaluate import Evaluator
 from megatron_ee.training.gradients import StageGradients
@@ -79,8 +80,12 @@ class Trainer:
                 with self.throughput.phase("checkpoint"):
                     self.save()
 
-    def train_step(self, batch: Batch, iteration: int) -> float | None:
-        """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped."""
+    def train_step(self, batch: Batch, iteration: int, *, record: Callable[[Span], None] | None = None) -> float | None:
+        """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped.
+
+        Args:
+            record: takes the span of each of this rank's actions; see `Runtime.run`.
+        """
         tokens = count_tokens(batch, self.plan, self.mesh)
         loss_scale = self.optimizer.loss_scale
         step = StageStep(
@@ -94,7 +99,7 @@ class Trainer:
         )
         self.gradients.zero()
         with self.throughput.phase("forward_backward"):
-            self.runtime.run(self.plan, step)
+            self.runtime.run(self.plan, step, record=record)
         with self.throughput.phase("grad_sync"):
             self.gradients.reduce(tokens.gradient_factor)
         with self.throughput.phase("optimizer"):

@@ -296,6 +296,10 @@ BETWEEN_FIELDS: Cases = {
             "exits: {layers: [2], release: true}\nparallel: {schedule: megatron}",
             "1:22: exits.release: true is what schedule megatron always does; leave it out",
         ),
+        "megatron's, traced": (
+            "logging: {trace_iterations: [1]}\nparallel: {schedule: megatron}",
+            "1:11: logging.trace_iterations: schedule megatron shows no actions to trace",
+        ),
         "chunks without interleaved": (
             "parallel: {pipeline: 2, chunks: 2}",
             "1:25: parallel.chunks: 2 chunks need schedule interleaved, not 1f1b",

@@ -33,21 +33,21 @@ class StageProgram(Protocol):
 
 
 class Runtime:
-    """Executes plans on this rank's stage.
+    """Executes plans on this rank's stage."""
 
-    Args:
-        record: called with each action's span as it ends, in seconds of this process's monotonic clock; a receive's
-            span is the wait. The device is synchronised around each action, so leave it out where speed matters.
-    """
-
-    def __init__(self, mesh: Mesh, message: MessageSpec, *, record: Callable[[Span], None] | None = None) -> None:
-        self._mesh, self._message, self._record = mesh, message, record
+    def __init__(self, mesh: Mesh, message: MessageSpec) -> None:
+        self._mesh, self._message = mesh, message
         self._deliveries: list[tuple[Plan, Mapping[Action, tuple[Action, ...]]]] = []  # of the plans run so far
 
-    def run(self, plan: Plan, program: StageProgram) -> None:
-        """Run this stage's actions and return when all of its messages have left."""
+    def run(self, plan: Plan, program: StageProgram, *, record: Callable[[Span], None] | None = None) -> None:
+        """Run this stage's actions and return when all of its messages have left.
+
+        Args:
+            record: called with each action's span as it ends, in seconds of this process's monotonic clock; a receive's
+                span is the wait. The device is synchronised around each action, so leave it out where speed matters.
+        """
         assert plan.num_stages == self._mesh.pipeline_size, "the plan is for another pipeline"
-        _Execution(self._mesh, self._message, plan, program, self._record, self._deliveries_of(plan)).run()
+        _Execution(self._mesh, self._message, plan, program, record, self._deliveries_of(plan)).run()
 
     def _deliveries_of(self, plan: Plan) -> Mapping[Action, tuple[Action, ...]]:
         for known, safe in self._deliveries:

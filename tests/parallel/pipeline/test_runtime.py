@@ -51,10 +51,10 @@ def _run(
     )
     spans: list[Span] = []
     program = Counter(mesh.pipeline_rank, slow=slow)
-    runtime = Runtime(mesh, MessageSpec((1, 1, 1), torch.float32, torch.device("cpu")), record=spans.append)
+    runtime = Runtime(mesh, MessageSpec((1, 1, 1), torch.float32, torch.device("cpu")))
     for _ in range(2):  # a runtime is used step after step
         spans.clear()
-        runtime.run(plan, program)
+        runtime.run(plan, program, record=spans.append)
     assert [span.action for span in spans] == list(plan.actions[mesh.pipeline_rank]), "exactly the plan"
     return spans, program.outputs, program.gradients
 
