@@ -7,9 +7,10 @@ The kinds of work on one micro-batch:
 X is apart from B so that it can run after the output has been sent and before the gradient has arrived.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Literal
 
 
 class Kind(StrEnum):
@@ -39,14 +40,50 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True)
+class Fill:
+    """An extra micro-batch in time that a schedule would leave idle, with gradients on some of the stages only.
+
+    "warmup": runs F from the first stage to `stage`, turns round there, with the loss of that stage's exits as its
+    last, and runs B back to the first stage; X wherever it passes exits.
+    "cooldown": runs F on all stages, and X and B from the last stage back to `stage`; on the stages before, its F
+    keeps nothing.
+    """
+
+    kind: Literal["warmup", "cooldown"]
+    stage: int
+
+    def runs_forward(self, stage: int) -> bool:
+        """Whether a stage runs F of it."""
+        return self.kind == "cooldown" or stage <= self.stage
+
+    def trains(self, stage: int) -> bool:
+        """Whether a stage runs B of it, and X if it has exits."""
+        return stage >= self.stage if self.kind == "cooldown" else stage <= self.stage
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole pipeline's step: `actions[stage]` is what that stage runs, sends and receives included."""
+    """The whole pipeline's step: `actions[stage]` is what that stage runs, sends and receives included.
+
+    Attributes:
+        num_microbatches: all of them: the regular ones, 0 and up, and then `fills`, in order.
+    """
 
     schedule: str
     num_stages: int
     num_chunks: int
     num_microbatches: int
     actions: tuple[tuple[Action, ...], ...]
+    fills: tuple[Fill, ...] = ()
+
+    @property
+    def num_regular(self) -> int:
+        """Micro-batches that all stages work on in full."""
+        return self.num_microbatches - len(self.fills)
+
+    def fill_of(self, microbatch: int) -> Fill | None:
+        """What a micro-batch is as a fill; None for a regular one."""
+        return self.fills[microbatch - self.num_regular] if microbatch >= self.num_regular else None
 
     def predecessor(self, stage: int, chunk: int) -> tuple[int, int] | None:
         """(stage, chunk) that computes the input of this one; None where the tokens enter."""
@@ -61,29 +98,45 @@ class Plan:
         return (0, chunk + 1) if chunk < self.num_chunks - 1 else None
 
 
-def make_plan(schedule: str, num_microbatches: int, work: Sequence[Sequence[Action]], *, num_chunks: int = 1) -> Plan:
+def make_plan(
+    schedule: str,
+    num_microbatches: int,
+    work: Sequence[Sequence[Action]],
+    *,
+    num_chunks: int = 1,
+    fills: tuple[Fill, ...] = (),
+) -> Plan:
     """A plan from each stage's F, X and B: a receive goes before the work that needs it, a send right after its F or B.
 
+    An output or a gradient is sent only where the neighbour works on it. Neighbours that take the same messages in
+    different orders make no valid plan: links keep their order.
+
     Args:
+        num_microbatches: all of them, the fills included.
         work: `work[stage]` is that stage's list of F, X and B actions.
     """
-    bare = Plan(schedule, len(work), num_chunks, num_microbatches, tuple(tuple(actions) for actions in work))
+    bare = Plan(schedule, len(work), num_chunks, num_microbatches, tuple(tuple(actions) for actions in work), fills)
+    planned = {action for actions in bare.actions for action in actions if action.kind is not Kind.X}
     complete = tuple(
-        tuple(step for action in actions for step in _with_transfers(bare, action)) for actions in bare.actions
+        tuple(step for action in actions for step in _with_transfers(bare, planned, action)) for actions in bare.actions
     )
-    return Plan(schedule, bare.num_stages, num_chunks, num_microbatches, complete)
+    return replace(bare, actions=complete)
 
 
-def _with_transfers(plan: Plan, action: Action) -> list[Action]:
+def _with_transfers(plan: Plan, planned: Set[Action], action: Action) -> list[Action]:
     def beside(kind: Kind) -> Action:
         return Action(kind, action.stage, action.chunk, action.microbatch)
 
-    has_predecessor = plan.predecessor(action.stage, action.chunk) is not None
-    has_successor = plan.successor(action.stage, action.chunk) is not None
+    def works(place: tuple[int, int] | None) -> bool:
+        return place is not None and Action(action.kind, *place, action.microbatch) in planned
+
+    if action.kind is Kind.X:
+        return [action]
+    predecessor, successor = (neighbour(action.stage, action.chunk) for neighbour in (plan.predecessor, plan.successor))
     if action.kind is Kind.F:
-        before, after = has_predecessor and Kind.RECV_FORWARD, has_successor and Kind.SEND_FORWARD
-    elif action.kind is Kind.B:
-        before, after = has_successor and Kind.RECV_BACKWARD, has_predecessor and Kind.SEND_BACKWARD
+        before = Kind.RECV_FORWARD if predecessor is not None else None
+        after = Kind.SEND_FORWARD if works(successor) else None
     else:
-        before = after = False
+        before = Kind.RECV_BACKWARD if works(successor) else None
+        after = Kind.SEND_BACKWARD if works(predecessor) else None
     return [*([beside(before)] if before else []), action, *([beside(after)] if after else [])]

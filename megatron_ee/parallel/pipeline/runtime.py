@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.p2p import Inbox, MessageSpec, Outbox
-from megatron_ee.parallel.pipeline.deliveries import RECEIVES, deliveries
+from megatron_ee.parallel.pipeline.deliveries import RECEIVES, SENDS, deliveries
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
 from megatron_ee.parallel.pipeline.timeline import Span
 
@@ -76,6 +77,7 @@ class _Execution:
         self.inboxes = {
             (peer, group): Inbox(count, message, source=peer, group=group) for (peer, group), count in sources.items()
         }
+        self.sent = {action for action in self.actions if action.kind in SENDS}
         self.held: dict[tuple[Kind, int, int], torch.Tensor | None] = {}
 
     def run(self) -> None:
@@ -100,14 +102,18 @@ class _Execution:
             if tensor is not None:
                 self.held[action.kind, action.chunk, action.microbatch] = tensor
 
+        def is_sent(kind: Kind) -> bool:
+            return replace(action, kind=kind) in self.sent
+
         match action.kind:
             case Kind.F:
                 output = self.program.forward(action, take(Kind.RECV_FORWARD))
-                hold(output if self.plan.successor(action.stage, action.chunk) is not None else None)
+                hold(output if is_sent(Kind.SEND_FORWARD) else None)
             case Kind.X:
                 self.program.exits(action)
             case Kind.B:
-                hold(self.program.backward(action, take(Kind.RECV_BACKWARD)))
+                gradient = self.program.backward(action, take(Kind.RECV_BACKWARD))
+                hold(gradient if is_sent(Kind.SEND_BACKWARD) else None)
             case Kind.SEND_FORWARD | Kind.SEND_BACKWARD:
                 tensor = take(_PRODUCER[action.kind])
                 assert tensor is not None, f"nothing to send at {action}"

@@ -2,25 +2,7 @@
 
 A new schedule is one more function in TRAINING_SCHEDULES; all share the passes that put in exits and transfers.
 
-**Where X goes.** On a stage that waits for gradients, the exits of all micro-batches that have run forward run just
-before the next such wait: after a run of forwards, so that none of its outputs leaves later for them, and before the
-gradient is needed. After warm-up, 1F1B then reads F, send, X, receive, B. Compared by simulation with X right after
-each F and with X just before its own B (1F1B, P = 8, M = 16, F = 1, B = 2, X = 3h on every stage, transfer 0.05;
-each duration times a log-normal factor, sigma 0.1; step time over the same pipeline without early exits, mean of 100):
-
-                         h = .25     .5      1      2
-  before the next wait     1.010  1.003  1.003  1.009
-  right after each F       1.010  1.004  1.004  1.013
-  just before its own B    1.011  1.008  1.013  1.025
-
-Without the jitter all three are 1.000. With none, one or two such exits on each early stage (1,500 draws, no jitter)
-the first is the fastest of the three in every draw; the third is 1.4 % slower on average and 15 % at worst, because the
-wait of the warm-up goes unused and the exits left over delay gradients in the cool-down. Under GPipe, X right after F
-holds up the later stages: 21 % slower on average.
-
-A chunk that waits for no gradient has nothing to hide X in. The last one runs X just before its own B, so that the
-first gradient leaves early; without any B, X follows its F, so that one micro-batch's hidden states are kept at a time.
-(EE-LLM, Chen et al. 2023, runs the exits' backward in B, after the wait.)
+**Where X goes**: see `exits.py`.
 
 **Length of a step**, F_s, X_s, B_s being the durations on stage s, and `last` = P - 1, without transfer time:
 
@@ -33,10 +15,12 @@ B. With X inside F and B (fused) put X = 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
-from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan, make_plan
+from megatron_ee.parallel.pipeline.exits import place_exits
+from megatron_ee.parallel.pipeline.fills import check_fills, filled_lanes, turning_at
+from megatron_ee.parallel.pipeline.plan import Action, Fill, Kind, Plan, make_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +28,17 @@ class Pipeline:
     """What a schedule is made for.
 
     Attributes:
+        num_microbatches: the regular ones.
         has_exits: for each chunk of each stage, in the model's order, whether it has an exit head; the last one has the
             final exit's.
+        fills: micro-batches beside the regular ones, for filled-1f1b.
     """
 
     num_stages: int
     num_microbatches: int
     has_exits: tuple[bool, ...]
     num_chunks: int = 1
+    fills: tuple[Fill, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.num_stages, self.num_chunks, self.num_microbatches) < 1:
@@ -65,6 +52,7 @@ class Pipeline:
             )
         if not self.has_exits[-1]:
             raise ValueError("the last stage has no exit: the final output is an exit too")
+        check_fills(self.num_stages, self.num_chunks, self.has_exits, self.fills)
 
 
 Schedule = Callable[[Pipeline, int], list[Action]]
@@ -79,22 +67,33 @@ def build_plan(
     has_exits: Sequence[bool],
     num_chunks: int = 1,
     more_schedules: Mapping[str, Schedule] | None = None,
+    fills: Sequence[Fill] = (),
+    release_exits: bool = False,
 ) -> Plan:
     """The plan of one step: the named schedule's F and B, with exits and transfers put in.
 
     Args:
         schedule: a key of SCHEDULES or of `more_schedules`.
+        num_microbatches: the regular ones; the plan numbers the fills after them.
         has_exits: see `Pipeline`.
+        fills: for filled-1f1b; `plan_fills` finds those that cost no time.
+        release_exits: run each X just before its own B, so that a micro-batch that waits for its gradient holds none
+            of its exits': less memory, and less time hidden.
 
     Raises:
-        ValueError: the schedule is unknown, or the pipeline makes no sense.
+        ValueError: the schedule is unknown or has no place for fills, or the pipeline makes no sense.
     """
     schedules = {**SCHEDULES, **(more_schedules or {})}
     if schedule not in schedules:
         raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(schedules)}")
-    pipeline = Pipeline(num_stages, num_microbatches, tuple(has_exits), num_chunks)
-    work = [_put_exits(pipeline, stage, schedules[schedule](pipeline, stage)) for stage in range(num_stages)]
-    return make_plan(schedule, num_microbatches, work, num_chunks=num_chunks)
+    if fills and schedule != "filled-1f1b":
+        raise ValueError(f"fills are for filled-1f1b, not for {schedule}")
+    pipeline = Pipeline(num_stages, num_microbatches, tuple(has_exits), num_chunks, tuple(fills))
+    work = [
+        _put_exits(pipeline, stage, schedules[schedule](pipeline, stage), release=release_exits)
+        for stage in range(num_stages)
+    ]
+    return make_plan(schedule, num_microbatches + len(fills), work, num_chunks=num_chunks, fills=tuple(fills))
 
 
 def gpipe(pipeline: Pipeline, stage: int) -> list[Action]:
@@ -120,6 +119,12 @@ def one_forward_one_backward(pipeline: Pipeline, stage: int) -> list[Action]:
     return warmup + steady + cooldown
 
 
+def filled_one_forward_one_backward(pipeline: Pipeline, stage: int) -> list[Action]:
+    """1F1B, and the pipeline's fills in the time that it leaves idle: see `fills.py`. Without fills it is 1F1B."""
+    lane = filled_lanes(pipeline.num_stages, pipeline.num_microbatches, pipeline.fills)[stage]
+    return [Action(kind, stage, 0, i) for kind, i in lane]
+
+
 def interleaved(pipeline: Pipeline, stage: int) -> list[Action]:
     """1F1B over several chunks a stage, which divides the bubble by their number (Narayanan et al. 2021, section 2.2).
 
@@ -143,6 +148,7 @@ def forward_only(pipeline: Pipeline, stage: int) -> list[Action]:
 TRAINING_SCHEDULES: Mapping[str, Schedule] = {
     "gpipe": gpipe,
     "1f1b": one_forward_one_backward,
+    "filled-1f1b": filled_one_forward_one_backward,
     "interleaved": interleaved,
 }
 
@@ -157,23 +163,20 @@ def _in_rounds(pipeline: Pipeline, stage: int, kind: Kind) -> list[Action]:
     return [Action(kind, stage, chunk, i) for group, chunk in product(groups, list(chunks)) for i in group]
 
 
-def _put_exits(pipeline: Pipeline, stage: int, work: list[Action]) -> list[Action]:
-    """`work` with an X for each F of a chunk that has exits, where the module's docstring says."""
-    waits_for_none = (pipeline.num_stages - 1, pipeline.num_chunks - 1)
-    with_backward = {replace(action, kind=Kind.X) for action in work if action.kind is Kind.B}
-    placed: list[Action] = []
-    pending: list[Action] = []
-    for action in work:
-        exits = replace(action, kind=Kind.X)
-        if action.kind is Kind.B:
-            waits = (stage, action.chunk) != waits_for_none
-            due = [exits] if not waits else [x for x in pending if (stage, x.chunk) != waits_for_none]
-            placed += due
-            pending = [x for x in pending if x not in due]
-        placed.append(action)
-        if action.kind is Kind.F and pipeline.has_exits[action.chunk * pipeline.num_stages + stage]:
-            (pending if exits in with_backward else placed).append(exits)
-    return placed
+def _put_exits(pipeline: Pipeline, stage: int, work: list[Action], *, release: bool) -> list[Action]:
+    """`work` with an X for each F of a chunk that has exits; a fill has none where it isn't trained."""
+    num_regular, fills = pipeline.num_microbatches, dict(enumerate(pipeline.fills, start=pipeline.num_microbatches))
+    steps = [(action.kind, (action.chunk, action.microbatch)) for action in work]
+    with_exits = {
+        (chunk, i)
+        for kind, (chunk, i) in steps
+        if pipeline.has_exits[chunk * pipeline.num_stages + stage] and (i not in fills or fills[i].trains(stage))
+    }
+    wait_for_none = {(0, i) for i in turning_at(stage, num_regular, pipeline.fills)}
+    if stage == pipeline.num_stages - 1:
+        wait_for_none |= {(chunk, i) for kind, (chunk, i) in steps if chunk == pipeline.num_chunks - 1}
+    placed = place_exits(steps, with_exits=with_exits, wait_for_none=wait_for_none, release=release)
+    return [Action(kind, stage, chunk, i) for kind, (chunk, i) in placed]
 
 
 def _forward(stage: int, microbatch: int) -> Action:

@@ -19,10 +19,15 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """One step of a pipeline. `spans[stage]` is that stage's F, X and B in order; between them the stage idles."""
+    """One step of a pipeline. `spans[stage]` is that stage's F, X and B in order; between them the stage idles.
+
+    Attributes:
+        num_regular: micro-batches from this number on are fills; None: there are none.
+    """
 
     schedule: str
     spans: tuple[tuple[Span, ...], ...]
+    num_regular: int | None = None
 
     @property
     def makespan(self) -> float:
@@ -42,14 +47,18 @@ class Timeline:
 
     @property
     def peak_activations(self) -> tuple[int, ...]:
-        """The most micro-batches that each stage holds at once, each from its F to its last piece of work there."""
+        """The most micro-batches that each stage holds at once, each from its F to its last piece of work there.
+
+        A fill that a stage runs only forward leaves nothing behind, and isn't counted.
+        """
         return tuple(max(_alive(lane), default=0) for lane in self.spans)
 
 
 def draw(timeline: Timeline, *, width: int = 100) -> str:
     """The timeline as text, one line per stage: `a` is F of micro-batch 0, `A` its B, `+` an X, `.` idle.
 
-    The letters repeat after 26 micro-batches; each column shows what the stage does in the middle of its time.
+    F and B of fills are digits, `0` for the first, instead of letters. The letters repeat after 26 micro-batches, the
+    digits after 10; each column shows what the stage does in the middle of its time.
 
     Args:
         width: characters in a stage's line, its label included.
@@ -59,31 +68,43 @@ def draw(timeline: Timeline, *, width: int = 100) -> str:
     if num_columns < 1:
         raise ValueError(f"a width of {width} leaves no room beside the labels")
     makespan, bubble = timeline.makespan, timeline.bubble_fraction
-    title = f"{timeline.schedule}: makespan {makespan:g}, bubble {bubble:.1%} (a forward, A backward, + exits, . idle)"
-    lanes = (_draw_lane(lane, num_columns, makespan) for lane in timeline.spans)
+    legend = "a forward, A backward, + exits, . idle" + (", 0-9 fills" if _has_fills(timeline) else "")
+    title = f"{timeline.schedule}: makespan {makespan:g}, bubble {bubble:.1%} ({legend})"
+    lanes = (_draw_lane(lane, num_columns, makespan, timeline.num_regular) for lane in timeline.spans)
     return "\n".join([title, *(label + lane for label, lane in zip(labels, lanes, strict=True))])
 
 
 def _alive(lane: tuple[Span, ...]) -> Iterator[int]:
     """The number of micro-batches held during each piece of work."""
     ends = {(span.action.chunk, span.action.microbatch): index for index, span in enumerate(lane)}
+    trained = {(span.action.chunk, span.action.microbatch) for span in lane if span.action.kind is Kind.B}
     alive = 0
     for index, span in enumerate(lane):
+        key = (span.action.chunk, span.action.microbatch)
+        if trained and key not in trained:
+            continue
         alive += span.action.kind is Kind.F
         yield alive
-        alive -= ends[span.action.chunk, span.action.microbatch] == index
+        alive -= ends[key] == index
 
 
-def _draw_lane(lane: tuple[Span, ...], num_columns: int, makespan: float) -> str:
+def _has_fills(timeline: Timeline) -> bool:
+    first = timeline.num_regular
+    return first is not None and any(span.action.microbatch >= first for lane in timeline.spans for span in lane)
+
+
+def _draw_lane(lane: tuple[Span, ...], num_columns: int, makespan: float, num_regular: int | None) -> str:
     columns = ["."] * num_columns
     for span in lane:
         first, stop = (
             math.ceil(time / makespan * num_columns - 0.5) if makespan else 0 for time in (span.start, span.end)
         )
-        columns[first:stop] = _symbol(span.action) * (stop - first)
+        columns[first:stop] = _symbol(span.action, num_regular) * (stop - first)
     return "".join(columns)
 
 
-def _symbol(action: Action) -> str:
+def _symbol(action: Action, num_regular: int | None) -> str:
+    if num_regular is not None and action.microbatch >= num_regular and action.kind is not Kind.X:
+        return str((action.microbatch - num_regular) % 10)
     letter = ascii_lowercase[action.microbatch % len(ascii_lowercase)]
     return {Kind.F: letter, Kind.X: "+", Kind.B: letter.upper()}[action.kind]

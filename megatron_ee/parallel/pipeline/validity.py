@@ -1,6 +1,7 @@
 """The rules that a plan has to keep before it makes sense to run it, in whatever order its stages take turns."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
@@ -17,12 +18,14 @@ def check_rules(plan: Plan) -> None:
     - F stands after its input's receive, X after F, B after F and X and the gradient's receive, a send after its work.
     - Every micro-batch enters at the first stage, and what is received is worked on.
     - If there is any B, a micro-batch that goes no deeper turns round with a B; if there is none, exits see every F.
+    - A regular micro-batch is worked on everywhere, a fill exactly where its kind and its stage say.
     - Over each link (see `link_of`) all that is sent is received, in the same order.
     """
     rules = _Rules(plan)
     rules.check_stages()
     rules.check_completeness()
     rules.check_links()
+    rules.check_reach()
 
 
 class Link(NamedTuple):
@@ -92,6 +95,23 @@ class _Rules:
         for link, receives in received.items():
             _check_link(sent.get(link, []), receives)
 
+    def check_reach(self) -> None:
+        plan = self.plan
+        places = product(range(plan.num_stages), range(plan.num_chunks), range(plan.num_microbatches))
+        for stage, chunk, microbatch in places:
+            fill = plan.fill_of(microbatch)
+            trains = self.has_backward and (fill is None or fill.trains(stage))
+            belongs = {Kind.F: fill is None or fill.runs_forward(stage), Kind.B: trains}
+            for kind, does in belongs.items():
+                action = Action(kind, stage, chunk, microbatch)
+                if does:
+                    self._check_planned(action, f"micro-batch {microbatch} is for this stage too")
+                elif action in self.planned:
+                    raise InvalidPlanError(f"{action} has no place on this stage: {fill}")
+            exits = Action(Kind.X, stage, chunk, microbatch)
+            if self.has_backward and not trains and exits in self.planned:
+                raise InvalidPlanError(f"{exits} has no place on this stage: {fill}")
+
     def _check_place(self, stage: int, action: Action) -> None:
         plan = self.plan
         if action.stage != stage or action.chunk not in range(plan.num_chunks):
@@ -121,7 +141,7 @@ class _Rules:
                 yield _beside(action, Kind.F)
                 if (action.stage, action.chunk) in self.exits:
                     yield _beside(action, Kind.X)
-                # A micro-batch that fills a bubble may turn round before the last stage: then no gradient comes.
+                # A fill may turn round before the last stage: then no gradient comes.
                 successor = self.plan.successor(action.stage, action.chunk)
                 if successor and Action(Kind.B, *successor, action.microbatch) in self.planned:
                     yield _beside(action, Kind.RECV_BACKWARD)

@@ -5,9 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ee.parallel.pipeline.deliveries import SENDS, deliveries
-from megatron_ee.parallel.pipeline.plan import Action, Plan
+from megatron_ee.parallel.pipeline.plan import Action, Fill, Plan
 from megatron_ee.parallel.pipeline.schedules import SCHEDULES, build_plan
 from megatron_ee.parallel.pipeline.validity import receive_of
+
+
+def _fills(num_stages: int) -> list[Fill]:
+    """Two of each kind, where there is a place for them."""
+    turns, lasts = range(num_stages - 1), range(1, num_stages)
+    return [*(Fill("warmup", s) for s in [*turns[-1:], *turns[:1]]), *(Fill("cooldown", s) for s in lasts[:2])]
 
 
 def _plan(schedule: str, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Plan:
@@ -17,6 +23,7 @@ def _plan(schedule: str, num_stages: int, num_microbatches: int, num_chunks: int
         num_chunks=num_chunks,
         num_microbatches=num_microbatches,
         has_exits=[True] * num_stages * num_chunks,
+        fills=_fills(num_stages) if schedule == "filled-1f1b" else (),
     )
 
 
@@ -30,7 +37,9 @@ def _most_under_way(plan: Plan, stage: int) -> int:
     return most
 
 
-@pytest.mark.parametrize(("schedule", "most"), [("1f1b", 9), ("interleaved", 18), ("forward-only", 3)])
+@pytest.mark.parametrize(
+    ("schedule", "most"), [("1f1b", 9), ("filled-1f1b", 9), ("interleaved", 18), ("forward-only", 3)]
+)
 def test_what_is_held_does_not_grow_with_the_step(schedule: str, most: int) -> None:
     for num_microbatches in (16, 64, 256):
         plan = _plan(schedule, 4, num_microbatches, 2 if schedule == "interleaved" else 1)

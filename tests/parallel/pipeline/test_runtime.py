@@ -10,7 +10,7 @@ from megatron_ee.config import ParallelConfig
 from megatron_ee.device import choose_device
 from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
-from megatron_ee.parallel.pipeline.plan import Action, Kind
+from megatron_ee.parallel.pipeline.plan import Action, Fill, Kind
 from megatron_ee.parallel.pipeline.runtime import Runtime
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.timeline import Span
@@ -42,9 +42,13 @@ class Counter:
         return None if self.stage == 0 else start + 1
 
 
-def _run(num_stages: int, schedule: str, has_exits: list[bool], slow: bool = False) -> tuple[list, dict, dict]:
+def _run(
+    num_stages: int, schedule: str, has_exits: list[bool], slow: bool = False, fills: tuple[Fill, ...] = ()
+) -> tuple[list, dict, dict]:
     mesh = open_mesh(ParallelConfig(pipeline=num_stages), choose_device("cpu"))
-    plan = build_plan(schedule, num_stages=num_stages, num_microbatches=NUM_MICROBATCHES, has_exits=has_exits)
+    plan = build_plan(
+        schedule, num_stages=num_stages, num_microbatches=NUM_MICROBATCHES, has_exits=has_exits, fills=fills
+    )
     spans: list[Span] = []
     program = Counter(mesh.pipeline_rank, slow=slow)
     runtime = Runtime(mesh, MessageSpec((1, 1, 1), torch.float32, torch.device("cpu")), record=spans.append)
@@ -63,6 +67,19 @@ def test_runs_the_plan_and_carries_the_values(ranks: RankPool, schedule: str, nu
         assert outputs == {m: 10.0 * m + stage + 1 for m in range(NUM_MICROBATCHES)}
         if schedule != "forward-only":
             assert gradients == {m: 1000.0 + m + num_stages - stage for m in range(NUM_MICROBATCHES)}
+
+
+def test_fills_go_as_far_as_they_should(ranks: RankPool) -> None:
+    """Values by number of micro-batch, as for regular ones; a gradient starts where a fill turns round."""
+    fills = (Fill("warmup", 1), Fill("warmup", 1), Fill("warmup", 0), Fill("cooldown", 2), Fill("cooldown", 3))
+    results = ranks.run(4, _run, 4, "filled-1f1b", [True] * 4, True, fills)
+    everything = [(m, None) for m in range(NUM_MICROBATCHES)] + [*enumerate(fills, start=NUM_MICROBATCHES)]
+    for stage, (_, outputs, gradients) in enumerate(results):
+        reached = {m for m, fill in everything if not fill or fill.kind == "cooldown" or stage <= fill.stage}
+        turns = {m: fill.stage if fill and fill.kind == "warmup" else 3 for m, fill in everything}
+        trained = {m for m, fill in everything if not fill or fill.trains(stage)}
+        assert outputs == {m: 10.0 * m + stage + 1 for m in reached}
+        assert gradients == {m: 1000.0 + m + turns[m] + 1 - stage for m in trained}
 
 
 @pytest.mark.parametrize("has_exits", [[True] * 4, [True, False, True, True]], ids=str)

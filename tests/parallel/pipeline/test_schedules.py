@@ -63,6 +63,31 @@ def test_forward_only_has_no_backward_and_runs_exits_at_once() -> None:
     assert lane(plan, 1) == "<F0 F0 X0 <F1 F1 X1"
 
 
+def test_exits_may_wait_for_their_own_gradient() -> None:
+    plan = build_plan("1f1b", num_stages=3, num_microbatches=4, has_exits=[True, False, True], release_exits=True)
+    assert lane(plan, 0) == "F0 >F0 F1 >F1 F2 >F2 X0 <B0 B0 F3 >F3 X1 <B1 B1 X2 <B2 B2 X3 <B3 B3"
+    assert lane(plan, 2) == "<F0 F0 X0 B0 >B0 <F1 F1 X1 B1 >B1 <F2 F2 X2 B2 >B2 <F3 F3 X3 B3 >B3"
+
+
+@given(st.sampled_from(TRAINING), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_released_exits_stand_before_their_own_gradient(
+    schedule: str, num_stages: int, num_chunks: int, groups: int, early: bool
+) -> None:
+    num_chunks = num_chunks if schedule == "interleaved" else 1
+    has_exits = [early] * (num_stages * num_chunks - 1) + [True]
+    pipeline = {"num_stages": num_stages, "num_chunks": num_chunks, "num_microbatches": groups * num_stages}
+    plan = build_plan(schedule, **pipeline, has_exits=has_exits, release_exits=True)
+    usual = build_plan(schedule, **pipeline, has_exits=has_exits)
+    check(plan)
+    for actions, usual_actions in zip(plan.actions, usual.actions, strict=True):
+        assert set(actions) == set(usual_actions)
+        for exits, *after in zip(actions, actions[1:], actions[2:], strict=False):
+            if exits.kind is Kind.X:
+                backward = after[0] if after[0].kind is Kind.B else after[1]
+                assert backward == Action(Kind.B, exits.stage, exits.chunk, exits.microbatch)
+
+
 def test_one_stage_sends_nothing() -> None:
     for schedule, order in {"1f1b": "F0 X0 B0 F1 X1 B1", "gpipe": "F0 F1 X0 B0 X1 B1"}.items():
         assert lane(build_plan(schedule, num_stages=1, num_microbatches=2, has_exits=[True]), 0) == order
@@ -134,7 +159,8 @@ def test_validation_holds_one_microbatch_at_a_time() -> None:
 
 
 def test_unknown_schedule_names_the_choices() -> None:
-    with pytest.raises(ValueError, match="unknown schedule '1b1f'; choose from gpipe, 1f1b, interleaved, forward-only"):
+    choices = "gpipe, 1f1b, filled-1f1b, interleaved, forward-only"
+    with pytest.raises(ValueError, match=f"unknown schedule '1b1f'; choose from {choices}"):
         build_plan("1b1f", num_stages=1, num_microbatches=1, has_exits=[True])
 
 
@@ -155,6 +181,6 @@ def test_impossible_pipelines_are_refused(
 
 
 def test_plans_are_made_without_torch() -> None:
-    modules = ("schedules", "simulate", "timeline", "validity")
+    modules = ("deliveries", "fill_planner", "schedules", "simulate", "timeline", "validity")
     imports = "; ".join(f"import megatron_ee.parallel.pipeline.{module}" for module in modules)
     subprocess.run([sys.executable, "-c", f"{imports}; import sys; assert 'torch' not in sys.modules"], check=True)

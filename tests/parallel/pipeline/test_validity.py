@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan, make_plan
+from megatron_ee.parallel.pipeline.plan import Action, Fill, Kind, Plan, make_plan
 from megatron_ee.parallel.pipeline.schedules import SCHEDULES, build_plan
 from megatron_ee.parallel.pipeline.simulate import DeadlockError, InvalidPlanError, check
 
@@ -18,9 +19,7 @@ Edit = Callable[[Lanes], object]
 def edited(plan: Plan, edit: Edit) -> Plan:
     lanes = [list(actions) for actions in plan.actions]
     edit(lanes)
-    return Plan(
-        plan.schedule, plan.num_stages, plan.num_chunks, plan.num_microbatches, tuple(tuple(lane) for lane in lanes)
-    )
+    return replace(plan, actions=tuple(tuple(lane) for lane in lanes))
 
 
 def action(name: str) -> Action:
@@ -133,12 +132,73 @@ def test_deadlock_names_every_stuck_stage() -> None:
     assert str(error.value) == message
 
 
-def test_a_microbatch_may_turn_round_before_the_last_stage() -> None:
-    """As one that fills a bubble of the first stages does: no gradient comes back to where it turns."""
+def test_only_a_fill_may_turn_round_before_the_last_stage() -> None:
+    """No output goes on from where it turns, and no gradient comes back to there."""
     work = [[action(name) for name in names.split()] for names in ("F0@0 F1@0 X1@0 X0@0 B1@0 B0@0", "F0@1 X0@1 B0@1")]
-    plan = make_plan("filled", 2, work)
-    unsent = {action("send_forward1@0"), action("recv_backward1@0")}
-    check(edited(plan, lambda lanes: lanes.__setitem__(0, [step for step in lanes[0] if step not in unsent])))
+    check(make_plan("filled", 2, work, fills=(Fill("warmup", 0),)))
+    with pytest.raises(InvalidPlanError, match="F1@1 is missing: micro-batch 1 is for this stage too"):
+        check(make_plan("filled", 2, work))
+
+
+# Micro-batches 0 to 3 are regular; 4 turns at stage 1, 5 at stage 0, 6 trains stages 1 and 2, and 7 stage 2.
+FILLS = (Fill("warmup", 1), Fill("warmup", 0), Fill("cooldown", 1), Fill("cooldown", 2))
+BROKEN_FILLS = {
+    "no loss of a fill on its way": (drop("X4@0"), "B4@0 has no X4@0 before it"),
+    "no loss where a fill turns": (drop("X5@0"), "B5@0 has no X5@0 before it"),
+    "a gradient that a fill doesn't wait for": (drop("recv_backward4@0"), "B4@0 has no recv_backward4@0 before it"),
+    "an output that is not sent": (drop("send_forward4@0"), "recv_forward4@1 waits for a message that nobody sends"),
+    "an output that is not received": (drop("recv_forward4@1"), "F4@1 has no recv_forward4@1 before it"),
+    "a gradient that is not sent": (drop("send_backward4@1"), "recv_backward4@0 waits for a message that nobody"),
+    "a fill that doesn't turn": (drop("X5@0", "B5@0"), "B5@0 is missing: F5@0 asks for it"),
+    "a fill that turns early": (
+        drop("send_forward4@0", "recv_forward4@1", "F4@1", "X4@1", "B4@1", "send_backward4@1", "recv_backward4@0"),
+        "F4@1 is missing: micro-batch 4 is for this stage too",
+    ),
+    "a backward that jumps a stage": (
+        drop("recv_backward6@1", "X6@1", "B6@1", "send_backward6@2"),
+        "B6@1 is missing: micro-batch 6 is for this stage too",
+    ),
+    "a backward too many": (append(0, "B6@0"), "B6@0 has no X6@0 before it"),
+    "a loss and a backward too many": (
+        lambda lanes: lanes[0].extend([action("X6@0"), action("B6@0")]),
+        "B6@0 has no recv_backward6@0 before it",
+    ),
+    "a loss without a backward": (append(1, "X7@1"), "X7@1 has no place on this stage"),
+    "a forward too many": (append(1, "F5@1"), "F5@1 has no recv_forward5@1 before it"),
+    "inputs of two fills crossed": (swap("recv_forward6@1", "recv_forward7@1"), "F6@1 has no recv_forward6@1 before"),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), BROKEN_FILLS.values(), ids=BROKEN_FILLS.keys())
+def test_broken_fills_are_named(edit: Edit, message: str) -> None:
+    plan = build_plan("filled-1f1b", num_stages=3, num_microbatches=4, has_exits=[True] * 3, fills=FILLS)
+    check(plan)
+    with pytest.raises(InvalidPlanError) as error:
+        check(edited(plan, edit))
+    assert message in str(error.value)
+
+
+def test_fills_keep_the_order_of_their_link() -> None:
+    """Both ends consistent in themselves: only the order between them is wrong."""
+    plan = build_plan("filled-1f1b", num_stages=3, num_microbatches=4, has_exits=[True] * 3, fills=FILLS)
+
+    def receive_both_crossed(lanes: Lanes) -> None:
+        first, second = action("recv_forward6@1"), action("recv_forward7@1")
+        lanes[1].remove(second)
+        lanes[1].insert(lanes[1].index(first), second)
+
+    with pytest.raises(InvalidPlanError, match="recv_forward7@1 would take the message of recv_forward6@1"):
+        check(edited(plan, receive_both_crossed))
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_no_action_of_a_filled_plan_can_be_left_out(data: st.DataObject) -> None:
+    plan = build_plan("filled-1f1b", num_stages=3, num_microbatches=4, has_exits=[True] * 3, fills=FILLS)
+    stage = data.draw(st.integers(0, 2))
+    index = data.draw(st.integers(0, len(plan.actions[stage]) - 1))
+    with pytest.raises(InvalidPlanError):
+        check(edited(plan, lambda lanes: lanes[stage].pop(index)))
 
 
 @given(st.data())
