@@ -14,10 +14,10 @@ fills, in any order, and any durations:
 
 **Where the fills of the warm-up enter.** After P - 1 - t regular micro-batches, t being the deepest stage where one of
 them turns: what 1F1B runs there before its first steady forward. The first stage runs its other forwards between the
-fills' backwards; that is early enough, since the last stage takes a micro-batch only every F + B. After P - 1, all
-that the first stage runs before its first wait, only one fill could be under way at a time: of P = 8, F = 1 and B = 2,
-a warm-up then has room for 4 pieces of F and B, and so for 15. The deepest go first, so that the others run while
-it is away.
+fills' backwards; that is early enough, since the last stage takes a micro-batch only every F + B. If they entered
+after P - 1, all that the first stage runs before its first wait, only one could be under way at a time: with P = 8,
+F = 1, B = 2 and X = 0 the warm-up would have room for 4 pieces of F and B instead of 15. The deepest had best come
+first, so that the others run while it is away.
 
 **The fills of the cool-down** continue 1F1B as though there were more micro-batches. On a stage that doesn't train one,
 only its F is left, in the gap between two backwards.

@@ -89,16 +89,11 @@ def build_plan(
     if fills and schedule != "filled-1f1b":
         raise ValueError(f"fills are for filled-1f1b, not for {schedule}")
     pipeline = Pipeline(num_stages, num_microbatches, tuple(has_exits), num_chunks, tuple(fills))
-    work = work_of(pipeline, schedules[schedule], release_exits=release_exits)
-    return make_plan(schedule, num_microbatches + len(fills), work, num_chunks=num_chunks, fills=tuple(fills))
-
-
-def work_of(pipeline: Pipeline, schedule: Schedule, *, release_exits: bool = False) -> list[list[Action]]:
-    """Each stage's F, X and B in order: a plan without its transfers."""
-    return [
-        _put_exits(pipeline, stage, schedule(pipeline, stage), release=release_exits)
-        for stage in range(pipeline.num_stages)
+    work = [
+        _put_exits(pipeline, stage, schedules[schedule](pipeline, stage), release=release_exits)
+        for stage in range(num_stages)
     ]
+    return make_plan(schedule, num_microbatches + len(fills), work, num_chunks=num_chunks, fills=tuple(fills))
 
 
 def gpipe(pipeline: Pipeline, stage: int) -> list[Action]:

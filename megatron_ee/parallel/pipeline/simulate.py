@@ -11,7 +11,7 @@ from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
 from megatron_ee.parallel.pipeline.timeline import Span, Timeline
 from megatron_ee.parallel.pipeline.validity import InvalidPlanError, check_rules, receive_of
 
-__all__ = ["ChunkCosts", "Cost", "DeadlockError", "InvalidPlanError", "StageCosts", "check", "simulate"]
+__all__ = ["Cost", "DeadlockError", "InvalidPlanError", "StageCosts", "check", "simulate"]
 
 Cost = Callable[[Action], float]
 
@@ -35,20 +35,6 @@ class StageCosts:
     def __call__(self, action: Action) -> float:
         durations = {Kind.F: self.forward, Kind.X: self.exit, Kind.B: self.backward}[action.kind]
         return durations[action.stage]
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkCosts:
-    """Durations of F, X and B on each chunk, in the model's order: each stage's first one, each stage's second, ..."""
-
-    num_stages: int
-    forward: tuple[float, ...]
-    exit: tuple[float, ...]
-    backward: tuple[float, ...]
-
-    def __call__(self, action: Action) -> float:
-        durations = {Kind.F: self.forward, Kind.X: self.exit, Kind.B: self.backward}[action.kind]
-        return durations[action.chunk * self.num_stages + action.stage]
 
 
 def simulate(plan: Plan, cost: Cost, *, transfer: float = 0.0) -> Timeline:

@@ -156,6 +156,17 @@ def test_planned_fills_cost_neither_time_nor_memory(
     assert all(now <= before for now, before in zip(filled.peak_activations, usual.peak_activations, strict=True))
 
 
+def test_fills_that_fit_a_short_step_only_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned with 4 of 9 micro-batches, two fills fit; with all 9, the second one costs time."""
+    pipeline, costs = equal_stages(4, 9), StageCosts((2, 5, 3, 2), (3, 4, 3, 0), (3, 1, 1, 0))
+    monkeypatch.setattr("megatron_ee.parallel.pipeline.fill_planner._SHORT", 1)
+    assert len(plan_fills(replace(pipeline, num_microbatches=4), costs)) == 2
+    fills = plan_fills(pipeline, costs)
+    assert len(fills) == 1
+    usual, filled = (simulate(plan_of(case), costs) for case in (pipeline, replace(pipeline, fills=fills)))
+    assert filled.makespan <= usual.makespan
+
+
 @given(st.data(), st.floats(0.05, 5), st.integers(2, 9), st.integers(0, 4))
 @settings(max_examples=60, deadline=None)
 def test_no_more_fills_than_idle_time_has_room_for(

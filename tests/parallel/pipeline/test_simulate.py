@@ -6,10 +6,11 @@ from functools import cache
 
 import pytest
 
+from megatron_ee.parallel.costs import ChunkCosts
 from megatron_ee.parallel.pipeline.plan import Action, Fill, Kind, Plan
 from megatron_ee.parallel.pipeline.schedules import SCHEDULES, build_plan
-from megatron_ee.parallel.pipeline.simulate import ChunkCosts, Cost, StageCosts, simulate
-from megatron_ee.parallel.pipeline.timeline import Timeline, draw
+from megatron_ee.parallel.pipeline.simulate import Cost, StageCosts, simulate
+from megatron_ee.parallel.pipeline.timeline import Span, Timeline, draw
 
 
 def two_stages(schedule: str = "1f1b", num_microbatches: int = 2) -> Timeline:
@@ -73,6 +74,13 @@ def test_figures_by_hand() -> None:
     assert timeline.peak_activations == (2, 1)
 
 
+def test_what_runs_only_forward_is_not_held() -> None:
+    work = [(Kind.F, 0), (Kind.F, 2), (Kind.F, 1), (Kind.B, 0), (Kind.B, 1)]
+    spans = tuple(Span(Action(kind, 0, 0, i), start, start + 1) for start, (kind, i) in enumerate(work))
+    assert Timeline("filled-1f1b", (spans, spans[:2] + spans[3:4])).peak_activations == (2, 1)
+    assert Timeline("forward-only", (spans[:3],)).peak_activations == (1,)
+
+
 def test_a_transfer_delays_the_receiver_and_not_the_sender() -> None:
     plan = build_plan("forward-only", num_stages=2, num_microbatches=2, has_exits=[False, True])
     timeline = simulate(plan, StageCosts((1, 1), (0, 0), (0, 0)), transfer=5)
@@ -82,7 +90,7 @@ def test_a_transfer_delays_the_receiver_and_not_the_sender() -> None:
 
 def test_costs_of_chunks_are_in_the_models_order() -> None:
     plan = build_plan("forward-only", num_stages=2, num_chunks=2, num_microbatches=1, has_exits=[True] * 4)
-    timeline = simulate(plan, ChunkCosts(2, (1, 2, 3, 4), (0, 0, 0, 5), (0, 0, 0, 0)))
+    timeline = simulate(plan, ChunkCosts(((1, 3), (2, 4)), ((0, 0), (0, 5)), ((0, 0), (0, 0))))
     durations = {str(span.action): span.end - span.start for lane in timeline.spans for span in lane}
     forwards = {"F0@0": 1, "F0@1": 2, "F0.1@0": 3, "F0.1@1": 4}
     assert durations == forwards | {"X0@0": 0, "X0@1": 0, "X0.1@0": 0, "X0.1@1": 5}
