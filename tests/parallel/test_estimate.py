@@ -40,6 +40,11 @@ CONFIGS = {
         training={"precision": "bf16"},
         exits={"layers": [1, 5]},
     ),
+    "heads of every kind, tied": tiny_config(
+        parallel={"pipeline": 2},
+        exits={"layers": [1, 2, 5], "head": ["mlp", "block", "norm"], "projection": ["shared", "own", "shared"]},
+        model={"tie_embeddings": True},
+    ),
 }
 
 

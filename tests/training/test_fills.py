@@ -7,12 +7,14 @@ EE-LLM's filling pairs activations with other micro-batches' labels where P = 4,
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.one_step import assert_equals_reference, one_step, reference_step
 from helpers.ranks import RankPool
+from helpers.runs import run_config, train, write_small_dataset
 from helpers.shards import whole
 from helpers.tiny import tiny_config
 from hypothesis import given
@@ -128,6 +130,30 @@ def test_the_losses_that_are_reported_are_of_the_regular_batch(ranks: RankPool) 
     plain = ranks.run(2, one_step, unfilled)[0]["figures"]
     for name in ("train/exit_1/loss", "train/exit_4/loss", "train/loss"):
         assert filled[name] == pytest.approx(plain[name], rel=1e-6)
+
+
+def test_fills_are_drawn_from_the_data_and_a_resumed_run_goes_on_after_them(tmp_path: Path, ranks: RankPool) -> None:
+    write_small_dataset(tmp_path)
+    parallel = {"pipeline": 4, "schedule": "filled-1f1b"}
+
+    def config(name: str) -> Config:
+        return run_config(tmp_path, name=name, parallel=parallel, exits={"layers": [1, 3, 5]})
+
+    whole_run = ranks.run(4, train, config("whole"))
+    ranks.run(4, _stop_at_three, config("stopped"))
+    resumed = ranks.run(4, train, config("stopped"))
+    figures = whole_run[0]["figures"]
+    per_step = figures[1]["train/tokens"] / 16
+    assert per_step > 4, "a batch of 4 sequences, and fills"
+    assert [figures[iteration]["train/tokens"] for iteration in range(1, 7)] == [16 * per_step * i for i in range(1, 7)]
+    for iteration in (4, 5, 6):
+        for name, value in resumed[0]["figures"][iteration].items():
+            if name.startswith("train/"):
+                assert value == figures[iteration][name], (iteration, name)
+
+
+def _stop_at_three(config: Config) -> None:
+    train(config, until=3, save=True)
 
 
 def _check(case: Case, ranks: RankPool) -> None:

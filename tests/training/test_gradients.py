@@ -121,7 +121,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "full recomputation, SP": {"parallel": _SEQUENCE, "training": {"recompute": "full"}},
     "selective recomputation": {
         "parallel": {"pipeline": 2},
-        "training": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp", "layernorm"]},
+        "training": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
     },
     "distributed optimizer": {"parallel": {"pipeline": 2, "distributed_optimizer": True}, "data": 2},
     "distributed optimizer, TP": {"parallel": {"tensor": 2, "distributed_optimizer": True}, "data": 2},

@@ -99,3 +99,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     config = run_config(tmp_path, runs=str(tmp_path / "file"))
     with pytest.raises(FieldError, match=r"^runs: .*/file/tiny cannot be written: Not a directory$"):
         _write_config(config, Path(config.runs) / config.name)
+
+
+def test_layernorms_are_not_recomputed_without_transformer_engine(folder: Path, ranks: RankPool) -> None:
+    recompute = {"recompute": "selective", "recompute_modules": ["layernorm"]}
+    (message,) = ranks.run(1, _refusal, run_config(folder, name="refused", training={"train_iters": 1, **recompute}))
+    assert message.startswith("training.recompute_modules: layernorm needs Transformer Engine's layers")
+
+
+def _refusal(config: Config) -> str:
+    with pytest.raises(FieldError) as refused:
+        build_trainer(config, choose_device("cpu"))
+    return str(refused.value)
