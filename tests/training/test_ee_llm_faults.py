@@ -1,7 +1,8 @@
 """What EE-LLM's training gets wrong (Chen et al. 2023, as published), each under a test that names it.
 
 Its bubble filling (labels of other micro-batches, deadlock, bias) is in test_fills.py and in
-parallel/pipeline/test_fills.py. Exit temperature and token weights are not offered here.
+parallel/pipeline/test_fills.py. Its token weights and its temperature are not offered; what they would rest on is
+tested: a probability of an exit is over the whole vocabulary, and the same in training and in decoding.
 """
 
 from pathlib import Path
@@ -19,11 +20,14 @@ from helpers.tiny import SEQUENCE_LENGTH, tiny_config
 from megatron_ee.checkpoint.folders import CheckpointError
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
+from megatron_ee.inference.decoder import Decoder
+from megatron_ee.inference.policies import max_probability
 from megatron_ee.model.layers import Layer
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.build import build_trainer
 
 EPSILON = {"epsilon": 1e-3}
+SEED_OF_SOME_LUCK = 3  # an untrained model is right once in 64 tokens
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,35 @@ def test_ee_llm_crashes_on_a_stage_without_trainable_parameters(ranks: RankPool,
     for name, (_, pieces) in actual[1 - frozen]["gradients"].items():
         (((_, ours)), (_, theirs)) = pieces[0], expected[1 - frozen]["gradients"][name][1][0]
         np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 5])
+def test_ee_llm_takes_a_share_of_the_vocabulary_for_all_of_it(ranks: RankPool, chunk_rows: int) -> None:
+    """How often an exit's likeliest token is right, where two ranks hold half of the vocabulary each."""
+    exits = {"layers": [2, 5], "loss_chunk_rows": chunk_rows}
+    (alone,) = ranks.run(1, one_step, tiny_config(exits=exits, parallel={"data": 1}, seed=SEED_OF_SOME_LUCK))
+    parallel = {"data": 1, "tensor": 2}
+    split = ranks.run(2, one_step, tiny_config(exits=exits, parallel=parallel, seed=SEED_OF_SOME_LUCK))
+    names = [f"train/exit_{layer}/accuracy" for layer in (2, 5, 8)]
+    assert any(alone["figures"][name] > 0 for name in names)
+    for name in names:
+        assert split[0]["figures"][name] == split[1]["figures"][name] == pytest.approx(alone["figures"][name])
+
+
+def test_ee_llm_decodes_without_the_temperature_that_it_trained_with(mesh: Mesh) -> None:
+    """An exit's logits in training are those by which decoding decides."""
+    stage = whole_model(mesh, exits=[2, 5]).train()
+    tokens = torch.randint(64, (SEQUENCE_LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
+    positions = torch.arange(SEQUENCE_LENGTH)
+    _, taps = stage.run_layers(stage.embed(torch.tensor([tokens])), positions, 0, 8)
+    features_SBH = stage.exit_features(taps[stage.tap_of(5)], 5, positions)
+    inputs_SBH, weight_VH = stage.projection_input(features_SBH, 5)
+    trained_V = (inputs_SBH @ weight_VH.T)[-1].flatten()
+    decoder = Decoder(stage, {5: 0.0}, max_probability, max_pending=100, capacity=SEQUENCE_LENGTH)
+    outcome = decoder.feed(tokens)
+    assert outcome.exit_layer == 5
+    torch.testing.assert_close(outcome.logits_V, trained_V, atol=1e-5, rtol=0)
+    assert outcome.confidence == pytest.approx(float(trained_V.softmax(-1).max()), abs=1e-5)
 
 
 def test_ee_llm_overwrites_trained_heads_when_exits_are_added(folder: Path, ranks: RankPool) -> None:

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 from helpers.tiny import RandomSamples
+from megatron.core import dist_checkpointing
 
+from megatron_ee.checkpoint.folders import newest_checkpoint
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.model.stage import Tap
@@ -62,6 +64,7 @@ def test_exits_of_every_kind_go_from_tp2_x_pp2_to_one_process(folder: Path, rank
     assert opened.keys() == expected.keys() == {2, 4, 6, 8}
     for layer, logits in opened.items():
         np.testing.assert_allclose(logits, expected[layer], atol=1e-5, rtol=0, err_msg=f"exit {layer}")
+    assert ("output.weight" in _names_on_disk(folder / "runs" / name)) == (tied == "untied"), "saved once"
     (resumed,) = ranks.run(1, train, run_config(folder, name=name, parallel={}, **fields))
     whole = ranks.run(
         4, train, run_config(folder, name=f"{name}-whole", parallel={"tensor": 2, "pipeline": 2}, **fields)
@@ -135,6 +138,12 @@ def _train_three_and_show_logits(config: Config) -> dict[int, np.ndarray]:
     trainer.train(3)
     trainer.save()
     return _logits(trainer)
+
+
+def _names_on_disk(run: Path) -> set[str]:
+    step = newest_checkpoint(run)
+    assert step is not None
+    return set(dist_checkpointing.load_tensors_metadata(str(step)))
 
 
 def _show_logits(config: Config) -> dict[int, np.ndarray]:
