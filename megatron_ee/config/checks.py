@@ -85,6 +85,8 @@ def _schedule_problems(config: "Config") -> Problems:
         yield "parallel.chunks", f"{parallel.chunks} chunks need pipeline of at least 2, not {parallel.pipeline}"
     if parallel.schedule == "filled-1f1b" and parallel.pipeline < 2:
         yield "parallel.schedule", "filled-1f1b needs pipeline of at least 2, not 1: one stage is never idle"
+    if parallel.distributed_optimizer and config.optimizer.backend != "megatron":
+        yield "parallel.distributed_optimizer", f"true needs optimizer.backend megatron, not {config.optimizer.backend}"
     if config.exits.release and parallel.schedule == "megatron":
         yield "exits.release", "true is what schedule megatron always does; leave it out"
     if config.logging.trace_iterations and parallel.schedule == "megatron":

@@ -296,6 +296,10 @@ BETWEEN_FIELDS: Cases = {
             "exits: {layers: [2], release: true}\nparallel: {schedule: megatron}",
             "1:22: exits.release: true is what schedule megatron always does; leave it out",
         ),
+        "a distributed optimizer, and a plug-in's": (
+            "plugins: [mine.py]\noptimizer: {backend: mine}\nparallel: {distributed_optimizer: true}",
+            "3:12: parallel.distributed_optimizer: true needs optimizer.backend megatron, not mine",
+        ),
         "megatron's, traced": (
             "logging: {trace_iterations: [1]}\nparallel: {schedule: megatron}",
             "1:11: logging.trace_iterations: schedule megatron shows no actions to trace",

@@ -95,6 +95,7 @@ CASES = [
     Case("four stages of two chunks", [2, 3, 6], {"pipeline": 4, **_CHUNKS}),
     Case("two chunks, tensor parallel", [2, 4, 5], {**_SEQUENCE, "pipeline": 2, **_CHUNKS}),
     Case("two chunks, two pipelines", [2, 4, 5], {"pipeline": 2, **_CHUNKS}, data=2),
+    Case("distributed optimizer, one data rank", [2, 5], {"pipeline": 2, "distributed_optimizer": True}),
     Case("all logits at once", [2, 5], {"pipeline": 2}, loss_chunk_rows=0),
     Case("all logits at once, tensor parallel", [2, 5], _SEQUENCE, loss_chunk_rows=0),
     Case("exits just before their backward", [2, 4, 7], {"pipeline": 2}, release=True),
