@@ -69,7 +69,9 @@ class Trace:
 
     def _timeline(self, lanes: Lanes) -> Timeline:
         start = _start_of(lanes)
-        shifted = tuple(tuple(Span(span.action, span.start - start, span.end - start) for span in lane) for lane in lanes)
+        shifted = tuple(
+            tuple(Span(span.action, span.start - start, span.end - start) for span in lane) for lane in lanes
+        )
         return Timeline(self.schedule, shifted, self.num_regular)
 
 
@@ -202,7 +204,10 @@ def _trace_from(head: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) ->
         if not plan or [span.action for span in _work_of(own)] != [span.action for span in plan]:
             raise ValueError(f"stage {stage} has not recorded what it planned")
     iteration, world_size, schedule = _count(head["iteration"], 1), _count(head["world_size"], 1), str(head["schedule"])
-    return Trace(iteration, world_size, schedule, num_chunks, num_regular, fills, recorded, planned)
+    trace = Trace(iteration, world_size, schedule, num_chunks, num_regular, fills, recorded, planned)
+    if min(trace.recorded_timeline.makespan, trace.planned_timeline.makespan) == 0:
+        raise ValueError("nothing took any time")
+    return trace
 
 
 def _fill(value: Mapping[str, Any], num_stages: int) -> Fill:
