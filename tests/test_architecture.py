@@ -71,6 +71,7 @@ WITHOUT_TORCH = [
     PACKAGE / "training/loss_weights.py",
     PACKAGE / "training/lr_schedule.py",
     PACKAGE / "training/planning.py",
+    PACKAGE / "training/trace.py",
     PACKAGE / "inference/request.py",
     PACKAGE / "inference/show.py",
 ]

@@ -25,6 +25,7 @@ from megatron_ee.training.metrics import ExitMeter
 from megatron_ee.training.optimizers import BACKENDS, Backend
 from megatron_ee.training.planning import MEGATRON, plan_validation
 from megatron_ee.training.throughput import Throughput
+from megatron_ee.training.tracer import Tracer
 from megatron_ee.training.trainer import Trainer
 
 
@@ -66,6 +67,7 @@ def assemble_trainer(
         plan=plan,
         meter=ExitMeter(all_exits(config), mesh),
         throughput=Throughput(config, mesh, vocab_size=vocab_size),
+        tracer=Tracer(config.logging.trace_iterations, plan, mesh, run_folder_of(config) / "traces"),
         evaluator=_build_evaluator(config, datasets.valid, stage, Runtime(mesh, message), layout, mesh),
     )
 

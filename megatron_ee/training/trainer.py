@@ -28,6 +28,7 @@ from megatron_ee.training.metrics import ExitMeter
 from megatron_ee.training.optimizers import OptimizerBackend
 from megatron_ee.training.stage_step import StageStep
 from megatron_ee.training.throughput import Throughput, peak_memory
+from megatron_ee.training.tracer import Tracer
 
 
 class DivergedError(UserError):
@@ -55,6 +56,7 @@ class Trainer:
     plan: Plan
     meter: ExitMeter
     throughput: Throughput
+    tracer: Tracer
     evaluator: Evaluator | None
     progress: Progress = Progress(0, 0)
     num_skipped: int = 0  # steps since the last record whose gradients overflowed
@@ -68,7 +70,8 @@ class Trainer:
             with self.throughput.step():
                 with self.throughput.phase("data"):
                     batch = self.loader.batch(self.progress.consumed_samples)
-                gradient_norm = self.train_step(batch, iteration)
+                with self.tracer.step(iteration + 1) as record:
+                    gradient_norm = self.train_step(batch, iteration, record=record)
             self._check(gradient_norm, iteration)
             consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
