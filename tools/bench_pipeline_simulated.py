@@ -120,11 +120,13 @@ def balance_measures() -> list[Measure]:
 def large_measures(sizes: LargeSizes, costs: ModelCosts) -> list[Measure]:
     """From measured durations: a step of many stages, with exits at 1/4 and 1/2 of the depth and without.
 
-    The model fills its stages evenly: where a head is, layers of the same duration make room.
+    The model fills its stages evenly: where the embedding and the heads are, layers make room.
     """
     stages, microbatches = sizes.num_stages, sizes.num_microbatches
     head = costs.exits["norm"] / costs.layer
-    num_layers = max(2 * stages, sizes.layers_per_stage * stages - math.ceil(3 * head))
+    embedding = costs.embedding / costs.layer
+    spare = math.ceil(embedding) + 3 * (math.ceil(head) + 1)  # exits seldom are where whole layers would end a stage
+    num_layers = max(2 * stages, sizes.layers_per_stage * stages - spare)
     model = ModelConfig(num_layers=num_layers, hidden_size=64, num_attention_heads=1)  # costs are given
     both = _with_and_without(ExitsConfig(layers=(num_layers // 4, num_layers // 2)))
     shared = {
@@ -132,6 +134,7 @@ def large_measures(sizes: LargeSizes, costs: ModelCosts) -> list[Measure]:
         "microbatches": microbatches,
         "layers": num_layers,
         "head_in_layers": head,
+        "embedding_in_layers": embedding,
         "transfer_in_layers": costs.transfer / costs.layer,
     }
     measures = []

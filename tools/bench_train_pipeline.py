@@ -195,7 +195,7 @@ def replay_measures(where: str, ranks: "Sequence[Timed]", context: dict[str, Any
             "step_ms": 1e3 * statistics.median(real),
             "transfer_ms": 1e3 * statistics.median(transfers),
             "simulated_over_real": statistics.median(ratios),
-            "fills": [str(fill) for fill in replays.plan.fills],
+            "fills": [f"{fill.kind} {fill.stage}" for fill in replays.plan.fills],
             "left_out": NO_SPANS,
         }
         errors = [abs(ratio - 1) for ratio in ratios]
