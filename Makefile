@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-multigpu bench-gpu lint format check-wheel clean
+.PHONY: help install demo test test-slow test-gpu test-multigpu bench-gpu bench-train lint format check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-multigpu: $(INSTALLED) ## of those, the ones that need several GPUs
 
 bench-gpu: $(INSTALLED) ## measure training and decoding on one GPU, into runs/bench/gpu.json (a few minutes)
 	@$(BIN)/python tools/bench_gpu.py
+
+bench-train: $(INSTALLED) ## measure pipelines, memory and speed of training on CPUs, into runs/bench/train.json (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/bench_train.py
 
 lint: $(INSTALLED) ## check style, spelling and types
 	$(BIN)/ruff check
