@@ -80,13 +80,15 @@ class DeferredLinear(torch.nn.Module):
         for hook in self._after_gradient:
             hook()
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **settings: Any) -> torch.Tensor:
+    def _forward_impl(self, **settings: Any) -> torch.Tensor:
         """megatron-core's name for the product itself."""
-        if not weight.requires_grad:
-            return super()._forward_impl(input=input, weight=weight, **settings)  # type: ignore[misc]
+        if not settings["weight"].requires_grad:
+            return super()._forward_impl(**settings)  # type: ignore[misc]
         assert settings["bias"] is None, "only of weights"
-        sums_over_ranks, splits_positions = settings["allreduce_dgrad"], settings["sequence_parallel"]
-        return _InputGradient.apply(input, weight, self, sums_over_ranks, splits_positions)
+        names = ("allreduce_dgrad", "sequence_parallel")
+        return _InputGradient.apply(  # type: ignore[no-untyped-call]
+            settings["input"], settings["weight"], self, *(settings[name] for name in names)
+        )
 
 
 class DeferredColumnParallelLinear(DeferredLinear, ColumnParallelLinear):
@@ -131,7 +133,7 @@ class _InputGradient(torch.autograd.Function):
         return torch.matmul(all_SBI, weight_OI.t())
 
     @staticmethod
-    def backward(ctx: Any, gradient_SBO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_SBO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_SBI, weight_OI = ctx.saved_tensors
         linear = ctx.linear
         linear.products.leave(WeightProduct(linear, x_SBI.detach(), gradient_SBO, ctx.splits_positions))

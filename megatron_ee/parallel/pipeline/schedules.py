@@ -128,11 +128,13 @@ def filled_one_forward_one_backward(pipeline: Pipeline, stage: int) -> list[Acti
 def zero_bubble(pipeline: Pipeline, stage: int) -> list[Action]:
     """1F1B whose gradients of weights come later, in time that stages wait for gradients (ZB-H1: Qi et al. 2024).
 
-    W of a micro-batch stands s backwards after its own on stage s, so that the last gradient leaves the last stage
+    W of a micro-batch stands s backwards after its own B on stage s, so that the last gradient leaves the last stage
     before P - 1 of its W's. F and B end no later than with 1F1B, for any durations that are equal for all micro-batches
-    of a stage; only up to s W's at the end can make a step longer, and do so where W takes much longer on late stages
-    than on others. With equal stages and X = 0, W <= B and M >= P - 1, every stage idles for (P - 1) (F + B - W)
-    instead of (P - 1) (F + B + W).
+    of a stage; only up to s W's at the end can make a step longer, and do so where W takes much longer on a late stage,
+    which waits for a slow forward, than on others. With equal stages, X = 0, W <= F, W <= B and M >= P, every stage
+    idles for (P - 1) (F + B - W) instead of (P - 1) (F + B + W); for all F, B, W and M the length is
+
+      T = M (F + B + W) + (P - 1) (F + B) - min(P - 1, M - 1) min(F, B, W)
 
     **Memory.** Stage s holds min(P - s, M) micro-batches up to their B, as 1F1B does. With those that wait for their W,
     and hold no more than the matrices' inputs and their outputs' gradients, it has min(P, M) at most: what 1F1B holds

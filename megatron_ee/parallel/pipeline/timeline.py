@@ -56,7 +56,7 @@ class Timeline:
 
     @property
     def holdings(self) -> tuple[frozenset[tuple[int, int]], ...]:
-        """What each stage holds at one time or another: micro-batches up to their B, and those that wait for their W."""
+        """What each stage holds at one time or another: micro-batches up to their B, and others that wait for W."""
         return tuple(frozenset(_held(lane)) for lane in self.spans)
 
 
