@@ -30,6 +30,7 @@ DOORS = {
         "parallel/mesh.py",
         "data/dataset.py",
         "model/attention.py",
+        "model/deferred_weights.py",
         "model/exit_head.py",
         "model/initialize.py",
         "model/layers.py",

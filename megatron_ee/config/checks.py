@@ -13,7 +13,7 @@ Problems = Iterator[tuple[str, str]]
 
 # Names that need no plug-in, by the field that chooses among them.
 BUILT_IN: Mapping[str, tuple[str, ...]] = {
-    "parallel.schedule": ("1f1b", "gpipe", "interleaved", "filled-1f1b", "megatron"),
+    "parallel.schedule": ("1f1b", "gpipe", "interleaved", "filled-1f1b", "zero-bubble", "megatron"),
     "optimizer.backend": ("megatron",),
     "optimizer.lr_decay": ("cosine", "linear", "wsd", "constant"),
     "inference.exit.measure": ("max_probability",),
@@ -79,7 +79,7 @@ def _schedule_problems(config: "Config") -> Problems:
             "parallel.schedule",
             f"interleaved needs pipeline and chunks of at least 2, not {parallel.pipeline} and {parallel.chunks}",
         )
-    if parallel.chunks > 1 and parallel.schedule in ("1f1b", "gpipe", "filled-1f1b"):
+    if parallel.chunks > 1 and parallel.schedule in ("1f1b", "gpipe", "filled-1f1b", "zero-bubble"):
         yield "parallel.chunks", f"{parallel.chunks} chunks need schedule interleaved, not {parallel.schedule}"
     if parallel.schedule == "megatron" and parallel.chunks > 1 and parallel.pipeline < 2:
         yield "parallel.chunks", f"{parallel.chunks} chunks need pipeline of at least 2, not {parallel.pipeline}"
@@ -87,6 +87,8 @@ def _schedule_problems(config: "Config") -> Problems:
         yield "parallel.schedule", "filled-1f1b needs pipeline of at least 2, not 1: one stage is never idle"
     if parallel.distributed_optimizer and config.optimizer.backend != "megatron":
         yield "parallel.distributed_optimizer", f"true needs optimizer.backend megatron, not {config.optimizer.backend}"
+    if parallel.schedule == "zero-bubble" and parallel.pipeline < 2:
+        yield "parallel.schedule", "zero-bubble needs pipeline of at least 2, not 1: one stage waits for no gradient"
     if config.exits.release and parallel.schedule == "megatron":
         yield "exits.release", "true is what schedule megatron always does; leave it out"
     if config.logging.trace_iterations and parallel.schedule == "megatron":

@@ -165,8 +165,8 @@ class ParallelConfig(Section):
     data: PositiveInt | Literal["auto"] = Field("auto", description="auto: world size / (tensor x pipeline)")
     schedule: str = Field(
         "1f1b",
-        description="1f1b, gpipe, interleaved, filled-1f1b (extra micro-batches in idle time), megatron "
-        "(megatron-core's own 1f1b or interleaved), or a plug-in's",
+        description="1f1b, gpipe, interleaved, filled-1f1b (extra micro-batches in idle time), zero-bubble (1f1b whose "
+        "gradients of weights come later), megatron (megatron-core's own 1f1b or interleaved), or a plug-in's",
     )
     layout: Literal["auto"] | Annotated[tuple[StagePlacement, ...], BeforeValidator(_list_as_tuple)] = Field(
         "auto",

@@ -1,7 +1,7 @@
 """megatron-core's layers, put together by ModuleSpecs; Transformer Engine's where the device has them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -39,6 +39,16 @@ class Layer(TransformerLayer):
         """The layer's output, and the residual stream after its attention; both [S, B, H]."""
         after_attention_SBH, _ = self._forward_attention(x_SBH, **context)
         return self._forward_mlp(after_attention_SBH), after_attention_SBH
+
+
+class Recompute(NamedTuple):
+    """What the backward of a layer computes again: all of it, or some of its modules (core_attn, mlp, layernorm)."""
+
+    layers: bool = False
+    modules: tuple[str, ...] = ()
+
+
+NOTHING_RECOMPUTED = Recompute()
 
 
 @dataclass(frozen=True, slots=True)

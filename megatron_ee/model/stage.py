@@ -19,8 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ee.config import ExitsConfig, ModelConfig
 from megatron_ee.device import Device
 from megatron_ee.model.attention import KeyValueStore
+from megatron_ee.model.deferred_weights import collect_products, deferring
 from megatron_ee.model.exit_head import ExitHead, enter_projection, make_projection
-from megatron_ee.model.layers import LayerParts, layer_parts, layer_spec, transformer_config
+from megatron_ee.model.layers import (
+    NOTHING_RECOMPUTED,
+    LayerParts,
+    Recompute,
+    layer_parts,
+    layer_spec,
+    transformer_config,
+)
 from megatron_ee.model.rotary import rotary_angles
 from megatron_ee.parallel.layout import Chunk
 
@@ -32,16 +40,6 @@ class Tap(NamedTuple):
 
     layer: int
     site: Literal["output", "attention"] = "output"
-
-
-class Recompute(NamedTuple):
-    """What the backward of a layer computes again: all of it, or some of its modules (core_attn, mlp, layernorm)."""
-
-    layers: bool = False
-    modules: tuple[str, ...] = ()
-
-
-NOTHING_RECOMPUTED = Recompute()
 
 
 class Stage(MegatronModule):
@@ -56,6 +54,7 @@ class Stage(MegatronModule):
         vocab_size: the resolved size (the model config may say `auto`).
         groups: megatron-core's process groups; matrices are split over `groups.tp`.
         sequence_parallel: between matrices, split positions over `groups.tp` too.
+        defer_weight_gradients: a backward leaves the gradients of the layers' matrices in `weight_products`.
     """
 
     def __init__(
@@ -70,6 +69,7 @@ class Stage(MegatronModule):
         dtype: torch.dtype = torch.float32,
         sequence_parallel: bool = False,
         recompute: Recompute = NOTHING_RECOMPUTED,
+        defer_weight_gradients: bool = False,
     ) -> None:
         config = transformer_config(
             model,
@@ -84,7 +84,8 @@ class Stage(MegatronModule):
         parts = layer_parts(device)
         has_embedding = any(chunk.has_embedding for chunk in chunks)
         self.embedding = self._make_embedding(vocab_size) if has_embedding else None
-        self.layers = self._make_layers(parts)
+        self.layers = self._make_layers(deferring(parts) if defer_weight_gradients else parts)
+        self.weight_products = collect_products(self.layers) if defer_weight_gradients else None
         own_exits = [layer for chunk in chunks for layer in chunk.exits]
         self.has_final_exit = model.num_layers in own_exits
         self.exits = self._make_exits(own_exits, exits, parts, vocab_size)

@@ -61,30 +61,36 @@ class ModelCosts:
 
 @dataclass(frozen=True, slots=True)
 class ChunkCosts:
-    """F, X and B of every chunk of every stage, `forward[stage][chunk]` and so on: a `Cost` for simulations."""
+    """F, X, B and W of every chunk of every stage, `forward[stage][chunk]` and so on: a `Cost` for simulations.
+
+    Attributes:
+        backward: without W where there is any.
+        weight: for plans with W.
+    """
 
     forward: tuple[tuple[float, ...], ...]
     exit: tuple[tuple[float, ...], ...]
     backward: tuple[tuple[float, ...], ...]
     transfer: float = 0.0
+    weight: tuple[tuple[float, ...], ...] | None = None
 
     def __call__(self, action: Action) -> float:
-        durations = {Kind.F: self.forward, Kind.X: self.exit, Kind.B: self.backward}[action.kind]
+        durations = {Kind.F: self.forward, Kind.X: self.exit, Kind.B: self.backward, Kind.W: self.weight}[action.kind]
+        assert durations is not None, f"{action} has no duration"
         return durations[action.stage][action.chunk]
 
     @property
     def per_stage(self) -> StageCosts:
         """Of each stage's chunks together."""
-        forward, exits, backward = (
-            tuple(sum(chunks) for chunks in durations) for durations in (self.forward, self.exit, self.backward)
-        )
-        return StageCosts(forward, exits, backward)
+        forward, exits, backward = map(_sums, (self.forward, self.exit, self.backward))
+        return StageCosts(forward, exits, backward, _sums(self.weight) if self.weight is not None else None)
 
     @property
     def totals(self) -> tuple[float, ...]:
-        """F + X + B of each stage, all its chunks together."""
+        """F + X + B + W of each stage, all its chunks together."""
         stages = self.per_stage
-        return tuple(map(sum, zip(stages.forward, stages.exit, stages.backward, strict=True)))
+        weight = stages.weight or (0.0,) * len(stages.forward)
+        return tuple(map(sum, zip(stages.forward, stages.exit, stages.backward, weight, strict=True)))
 
 
 def costs_of(config: Config, vocab_size: int) -> ModelCosts:
@@ -102,16 +108,9 @@ def estimated_costs(config: Config, vocab_size: int) -> ModelCosts:
     """In multiply-adds of matrix products. What has none costs nothing: the embedding's look-up, messages."""
     model, training, length = config.model, config.training, config.data.sequence_length
     share = training.micro_batch_size * length / config.parallel.tensor  # tokens, by the share of each product
-    layer = layer_products(model, length)
-    of_module = {"core_attn": core_attention_products(model, length), "mlp": mlp_products(model), "layernorm": 0}
-    again = {
-        "none": 0,
-        "selective": sum(of_module[module] for module in set(training.recompute_modules)),
-        "full": layer,
-    }
     return ModelCosts(
-        layer_forward=share * layer,
-        layer_backward=share * (BACKWARD * layer + again[training.recompute]),
+        layer_forward=share * layer_products(model, length),
+        layer_backward=share * _backward_products(config),
         embedding_forward=0.0,
         embedding_backward=0.0,
         exits={
@@ -120,8 +119,21 @@ def estimated_costs(config: Config, vocab_size: int) -> ModelCosts:
     )
 
 
-def chunk_costs(layout: "Layout", exits: ExitsConfig, costs: ModelCosts) -> ChunkCosts:
-    """What every chunk of a layout costs."""
+def weight_share(config: Config) -> float:
+    """The share of a layer's backward, estimated or measured, that is W where a plan has any: of its matrices'
+    products, one for each of the forward. Attention's core has no weights."""
+    length = config.data.sequence_length
+    matrices = layer_products(config.model, length) - core_attention_products(config.model, length)
+    return matrices / _backward_products(config)
+
+
+def chunk_costs(layout: "Layout", exits: ExitsConfig, costs: ModelCosts, *, weights: float | None = None) -> ChunkCosts:
+    """What every chunk of a layout costs.
+
+    Args:
+        weights: for plans with W, the `weight_share` of a layer's backward; None: W is part of B.
+    """
+    share = weights or 0.0
 
     def of_all(of_layer: float, of_embedding: float) -> tuple[tuple[float, ...], ...]:
         return tuple(
@@ -135,8 +147,9 @@ def chunk_costs(layout: "Layout", exits: ExitsConfig, costs: ModelCosts) -> Chun
     return ChunkCosts(
         of_all(costs.layer_forward, costs.embedding_forward),
         tuple(tuple(map(of_exits, chunks)) for chunks in layout),
-        of_all(costs.layer_backward, costs.embedding_backward),
+        of_all((1 - share) * costs.layer_backward, costs.embedding_backward),
         costs.transfer,
+        None if weights is None else of_all(share * costs.layer_backward, 0.0),
     )
 
 
@@ -184,6 +197,23 @@ def read_costs(path: Path, config: Config, vocab_size: int) -> ModelCosts:
     if lacking := sorted(needed - measured_exits.keys()):
         raise _field_error(path, f"was measured without exits.head = {', '.join(lacking)}: measure again")
     return ModelCosts(exits=measured_exits, **durations)
+
+
+def _backward_products(config: Config) -> int:
+    """Of a token in a layer's backward, with what it computes again."""
+    model, training, length = config.model, config.training, config.data.sequence_length
+    layer = layer_products(model, length)
+    of_module = {"core_attn": core_attention_products(model, length), "mlp": mlp_products(model), "layernorm": 0}
+    again = {
+        "none": 0,
+        "selective": sum(of_module[module] for module in set(training.recompute_modules)),
+        "full": layer,
+    }
+    return BACKWARD * layer + again[training.recompute]
+
+
+def _sums(durations: tuple[tuple[float, ...], ...]) -> tuple[float, ...]:
+    return tuple(map(sum, durations))
 
 
 def _measured_for(config: Config, vocab_size: int) -> dict[str, Any]:

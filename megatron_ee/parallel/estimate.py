@@ -18,14 +18,17 @@ MOMENTS = 2  # AdamW's
 _NORM_NUMBERS, _NORM_INPUTS = 6, 2
 _MLP_NUMBERS = 5
 
+Held = Collection[tuple[int, int]]
+"""Micro-batches up to their B and those that wait for their W, at one time or another: see `Timeline.holdings`."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageEstimate:
     """One stage, in numbers of parameters and in bytes, both on each of its ranks.
 
     Attributes:
-        activations: what F keeps until B, for all micro-batches that live at once, and what one exit's X or one
-            recomputed layer takes besides.
+        activations: what F keeps until B, and B until W where it is apart, for all micro-batches that live at once, and
+            what one exit's X or one recomputed layer takes besides.
     """
 
     chunks: tuple[Chunk, ...]
@@ -67,7 +70,7 @@ def estimate(config: Config, world_size: int, vocab_size: int) -> Estimate:
     num_microbatches = count_microbatches(training.global_batch_size, training.micro_batch_size, data_size)
     costs = costs_of(config, vocab_size)
     layout = place(config.model, config.exits, config.parallel, costs)
-    live = _live_microbatches(config, layout, num_microbatches)
+    holdings = _holdings(config, layout, num_microbatches)
     parameters = _all_parameters(config, vocab_size)
     return Estimate(
         data_size,
@@ -76,8 +79,8 @@ def estimate(config: Config, world_size: int, vocab_size: int) -> Estimate:
         parameters * _checkpoint_bytes(config),
         tuple(describe_layout(layout, config.exits, costs)),
         tuple(
-            _estimate_stage(config, chunks, vocab_size, live_microbatches=at_once, data_size=data_size)
-            for chunks, at_once in zip(layout, live, strict=True)
+            _estimate_stage(config, chunks, vocab_size, held=held, data_size=data_size)
+            for chunks, held in zip(layout, holdings, strict=True)
         ),
     )
 
@@ -138,8 +141,16 @@ def layer_activations(
     return of_hidden_states + (3 * queries + 3 * keys + of_mlp) / ranks + 4 * model.head_dim / micro_batch_size
 
 
+def weight_products(parallel: ParallelConfig, model: ModelConfig) -> float:
+    """Numbers that one layer keeps from B to W, per token, on one of the tensor-parallel ranks: the input of each
+    matrix, and its output's gradient."""
+    queries, keys = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
+    split = (2 * queries + 2 * keys + 3 * model.ffn_hidden_size) / parallel.tensor
+    return 2 * _hidden(parallel, model) + split + 2 * model.hidden_size
+
+
 def _estimate_stage(
-    config: Config, chunks: tuple[Chunk, ...], vocab_size: int, *, live_microbatches: int, data_size: int
+    config: Config, chunks: tuple[Chunk, ...], vocab_size: int, *, held: Held, data_size: int
 ) -> StageEstimate:
     parameters = _stage_parameters(config, chunks, vocab_size)
     size = BYTES[config.training.precision]
@@ -151,7 +162,7 @@ def _estimate_stage(
         weights=parameters * size,
         gradients=parameters * FP32,
         optimizer=parameters * FP32 * (MOMENTS + masters) // shared_by,
-        activations=round(_stage_activations(config, chunks, vocab_size, live_microbatches)),
+        activations=round(_stage_activations(config, chunks, vocab_size, held)),
     )
 
 
@@ -167,7 +178,7 @@ def _stage_parameters(config: Config, chunks: tuple[Chunk, ...], vocab_size: int
     return num_layers * layer_parameters(model, ranks) + heads + matrices * vocab_size * model.hidden_size // ranks
 
 
-def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: int, live_microbatches: int) -> float:
+def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: int, held: Held) -> float:
     """In bytes: what all live micro-batches keep, and what one X or one recomputed layer has besides for a while."""
     model, parallel, exits, training = config.model, config.parallel, config.exits, config.training
     size, tokens = BYTES[training.precision], training.micro_batch_size * config.data.sequence_length
@@ -185,7 +196,9 @@ def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: in
     rows = min(exits.loss_chunk_rows or tokens, tokens) if own_exits else 0
     logits = (3 * FP32 + (size if size < FP32 else 0)) * vocab_size / parallel.tensor  # with their softmax and
     # gradient, in fp32
-    return (live_microbatches * of_microbatch + in_passing) * size * tokens + logits * rows
+    of_waiting = num_layers * weight_products(parallel, model)
+    of_all = max(before * of_microbatch + after * of_waiting for before, after in held)
+    return (of_all + in_passing) * size * tokens + logits * rows
 
 
 def _layer_activations(config: Config) -> tuple[float, float]:
@@ -241,7 +254,7 @@ def _checkpoint_bytes(config: Config) -> int:
     return size + MOMENTS * FP32 + (FP32 if size < FP32 else 0)
 
 
-def _live_microbatches(config: Config, layout: Layout, num_microbatches: int) -> tuple[int, ...]:
+def _holdings(config: Config, layout: Layout, num_microbatches: int) -> tuple[Held, ...]:
     """How many micro-batches each stage holds at once, one in each of two chunks counting twice.
 
     Fills are taken only where they don't hold more than 1F1B does.
@@ -255,7 +268,7 @@ def _live_microbatches(config: Config, layout: Layout, num_microbatches: int) ->
         num_microbatches=num_microbatches,
         has_exits=have_exits(layout),
     )
-    return simulate(plan, lambda action: 1.0).peak_activations
+    return simulate(plan, lambda action: 1.0).holdings
 
 
 def _size(num_bytes: int) -> str:

@@ -9,8 +9,9 @@ from megatron_ee.data.loader import BatchLoader, SampleSource
 from megatron_ee.device import Device
 from megatron_ee.errors import FieldError
 from megatron_ee.model.initialize import initialize
+from megatron_ee.model.layers import Recompute
 from megatron_ee.model.precision import DTYPES
-from megatron_ee.model.stage import Recompute, Stage
+from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.layout import Layout
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.p2p import MessageSpec
@@ -23,7 +24,7 @@ from megatron_ee.training.lr_schedule import DECAYS, Decay, LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.metrics import ExitMeter
 from megatron_ee.training.optimizers import BACKENDS, Backend
-from megatron_ee.training.planning import MEGATRON, plan_validation
+from megatron_ee.training.planning import MEGATRON, ZERO_BUBBLE, plan_validation
 from megatron_ee.training.throughput import Throughput
 from megatron_ee.training.tracer import Tracer
 from megatron_ee.training.trainer import Trainer
@@ -85,7 +86,7 @@ def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> 
     """This rank's part of the model, with its initial parameters.
 
     Raises:
-        FieldError: something is to be recomputed that this device's layers cannot.
+        FieldError: something is to be recomputed or to be done later that this device's layers cannot.
     """
     stage = Stage(
         config.model,
@@ -97,6 +98,7 @@ def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> 
         dtype=DTYPES[config.training.precision],
         sequence_parallel=config.parallel.sequence,
         recompute=_recompute(config.training, mesh.device),
+        defer_weight_gradients=_defers_weight_gradients(config, mesh.device),
     )
     initialize(stage, config.seed)
     return stage
@@ -119,6 +121,16 @@ def _recompute(training: TrainingConfig, device: Device) -> Recompute:
             "layernorm needs Transformer Engine's layers, and this device has megatron-core's own",
         )
     return Recompute(layers=training.recompute == "full", modules=modules)
+
+
+def _defers_weight_gradients(config: Config, device: Device) -> bool:
+    defers = config.parallel.schedule == ZERO_BUBBLE
+    if defers and device.has_transformer_engine:
+        raise FieldError(
+            "parallel.schedule",
+            f"{ZERO_BUBBLE} needs megatron-core's own layers, and this device has Transformer Engine's",
+        )
+    return defers
 
 
 def _build_loader(config: Config, source: SampleSource, mesh: Mesh, *, num_fills: int = 0) -> BatchLoader:

@@ -34,6 +34,7 @@ class StageGradients:
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
                 use_distributed_optimizer=parallel.distributed_optimizer,
+                delay_wgrad_compute=stage.weight_products is not None,
             ),
             stage,
             pg_collection=mesh.groups,

@@ -6,13 +6,14 @@ from megatron_ee.config import Config
 from megatron_ee.parallel.costs import chunk_costs, costs_of
 from megatron_ee.parallel.layout import Layout, have_exits
 from megatron_ee.parallel.pipeline.fill_planner import plan_fills
-from megatron_ee.parallel.pipeline.plan import Fill, Plan
+from megatron_ee.parallel.pipeline.plan import Fill, Kind, Plan
 from megatron_ee.parallel.pipeline.schedules import Pipeline, Schedule, build_plan
 from megatron_ee.parallel.pipeline.simulate import InvalidPlanError, check
 from megatron_ee.plugins import PluginError
 
 FILLED = "filled-1f1b"
 MEGATRON = "megatron"
+ZERO_BUBBLE = "zero-bubble"
 
 
 def plan_step(
@@ -81,6 +82,8 @@ def _checked_plan(
             more_schedules=more_schedules,
         )
         check(plan)
+        if schedule != ZERO_BUBBLE and any(step.kind is Kind.W for steps in plan.actions for step in steps):
+            raise PluginError("parallel.schedule", f"{schedule!r} has W, for which only {ZERO_BUBBLE} builds layers")
     except InvalidPlanError as error:  # a plug-in's; the built-in ones are tested
         raise PluginError("parallel.schedule", f"{schedule!r} gives an invalid plan: {error}") from error
     return plan

@@ -1,9 +1,10 @@
-"""What F, X and B do on one stage during one step.
+"""What F, X, B and W do on one stage during one step.
 
 A stage receives g = dL/dy for its output y. With the losses L_s of its own exits, the gradient of `L_s + <g, y>`, g
 held constant, with respect to the stage's weights and input is that of the whole loss (EE-LLM, arXiv 2312.04916,
 section 3.1): no message between stages grows. Here the exits' share is split off: X leaves d_e = dL_s/dh_e at each
-exit's hidden state h_e, never logits, and B starts from g at y and from d_e at every h_e.
+exit's hidden state h_e, never logits, and B starts from g at y and from d_e at every h_e. Where a plan has W, B leaves
+the gradients of the layers' matrices to it.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import torch
 
 from megatron_ee.data.batch import Batch
 from megatron_ee.model.chunked_loss import ProjectedLoss
+from megatron_ee.model.deferred_weights import WeightProduct
 from megatron_ee.model.stage import Stage, Tap
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
 from megatron_ee.training.losses import ExitLoss, StepTokens, exit_loss
@@ -56,11 +58,14 @@ class StageStep:
         self._tokens, self._weights = tokens, weights
         self._chunk_rows, self._no_sync = chunk_rows, no_sync
         self._live: dict[tuple[int, int], _LiveMicrobatch] = {}  # by chunk and micro-batch
+        self._products: dict[tuple[int, int], list[WeightProduct]] = {}  # that B left for W
         self._last: dict[tuple[int, Kind, int], Action] = {}  # action of a kind on a chunk of a stage
         if no_sync is not nullcontext:
             self._last = {
                 (action.stage, action.kind, action.chunk): action for actions in plan.actions for action in actions
             }
+        kinds = {action.kind for actions in plan.actions for action in actions}
+        assert Kind.B not in kinds or (Kind.W in kinds) == (stage.weight_products is not None), "B leaves W its share"
         self._positions = torch.arange(batch.tokens_MBS.shape[2], device=batch.tokens_MBS.device)
         self.losses: dict[int, ExitLoss] = {}  # by exit, over regular micro-batches
 
@@ -100,7 +105,15 @@ class StageStep:
         pairs = [pair for pair in pairs if pair[0].requires_grad]  # a stage may have nothing to train
         with self._sync_of(action):
             torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
+        if self._stage.weight_products is not None:
+            self._products[action.chunk, action.microbatch] = self._stage.weight_products.take()
         return live.x_SBH.grad if live.x_SBH.is_leaf else None
+
+    def weights(self, action: Action) -> None:
+        """W: the gradients of the layers' matrices, from what B left."""
+        with self._sync_of(action):
+            for product in self._products.pop((action.chunk, action.microbatch)):
+                product.add()
 
     def forward_with_exits(self, action: Action, received: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """F for a runtime that knows no X: when a backward of the output reaches an exit's hidden state, it runs the

@@ -157,7 +157,7 @@ ONE_FIELD: Cases = {
         "schedule": (
             "parallel: {schedule: interleave}",
             "1:12: parallel.schedule: 'interleave' must be '1f1b', 'gpipe', 'interleaved', 'filled-1f1b', "
-            "'megatron' or a plug-in's; "
+            "'zero-bubble', 'megatron' or a plug-in's; "
             "did you mean 'interleaved'?",
         ),
     },
@@ -288,6 +288,14 @@ BETWEEN_FIELDS: Cases = {
             "parallel: {schedule: filled-1f1b}",
             "1:12: parallel.schedule: filled-1f1b needs pipeline of at least 2, not 1: one stage is never idle",
         ),
+        "zero-bubble on one stage": (
+            "parallel: {schedule: zero-bubble}",
+            "1:12: parallel.schedule: zero-bubble needs pipeline of at least 2, not 1: one stage waits for no gradient",
+        ),
+        "zero-bubble with chunks": (
+            "parallel: {pipeline: 2, chunks: 2, schedule: zero-bubble}",
+            "1:25: parallel.chunks: 2 chunks need schedule interleaved, not zero-bubble",
+        ),
         "megatron's, with chunks on one stage": (
             "parallel: {schedule: megatron, chunks: 2}",
             "1:32: parallel.chunks: 2 chunks need pipeline of at least 2, not 1",
@@ -400,7 +408,7 @@ FOUND_IN_USE = {
         "plugins: [mine.py]\nparallel: {schedule: mine}",
         "--estimate",
         "run.yaml:2:12: parallel.schedule: --estimate knows 1f1b, gpipe, interleaved, filled-1f1b, "
-        "megatron, not the plug-in's 'mine'",
+        "zero-bubble, megatron, not the plug-in's 'mine'",
     ),
 }
 

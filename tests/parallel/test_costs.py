@@ -11,7 +11,7 @@ from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, tiny_config
 
 from megatron_ee.config import Config, ExitsConfig
 from megatron_ee.errors import FieldError
-from megatron_ee.parallel.costs import ModelCosts, chunk_costs, costs_of, estimated_costs, write_costs
+from megatron_ee.parallel.costs import ModelCosts, chunk_costs, costs_of, estimated_costs, weight_share, write_costs
 from megatron_ee.parallel.layout import Chunk
 from megatron_ee.parallel.pipeline.plan import Action, Kind
 from megatron_ee.parallel.pipeline.schedules import build_plan
@@ -70,6 +70,19 @@ def test_chunks_cost_their_layers_exits_and_the_embedding() -> None:
         "interleaved", num_stages=2, num_chunks=2, num_microbatches=2, has_exits=[True, True, False, True]
     )
     assert sum(simulate(plan, costs).busy) == 2 * sum(costs.totals)
+
+
+def test_weights_apart_are_taken_from_the_backward() -> None:
+    assert weight_share(tiny_config()) * 2 * LAYER == pytest.approx(LAYER - ATTENTION), "attention's core has none"
+    assert weight_share(tiny_config(training={"recompute": "full"})) * 3 * LAYER == pytest.approx(LAYER - ATTENTION)
+    layout = ((Chunk(0, 2, (2,)),), (Chunk(2, 8, (8,)),))
+    whole = chunk_costs(layout, ExitsConfig(layers=(2,)), MEASURED)
+    split = chunk_costs(layout, ExitsConfig(layers=(2,)), MEASURED, weights=0.25)
+    assert (split.backward, split.weight) == (((3.25,), (9.0,)), ((1.0,), (3.0,)))
+    assert split.totals == whole.totals
+    assert split(Action(Kind.W, 1, 0, 3)) == split.per_stage(Action(Kind.W, 1, 0, 3)) == 3.0
+    plan = build_plan("zero-bubble", num_stages=2, num_microbatches=2, has_exits=[True, True])
+    assert sum(simulate(plan, split).busy) == 2 * sum(split.totals)
 
 
 def _config(path: Path, **changes: Any) -> Config:

@@ -14,7 +14,7 @@ from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.estimate import describe, estimate, head_parameters, layer_activations
+from megatron_ee.parallel.estimate import describe, estimate, head_parameters, layer_activations, weight_products
 from megatron_ee.parallel.layout import layout_of
 from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.pipeline.schedules import build_plan
@@ -170,6 +170,28 @@ def test_schedules_hold_as_much_as_those_that_they_are_like() -> None:
         for schedule, exits in (("interleaved", {"layers": [2, 5], "release": True}), ("megatron", {"layers": [2, 5]}))
     )
     assert ours == megatron
+
+
+def test_what_waits_for_weights_is_counted() -> None:
+    """Stage 0 holds no more than with 1F1B; stage 1 runs W of a micro-batch after B of the next."""
+    assert _activations("zero-bubble") == _activations()
+    parallel = {"pipeline": 2, "layout": [{"layers": 4}, {"layers": 4}]}
+    for recompute in ("none", "full"):
+        plain, apart = (
+            estimate(
+                tiny_config(parallel={**parallel, "schedule": schedule}, training={"recompute": recompute}),
+                2,
+                VOCAB_SIZE,
+            )
+            .stages[1]
+            .activations
+            for schedule in ("1f1b", "zero-bubble")
+        )
+        of_one = 4 * SEQUENCE_LENGTH * 4 * weight_products(tiny_config().parallel, tiny_config().model)
+        of_layers = 4 * SEQUENCE_LENGTH * 4 * layer_activations(tiny_config().parallel, tiny_config().model)
+        assert of_one < of_layers
+        assert apart - plain >= of_one, "where a layer is computed again, two of them outweigh what F keeps"
+        assert recompute == "full" or apart - plain == of_one
 
 
 def test_a_distributed_optimizer_is_shared_by_data_parallel_ranks() -> None:

@@ -22,6 +22,7 @@ def _two_stages(left_end: bool, right_start: bool) -> list[dict[str, Any]]:
 
 _SEQUENCE = {"tensor": 2, "sequence": True}
 _CHUNKS = {"chunks": 2, "schedule": "interleaved"}
+_ZERO_BUBBLE = {"pipeline": 2, "schedule": "zero-bubble"}
 _PINNED = [
     {"layers": 2, "exits_at_end": False},
     {"layers": 2, "exits_at_start": True},
@@ -108,6 +109,13 @@ CASES = [
     Case("tied, two chunks", [1, 3, 5], {"pipeline": 2, **_CHUNKS}, model={"tie_embeddings": True}),
     Case("an MLP at the end of a stage", [4], {"pipeline": 2}, head="mlp"),
     Case("a block at the start of a stage", [4], {"pipeline": 2, "layout": _two_stages(False, True)}, head="block"),
+    Case("zero bubble, two stages", [2, 4, 7], _ZERO_BUBBLE),
+    Case("zero bubble, four stages", [2, 4, 7], {**_ZERO_BUBBLE, "pipeline": 4}),
+    Case("zero bubble, no early exits", [], _ZERO_BUBBLE),
+    Case("zero bubble, each exit another head", [2, 4, 6], _ZERO_BUBBLE, head=["mlp", "block", "norm"]),
+    Case("zero bubble, exits just before their backward", [2, 4, 7], _ZERO_BUBBLE, release=True),
+    Case("zero bubble, tied", [2, 5], {**_ZERO_BUBBLE, "pipeline": 4}, model={"tie_embeddings": True}),
+    Case("zero bubble, two pipelines", [2, 4], _ZERO_BUBBLE, data=2, repeats=2),
 ]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -129,6 +137,25 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "overlap": {"parallel": {"pipeline": 2, "overlap_grad_reduce": True}, "data": 2, "repeats": 2},
     "overlap, distributed optimizer, v2": {
         "parallel": {"pipeline": 2, **_CHUNKS, "overlap_grad_reduce": True, "distributed_optimizer": True},
+        "data": 2,
+        "repeats": 2,
+    },
+    "zero bubble": {"parallel": _ZERO_BUBBLE},
+    "zero bubble, TP": {"parallel": {**_ZERO_BUBBLE, "tensor": 2}},
+    "zero bubble, SP": {"parallel": {**_ZERO_BUBBLE, **_SEQUENCE}},
+    "zero bubble, full recomputation": {"parallel": _ZERO_BUBBLE, "training": {"recompute": "full"}},
+    "zero bubble, full recomputation, SP": {
+        "parallel": {**_ZERO_BUBBLE, **_SEQUENCE},
+        "training": {"recompute": "full"},
+    },
+    "zero bubble, selective recomputation": {
+        "parallel": _ZERO_BUBBLE,
+        "training": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    },
+    "zero bubble, distributed optimizer": {"parallel": {**_ZERO_BUBBLE, "distributed_optimizer": True}, "data": 2},
+    "zero bubble, overlap": {"parallel": {**_ZERO_BUBBLE, "overlap_grad_reduce": True}, "data": 2, "repeats": 2},
+    "zero bubble, overlap, distributed optimizer": {
+        "parallel": {**_ZERO_BUBBLE, "overlap_grad_reduce": True, "distributed_optimizer": True},
         "data": 2,
         "repeats": 2,
     },

@@ -4,7 +4,9 @@ The kinds of work on one micro-batch:
   F  run the stage's layers; keep the output and the hidden state at each of the stage's exits
   X  run the stage's exit heads, their losses, and the backward pass of the heads only
   B  receive the gradient of the output, and run the backward pass of the layers
-X is apart from B so that it can run after the output has been sent and before the gradient has arrived.
+  W  add up the gradients of the layers' matrices, from what B left; in plans without any, B does that too
+X is apart from B so that it can run after the output has been sent and before the gradient has arrived; W, so that the
+gradient of the input can be sent before it.
 """
 
 from collections.abc import Sequence, Set
@@ -19,6 +21,7 @@ class Kind(StrEnum):
     F = "F"
     X = "X"
     B = "B"
+    W = "W"
     SEND_FORWARD = "send_forward"
     RECV_FORWARD = "recv_forward"
     SEND_BACKWARD = "send_backward"
@@ -106,14 +109,14 @@ def make_plan(
     num_chunks: int = 1,
     fills: tuple[Fill, ...] = (),
 ) -> Plan:
-    """A plan from each stage's F, X and B: a receive goes before the work that needs it, a send right after its F or B.
+    """A plan from each stage's work: a receive goes before the F or B that needs it, a send right after its F or B.
 
     An output or a gradient is sent only where the neighbour works on it. Neighbours that take the same messages in
     different orders make no valid plan: links keep their order.
 
     Args:
         num_microbatches: all of them, the fills included.
-        work: `work[stage]` is that stage's list of F, X and B actions.
+        work: `work[stage]` is that stage's list of F, X, B and W actions.
     """
     bare = Plan(schedule, len(work), num_chunks, num_microbatches, tuple(tuple(actions) for actions in work), fills)
     planned = {action for actions in bare.actions for action in actions if action.kind is not Kind.X}
@@ -130,7 +133,7 @@ def _with_transfers(plan: Plan, planned: Set[Action], action: Action) -> list[Ac
     def works(place: tuple[int, int] | None) -> bool:
         return place is not None and Action(action.kind, *place, action.microbatch) in planned
 
-    if action.kind is Kind.X:
+    if action.kind in (Kind.X, Kind.W):
         return [action]
     predecessor, successor = (neighbour(action.stage, action.chunk) for neighbour in (plan.predecessor, plan.successor))
     if action.kind is Kind.F:

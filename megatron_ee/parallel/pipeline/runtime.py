@@ -17,7 +17,7 @@ from megatron_ee.parallel.pipeline.timeline import Span
 
 
 class StageProgram(Protocol):
-    """What F, X and B compute. The runtime moves hidden states and gradients between stages and knows no model."""
+    """What F, X, B and W compute. The runtime moves hidden states and gradients between stages and knows no model."""
 
     def forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor:
         """F: the stage's output x_SBH, from the previous stage's output (None where the tokens enter)."""
@@ -29,6 +29,10 @@ class StageProgram(Protocol):
 
     def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """B: the gradient of what F received, from the gradient of what it returned (None at the final exit)."""
+        ...
+
+    def weights(self, action: Action) -> None:
+        """W: the gradients of the layers' matrices, in plans where B leaves them for later."""
         ...
 
 
@@ -114,6 +118,8 @@ class _Execution:
             case Kind.B:
                 gradient = self.program.backward(action, take(Kind.RECV_BACKWARD))
                 hold(gradient if is_sent(Kind.SEND_BACKWARD) else None)
+            case Kind.W:
+                self.program.weights(action)
             case Kind.SEND_FORWARD | Kind.SEND_BACKWARD:
                 tensor = take(_PRODUCER[action.kind])
                 assert tensor is not None, f"nothing to send at {action}"

@@ -1,4 +1,4 @@
-"""Pipeline schedules: pure functions that give each stage its F and B in order, and one rule for where X goes.
+"""Pipeline schedules: pure functions that give each stage its F, B and W in order, and one rule for where X goes.
 
 A new schedule is one more function in TRAINING_SCHEDULES; all share the passes that put in exits and transfers.
 
@@ -56,7 +56,7 @@ class Pipeline:
 
 
 Schedule = Callable[[Pipeline, int], list[Action]]
-"""The F and B actions of one stage, in order."""
+"""The F and B actions of one stage, and W where it is apart from B, in order."""
 
 
 def build_plan(
@@ -70,7 +70,7 @@ def build_plan(
     fills: Sequence[Fill] = (),
     release_exits: bool = False,
 ) -> Plan:
-    """The plan of one step: the named schedule's F and B, with exits and transfers put in.
+    """The plan of one step: the named schedule's work, with exits and transfers put in.
 
     Args:
         schedule: a key of SCHEDULES or of `more_schedules`.
@@ -125,6 +125,32 @@ def filled_one_forward_one_backward(pipeline: Pipeline, stage: int) -> list[Acti
     return [Action(kind, stage, 0, i) for kind, i in lane]
 
 
+def zero_bubble(pipeline: Pipeline, stage: int) -> list[Action]:
+    """1F1B whose gradients of weights come later, in time that stages wait for gradients (ZB-H1: Qi et al. 2024).
+
+    W of a micro-batch stands s backwards after its own B on stage s, so that the last gradient leaves the last stage
+    before P - 1 of its W's. F and B end no later than with 1F1B, for any durations that are equal for all micro-batches
+    of a stage; only up to s W's at the end can make a step longer, and do so where W takes much longer on a late stage,
+    which waits for a slow forward, than on others. With equal stages, X = 0, W <= F, W <= B and M >= P, every stage
+    idles for (P - 1) (F + B - W) instead of (P - 1) (F + B + W); for all F, B, W and M the length is
+
+      T = M (F + B + W) + (P - 1) (F + B) - min(P - 1, M - 1) min(F, B, W)
+
+    **Memory.** Stage s holds min(P - s, M) micro-batches up to their B, as 1F1B does. With those that wait for their W,
+    and hold no more than the matrices' inputs and their outputs' gradients, it has min(P, M) at most: what 1F1B holds
+    on the first stage, but more than 1F1B holds on the others.
+    """
+    steps: list[Action] = []
+    waiting: list[Action] = []
+    for action in one_forward_one_backward(pipeline, stage):
+        steps.append(action)
+        if action.kind is Kind.B:
+            waiting.append(Action(Kind.W, stage, 0, action.microbatch))
+            if len(waiting) > stage:
+                steps.append(waiting.pop(0))
+    return steps + waiting
+
+
 def interleaved(pipeline: Pipeline, stage: int) -> list[Action]:
     """1F1B over several chunks a stage, which divides the bubble by their number (Narayanan et al. 2021, section 2.2).
 
@@ -150,6 +176,7 @@ TRAINING_SCHEDULES: Mapping[str, Schedule] = {
     "1f1b": one_forward_one_backward,
     "filled-1f1b": filled_one_forward_one_backward,
     "interleaved": interleaved,
+    "zero-bubble": zero_bubble,
 }
 
 SCHEDULES: Mapping[str, Schedule] = {**TRAINING_SCHEDULES, "forward-only": forward_only}

@@ -26,14 +26,21 @@ class DeadlockError(InvalidPlanError):
 
 @dataclass(frozen=True, slots=True)
 class StageCosts:
-    """Durations of F, X and B on each stage, equal for all micro-batches, fills included, in any unit of time."""
+    """Durations of F, X, B and W on each stage, equal for all micro-batches, fills included, in any unit of time.
+
+    Attributes:
+        backward: without W where there is any.
+        weight: for plans with W.
+    """
 
     forward: tuple[float, ...]
     exit: tuple[float, ...]
     backward: tuple[float, ...]
+    weight: tuple[float, ...] | None = None
 
     def __call__(self, action: Action) -> float:
-        durations = {Kind.F: self.forward, Kind.X: self.exit, Kind.B: self.backward}[action.kind]
+        durations = {Kind.F: self.forward, Kind.X: self.exit, Kind.B: self.backward, Kind.W: self.weight}[action.kind]
+        assert durations is not None, f"{action} has no duration"
         return durations[action.stage]
 
 
@@ -41,7 +48,7 @@ def simulate(plan: Plan, cost: Cost, *, transfer: float = 0.0) -> Timeline:
     """The timeline of a plan.
 
     Args:
-        cost: duration of an F, X or B action, >= 0.
+        cost: duration of an F, X, B or W action, >= 0.
         transfer: time from a send to the arrival of its message, in the same unit, >= 0.
 
     Raises:

@@ -19,7 +19,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """One step of a pipeline. `spans[stage]` is that stage's F, X and B in order; between them the stage idles.
+    """One step of a pipeline. `spans[stage]` is that stage's work in order; between them the stage idles.
 
     Attributes:
         num_regular: micro-batches from this number on are fills; None: there are none.
@@ -49,13 +49,19 @@ class Timeline:
     def peak_activations(self) -> tuple[int, ...]:
         """The most micro-batches that each stage holds at once, each from its F to its last piece of work there.
 
-        A fill that a stage runs only forward leaves nothing behind, and isn't counted.
+        A fill that a stage runs only forward leaves nothing behind, and isn't counted. One that waits for its W holds
+        less than before its B: see `holdings`.
         """
-        return tuple(max(_alive(lane), default=0) for lane in self.spans)
+        return tuple(max(map(sum, held), default=0) for held in self.holdings)
+
+    @property
+    def holdings(self) -> tuple[frozenset[tuple[int, int]], ...]:
+        """What each stage holds at one time or another: micro-batches up to their B, and others that wait for W."""
+        return tuple(frozenset(_held(lane)) for lane in self.spans)
 
 
 def draw(timeline: Timeline, *, width: int = 100) -> str:
-    """The timeline as text, one line per stage: `a` is F of micro-batch 0, `A` its B, `+` an X, `.` idle.
+    """The timeline as text, one line per stage: `a` is F of micro-batch 0, `A` its B, `+` an X, `*` a W, `.` idle.
 
     F and B of fills are digits, `0` for the first, instead of letters. The letters repeat after 26 micro-batches, the
     digits after 10; each column shows what the stage does in the middle of its time.
@@ -68,24 +74,32 @@ def draw(timeline: Timeline, *, width: int = 100) -> str:
     if num_columns < 1:
         raise ValueError(f"a width of {width} leaves no room beside the labels")
     makespan, bubble = timeline.makespan, timeline.bubble_fraction
-    legend = "a forward, A backward, + exits, . idle" + (", 0-9 fills" if _has_fills(timeline) else "")
+    weights = ", * weights" if _has_weights(timeline) else ""
+    legend = f"a forward, A backward{weights}, + exits, . idle" + (", 0-9 fills" if _has_fills(timeline) else "")
     title = f"{timeline.schedule}: makespan {makespan:g}, bubble {bubble:.1%} ({legend})"
     lanes = (_draw_lane(lane, num_columns, makespan, timeline.num_regular) for lane in timeline.spans)
     return "\n".join([title, *(label + lane for label, lane in zip(labels, lanes, strict=True))])
 
 
-def _alive(lane: tuple[Span, ...]) -> Iterator[int]:
-    """The number of micro-batches held during each piece of work."""
+def _held(lane: tuple[Span, ...]) -> Iterator[tuple[int, int]]:
+    """The numbers of micro-batches held during each piece of work: up to the end of their B, and from there on."""
     ends = {(span.action.chunk, span.action.microbatch): index for index, span in enumerate(lane)}
     trained = {(span.action.chunk, span.action.microbatch) for span in lane if span.action.kind is Kind.B}
-    alive = 0
+    alive = waiting = 0
     for index, span in enumerate(lane):
         key = (span.action.chunk, span.action.microbatch)
         if trained and key not in trained:
             continue
         alive += span.action.kind is Kind.F
-        yield alive
-        alive -= ends[key] == index
+        yield alive, waiting
+        if ends[key] == index:
+            alive, waiting = (alive, waiting - 1) if span.action.kind is Kind.W else (alive - 1, waiting)
+        elif span.action.kind is Kind.B:
+            alive, waiting = alive - 1, waiting + 1
+
+
+def _has_weights(timeline: Timeline) -> bool:
+    return any(span.action.kind is Kind.W for lane in timeline.spans for span in lane)
 
 
 def _has_fills(timeline: Timeline) -> bool:
@@ -104,7 +118,7 @@ def _draw_lane(lane: tuple[Span, ...], num_columns: int, makespan: float, num_re
 
 
 def _symbol(action: Action, num_regular: int | None) -> str:
-    if num_regular is not None and action.microbatch >= num_regular and action.kind is not Kind.X:
+    if num_regular is not None and action.microbatch >= num_regular and action.kind in (Kind.F, Kind.B):
         return str((action.microbatch - num_regular) % 10)
     letter = ascii_lowercase[action.microbatch % len(ascii_lowercase)]
-    return {Kind.F: letter, Kind.X: "+", Kind.B: letter.upper()}[action.kind]
+    return {Kind.F: letter, Kind.X: "+", Kind.B: letter.upper(), Kind.W: "*"}[action.kind]

@@ -17,6 +17,7 @@ def check_rules(plan: Plan) -> None:
     - An action stands on its own stage, once.
     - F stands after its input's receive, X after F, B after F and X and the gradient's receive, a send after its work.
     - Every micro-batch enters at the first stage, and what is received is worked on.
+    - W stands after B; if there is any W, every B has its own.
     - If there is any B, a micro-batch that goes no deeper turns round with a B; if there is none, exits see every F.
     - A regular micro-batch is worked on everywhere, a fill exactly where its kind and its stage say.
     - Over each link (see `link_of`) all that is sent is received, in the same order.
@@ -62,6 +63,7 @@ class _Rules:
         self.planned = set(self.all)
         self.exits = {(action.stage, action.chunk) for action in self.all if action.kind is Kind.X}
         self.has_backward = any(action.kind is Kind.B for action in self.all)
+        self.has_weights = any(action.kind is Kind.W for action in self.all)
 
     def check_stages(self) -> None:
         for stage, actions in enumerate(self.plan.actions):
@@ -145,7 +147,7 @@ class _Rules:
                 successor = self.plan.successor(action.stage, action.chunk)
                 if successor and Action(Kind.B, *successor, action.microbatch) in self.planned:
                     yield _beside(action, Kind.RECV_BACKWARD)
-            case Kind.SEND_BACKWARD:
+            case Kind.SEND_BACKWARD | Kind.W:
                 yield _beside(action, Kind.B)
 
     def _needed_somewhere(self, action: Action) -> Iterator[Action]:
@@ -155,6 +157,8 @@ class _Rules:
                 yield _beside(action, Kind.F)
             case Kind.RECV_BACKWARD:
                 yield _beside(action, Kind.B)
+            case Kind.B if self.has_weights:
+                yield _beside(action, Kind.W)
             case Kind.F if self.has_backward and _beside(action, Kind.SEND_FORWARD) not in self.planned:
                 yield _beside(action, Kind.B)
             case Kind.F if not self.has_backward and (action.stage, action.chunk) in self.exits:

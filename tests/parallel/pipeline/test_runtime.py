@@ -25,6 +25,7 @@ class Counter:
         self.stage, self.slow = stage, slow
         self.outputs: dict[int, float] = {}
         self.gradients: dict[int, float] = {}
+        self.weighed: list[int] = []
 
     def forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor:
         if self.slow:
@@ -41,6 +42,10 @@ class Counter:
         self.gradients[action.microbatch] = float(start) + 1
         return None if self.stage == 0 else start + 1
 
+    def weights(self, action: Action) -> None:
+        assert action.microbatch in self.gradients
+        self.weighed.append(action.microbatch)
+
 
 def _run(
     num_stages: int, schedule: str, has_exits: list[bool], slow: bool = False, fills: tuple[Fill, ...] = ()
@@ -56,11 +61,14 @@ def _run(
         spans.clear()
         runtime.run(plan, program, record=spans.append)
     assert [span.action for span in spans] == list(plan.actions[mesh.pipeline_rank]), "exactly the plan"
+    weighed = [span.action.microbatch for span in spans if span.action.kind is Kind.W]
+    assert program.weighed == 2 * weighed
+    assert weighed == (list(range(NUM_MICROBATCHES)) if schedule == "zero-bubble" else [])
     return spans, program.outputs, program.gradients
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "forward-only"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero-bubble", "forward-only"])
 def test_runs_the_plan_and_carries_the_values(ranks: RankPool, schedule: str, num_stages: int) -> None:
     results = ranks.run(num_stages, _run, num_stages, schedule, [True] * num_stages)
     for stage, (_, outputs, gradients) in enumerate(results):

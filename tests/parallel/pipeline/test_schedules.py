@@ -103,8 +103,9 @@ def test_every_plan_is_valid_and_complete(case: tuple[Plan, list[bool]]) -> None
         for chunk in range(plan.num_chunks):
             has_exit = has_exits[chunk * plan.num_stages + stage]
             work = [Kind.F] + [Kind.X] * has_exit + [Kind.B] * (plan.schedule != "forward-only")
+            work += [Kind.W] * (plan.schedule == "zero-bubble")
             expected |= {Action(kind, stage, chunk, i) for kind in work for i in range(plan.num_microbatches)}
-        assert {action for action in actions if action.kind in (Kind.F, Kind.X, Kind.B)} == expected
+        assert {action for action in actions if action.kind in (Kind.F, Kind.X, Kind.B, Kind.W)} == expected
 
 
 @given(plans())
@@ -159,7 +160,7 @@ def test_validation_holds_one_microbatch_at_a_time() -> None:
 
 
 def test_unknown_schedule_names_the_choices() -> None:
-    choices = "gpipe, 1f1b, filled-1f1b, interleaved, forward-only"
+    choices = "gpipe, 1f1b, filled-1f1b, interleaved, zero-bubble, forward-only"
     with pytest.raises(ValueError, match=f"unknown schedule '1b1f'; choose from {choices}"):
         build_plan("1b1f", num_stages=1, num_microbatches=1, has_exits=[True])
 

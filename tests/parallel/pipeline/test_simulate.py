@@ -27,7 +27,7 @@ def critical_path(plan: Plan, cost: Cost, transfer: float) -> float:
     def end(stage: int, index: int) -> float:
         action = plan.actions[stage][index]
         before = end(stage, index - 1) if index else 0
-        if action.kind in (Kind.F, Kind.X, Kind.B):
+        if action.kind in (Kind.F, Kind.X, Kind.B, Kind.W):
             return before + cost(action)
         if action.kind not in senders:
             return before
