@@ -5,7 +5,7 @@ Import this after the device is chosen.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,7 +101,8 @@ def model_steps(sizes: "ModelSizes") -> Timed:
         "1f1b": b,
         "release": having.step("1f1b", release_exits=True),
         "filled-1f1b": having.step("filled-1f1b", (Fill("warmup", 0), Fill("cooldown", 1))),
-        "interleaved": ModelStage(sizes, mesh, chunks=2).step("interleaved"),
+        "interleaved": ModelStage(sizes, mesh, schedule="interleaved").step("interleaved"),
+        "zero-bubble": ModelStage(sizes, mesh, schedule="zero-bubble").step("zero-bubble"),
     }
     return Timed(exits, None, {name: step.replays(sizes.replays) for name, step in steps.items()}, a.plan)
 
@@ -122,7 +123,7 @@ def sleeping_steps(sizes: "SleepingSizes") -> Timed:
             num_chunks=chunks,
             **more,  # type: ignore[arg-type]
         )
-        sleeper = Sleeper(sizes.costs, chunks)
+        sleeper = Sleeper(sizes.costs if schedule != "zero-bubble" else halved_backward(sizes.costs), chunks)
         return Step(mesh, message, plan, lambda: sleeper)
 
     pipeline = Pipeline(stages, sizes.num_microbatches, tuple(everywhere))
@@ -135,6 +136,7 @@ def sleeping_steps(sizes: "SleepingSizes") -> Timed:
         "release": step("1f1b", everywhere, release_exits=True),
         "filled-1f1b": filled,
         "interleaved": step("interleaved", everywhere, chunks=2),
+        "zero-bubble": step("zero-bubble", everywhere),
     }
     return Timed(
         exits=take_turns(sizes.rounds, without.seconds, having.seconds),
@@ -147,8 +149,8 @@ def sleeping_steps(sizes: "SleepingSizes") -> Timed:
 class ModelStage:
     """One stage of a model with random parameters, its exit, and what its steps need."""
 
-    def __init__(self, sizes: "ModelSizes", mesh: Mesh, *, early_exits: bool = True, chunks: int = 1) -> None:
-        self._config = config = model_config(sizes, early_exits=early_exits, chunks=chunks)
+    def __init__(self, sizes: "ModelSizes", mesh: Mesh, *, early_exits: bool = True, schedule: str = "1f1b") -> None:
+        self._config = config = model_config(sizes, early_exits=early_exits, schedule=schedule)
         self._mesh, self._vocab_size = mesh, sizes.vocab_size
         self._layout: Layout = layout_of(config, sizes.vocab_size)
         self._stage: Stage = build_stage(config, self._layout, sizes.vocab_size, mesh)
@@ -201,14 +203,24 @@ class Sleeper:
     def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
         return self._sleep(action)
 
+    def weights(self, action: Action) -> None:
+        self._sleep(action)
+
     def _sleep(self, action: Action) -> torch.Tensor:
         time.sleep(self._costs(action) / self._chunks)
         return self._message
 
 
-def model_config(sizes: "ModelSizes", *, early_exits: bool = True, chunks: int = 1) -> Config:
-    """Two stages, whose layers are given; the early exit is at the end of the first one."""
-    layers = sizes.stage_layers if chunks == 1 else sizes.chunk_layers
+def halved_backward(costs: StageCosts) -> StageCosts:
+    """The same durations with half of each backward in W."""
+    halves = tuple(duration / 2 for duration in costs.backward)
+    return replace(costs, backward=halves, weight=halves)
+
+
+def model_config(sizes: "ModelSizes", *, early_exits: bool = True, schedule: str = "1f1b") -> Config:
+    """Two stages, whose layers are given, interleaved with two chunks; the early exit is at the end of the first."""
+    interleaved = schedule == "interleaved"
+    layers = sizes.chunk_layers if interleaved else sizes.stage_layers
     return Config.model_validate(
         {
             "name": "bench",
@@ -224,8 +236,8 @@ def model_config(sizes: "ModelSizes", *, early_exits: bool = True, chunks: int =
             },
             "parallel": {
                 "pipeline": 2,
-                "chunks": chunks,
-                "schedule": "interleaved" if chunks > 1 else "1f1b",
+                "chunks": 1 + interleaved,
+                "schedule": schedule,
                 "layout": [{"layers": number} for number in layers],
             },
             "data": {"sequence_length": sizes.sequence_length},

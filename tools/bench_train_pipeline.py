@@ -32,7 +32,7 @@ from megatron_ee.parallel.pipeline.validity import receive_of
 if TYPE_CHECKING:  # what imports megatron-core has to wait until the device is chosen
     from bench_pipeline_steps import Timed
 
-WORK = (Kind.F, Kind.X, Kind.B)
+WORK = (Kind.F, Kind.X, Kind.B, Kind.W)
 SENDS = (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
 NO_SPANS = "schedule megatron shows no actions, so nothing of it can be replayed"
 
@@ -144,7 +144,7 @@ class Durations:
 
     def of(self, stage: int) -> tuple[float, float, float]:
         """F, X and B."""
-        forward, exits, backward = (self._medians[kind, stage] for kind in WORK)
+        forward, exits, backward = (self._medians[kind, stage] for kind in (Kind.F, Kind.X, Kind.B))
         return forward, exits, backward
 
     def model_costs(self, stage_layers: tuple[int, int]) -> ModelCosts:

@@ -8,7 +8,7 @@ from pathlib import Path
 TOOL = Path(__file__).parents[2] / "tools/bench_train.py"
 FIELDS = {"measure", "value", "goal", "better", "spread", "aa", "context"}
 MODELS = ("ee_llm_1.3b", "llama_2_7b", "llama_3_8b", "llama_3.2_1b", "gpt2_small")
-SCHEDULES = ("gpipe", "1f1b", "release", "filled-1f1b", "interleaved")
+SCHEDULES = ("gpipe", "1f1b", "release", "filled-1f1b", "interleaved", "zero-bubble")
 
 
 def _bench(*arguments: object) -> subprocess.CompletedProcess[str]:
