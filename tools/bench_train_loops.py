@@ -80,7 +80,7 @@ class _Layer(nn.Module):
 
 
 def huggingface_model(config: Config, state: State) -> "LlamaForCausalLM":
-    """Llama as transformers has it, of the config's sizes; it has no exits."""
+    """Llama as transformers has it, of the config's sizes; it has no exits. Its attention is scaled_dot_product_attention by default."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = config.model
@@ -98,7 +98,6 @@ def huggingface_model(config: Config, state: State) -> "LlamaForCausalLM":
             rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
             tie_word_embeddings=False,
             use_cache=False,
-            attn_implementation="sdpa",
         )
     )
     llama.load_state_dict(_huggingface_state(state, model))
@@ -224,4 +223,4 @@ def _query_key_value(state: State, layer: int, model: ModelConfig) -> list[torch
     qkv = state[f"layers.{layer}.self_attention.linear_qkv.weight"]
     per_group = model.num_attention_heads // model.num_key_value_heads
     groups = qkv.view(model.num_key_value_heads, per_group + 2, model.head_dim, -1)
-    return [part.flatten(0, 2) for part in groups.split([per_group, 1, 1], dim=1)]
+    return [part.flatten(0, 2) for part in torch.split(groups, [per_group, 1, 1], dim=1)]
