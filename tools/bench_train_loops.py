@@ -80,7 +80,7 @@ class _Layer(nn.Module):
 
 
 def huggingface_model(config: Config, state: State) -> "LlamaForCausalLM":
-    """Llama as transformers has it, of the config's sizes; it has no exits. Its attention is scaled_dot_product_attention by default."""
+    """Llama as transformers has it, without exits. Of itself it attends as `PlainModel` does."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = config.model
