@@ -17,6 +17,7 @@ from torch.nn.functional import rms_norm, silu
 from megatron_ee.config import ModelConfig
 from megatron_ee.device import Device
 from megatron_ee.model.attention import CoreAttention
+from megatron_ee.model.swiglu import swiglu
 
 
 class RMSNorm(torch.nn.Module):
@@ -94,7 +95,8 @@ def layer_spec(parts: LayerParts) -> ModuleSpec:
 
 def mlp_spec(parts: LayerParts) -> ModuleSpec:
     """SwiGLU."""
-    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear))
+    submodules = MLPSubmodules(linear_fc1=parts.column_linear, activation_func=swiglu, linear_fc2=parts.row_linear)
+    return ModuleSpec(module=MLP, submodules=submodules)
 
 
 _FUSED = (  # each needs CUDA, Transformer Engine or Apex
@@ -139,6 +141,7 @@ def transformer_config(
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
         activation_func=silu,
+        use_te_activation_func=True,  # that is: the one of the spec, whoever made it
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -47,6 +47,9 @@ class MegatronAdamW:
             use_gloo_process_groups=False,
             pg_collection=mesh.groups,
         )
+        for group in self._optimizer.param_groups:
+            if mesh.device.torch.type == "cpu" and "fused" in group:  # torch's AdamW, which would loop over operators
+                group["fused"] = True
         self._state: AdamState = open_adam_state(stage, self._optimizer.chained_optimizers, mesh)
 
     @property
