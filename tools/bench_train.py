@@ -54,7 +54,7 @@ def run(only: str | None, *, small: bool) -> list[Measure]:
 
         measures += pipeline_measures(SMALL if small else PipelineSizes())
     if only != "pipeline":
-        from bench_train_model import model_measures  # type: ignore[import-not-found, unused-ignore]
+        from bench_train_model import model_measures
 
         measures += model_measures(small)
     return measures

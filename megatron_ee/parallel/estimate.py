@@ -16,7 +16,7 @@ MOMENTS = 2  # AdamW's
 
 # Numbers that are kept: of both norms of a layer in hidden states, and of its MLP in units of its inner width.
 _NORM_NUMBERS, _NORM_INPUTS = 6, 2
-_MLP_NUMBERS = 5
+_MLP_NUMBERS = 3
 
 Held = Collection[tuple[int, int]]
 """Micro-batches up to their B and those that wait for their W, at one time or another: see `Timeline.holdings`."""
@@ -127,7 +127,7 @@ def layer_activations(
 
     Both norms keep their input, its normalised form and their output; attention keeps queries, keys and values before
     and after rotary positions, and its output; rotary positions keep sines and cosines, which the sequences of a
-    micro-batch share; SwiGLU keeps both factors, the gate's silu, the other factor once more, and their product.
+    micro-batch share; SwiGLU keeps its input, gate and factor, and its output.
     Transformer Engine's fused layers keep less.
 
     Args:
