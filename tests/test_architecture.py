@@ -63,6 +63,7 @@ WITHOUT_TORCH = [
     PACKAGE / "parallel/balance.py",
     PACKAGE / "parallel/costs.py",
     PACKAGE / "parallel/estimate.py",
+    PACKAGE / "parallel/chunks.py",
     PACKAGE / "parallel/layout.py",
     PACKAGE / "parallel/products.py",
     PACKAGE / "parallel/world.py",

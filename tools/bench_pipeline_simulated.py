@@ -9,8 +9,9 @@ from typing import Any
 from bench_report import Measure, measure_of
 
 from megatron_ee.config import Config, ExitsConfig, ModelConfig, ParallelConfig, StagePlacement
+from megatron_ee.parallel.chunks import Layout, have_exits
 from megatron_ee.parallel.costs import ModelCosts, chunk_costs, estimated_costs
-from megatron_ee.parallel.layout import Layout, have_exits, place
+from megatron_ee.parallel.layout import place
 from megatron_ee.parallel.pipeline.fill_planner import plan_fills
 from megatron_ee.parallel.pipeline.plan import Fill
 from megatron_ee.parallel.pipeline.schedules import Pipeline, build_plan

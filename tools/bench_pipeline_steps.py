@@ -6,17 +6,18 @@ Import this after the device is chosen.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from bench_pipeline_sizes import ModelSizes, SleepingSizes
 from bench_report import Rounds, take_turns
 
 from megatron_ee.config import Config, ParallelConfig
 from megatron_ee.data.batch import Batch
 from megatron_ee.device import choose_device
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.layout import Layout, have_exits, layout_of
+from megatron_ee.parallel.chunks import Layout, have_exits
+from megatron_ee.parallel.layout import layout_of
 from megatron_ee.parallel.mesh import Mesh, open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.fill_planner import plan_fills
@@ -30,9 +31,6 @@ from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.loss_weights import loss_weights
 from megatron_ee.training.losses import count_tokens
 from megatron_ee.training.stage_step import StageStep
-
-if TYPE_CHECKING:
-    from bench_train_pipeline import ModelSizes, SleepingSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ class Step:
         return Replays(self.plan, steps[1:])
 
 
-def model_steps(sizes: "ModelSizes") -> Timed:
+def model_steps(sizes: ModelSizes) -> Timed:
     """Of a real model on two stages."""
     mesh = open_mesh(ParallelConfig(pipeline=2, chunks=2), choose_device("cpu"))
     without, having = ModelStage(sizes, mesh, early_exits=False), ModelStage(sizes, mesh)
@@ -107,7 +105,7 @@ def model_steps(sizes: "ModelSizes") -> Timed:
     return Timed(exits, None, {name: step.replays(sizes.replays) for name, step in steps.items()}, a.plan)
 
 
-def sleeping_steps(sizes: "SleepingSizes") -> Timed:
+def sleeping_steps(sizes: SleepingSizes) -> Timed:
     """Of stages that sleep for as long as they would work."""
     stages = sizes.num_stages
     mesh = open_mesh(ParallelConfig(pipeline=stages, chunks=2), choose_device("cpu"))
@@ -149,7 +147,7 @@ def sleeping_steps(sizes: "SleepingSizes") -> Timed:
 class ModelStage:
     """One stage of a model with random parameters, its exit, and what its steps need."""
 
-    def __init__(self, sizes: "ModelSizes", mesh: Mesh, *, early_exits: bool = True, schedule: str = "1f1b") -> None:
+    def __init__(self, sizes: ModelSizes, mesh: Mesh, *, early_exits: bool = True, schedule: str = "1f1b") -> None:
         self._config = config = model_config(sizes, early_exits=early_exits, schedule=schedule)
         self._mesh, self._vocab_size = mesh, sizes.vocab_size
         self._layout: Layout = layout_of(config, sizes.vocab_size)
@@ -217,7 +215,7 @@ def halved_backward(costs: StageCosts) -> StageCosts:
     return replace(costs, backward=halves, weight=halves)
 
 
-def model_config(sizes: "ModelSizes", *, early_exits: bool = True, schedule: str = "1f1b") -> Config:
+def model_config(sizes: ModelSizes, *, early_exits: bool = True, schedule: str = "1f1b") -> Config:
     """Two stages, whose layers are given, interleaved with two chunks; the early exit is at the end of the first."""
     interleaved = schedule == "interleaved"
     layers = sizes.chunk_layers if interleaved else sizes.stage_layers

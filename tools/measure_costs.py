@@ -20,8 +20,8 @@ from megatron_ee.config import Config, ExitsConfig, HeadKind, ParallelConfig, op
 from megatron_ee.device import Device, choose_device
 from megatron_ee.errors import FieldError, UserError
 from megatron_ee.log import quiet_dependencies
+from megatron_ee.parallel.chunks import Chunk
 from megatron_ee.parallel.costs import ModelCosts, write_costs
-from megatron_ee.parallel.layout import Chunk
 
 if TYPE_CHECKING:  # what imports megatron-core has to wait until the device is chosen
     from megatron_ee.model.stage import Stage

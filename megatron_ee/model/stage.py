@@ -30,7 +30,7 @@ from megatron_ee.model.layers import (
     transformer_config,
 )
 from megatron_ee.model.rotary import rotary_angles
-from megatron_ee.parallel.layout import Chunk
+from megatron_ee.parallel.chunks import Chunk
 
 _ENGINE_STATE = "_extra_state"  # Transformer Engine's fp8 scales: a checkpoint has to fit layers without it, too
 

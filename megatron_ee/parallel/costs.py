@@ -10,10 +10,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from megatron_ee.config import Config, ExitsConfig, HeadKind
 from megatron_ee.errors import FieldError
+from megatron_ee.parallel.chunks import Chunk, Layout
 from megatron_ee.parallel.pipeline.plan import Action, Kind
 from megatron_ee.parallel.pipeline.simulate import StageCosts
 from megatron_ee.parallel.products import (
@@ -23,9 +24,6 @@ from megatron_ee.parallel.products import (
     layer_products,
     mlp_products,
 )
-
-if TYPE_CHECKING:  # a layout is made from costs
-    from megatron_ee.parallel.layout import Chunk, Layout
 
 ESTIMATED = "estimated"
 VERSION = 1  # of the file
@@ -127,7 +125,7 @@ def weight_share(config: Config) -> float:
     return matrices / _backward_products(config)
 
 
-def chunk_costs(layout: "Layout", exits: ExitsConfig, costs: ModelCosts, *, weights: float | None = None) -> ChunkCosts:
+def chunk_costs(layout: Layout, exits: ExitsConfig, costs: ModelCosts, *, weights: float | None = None) -> ChunkCosts:
     """What every chunk of a layout costs.
 
     Args:
@@ -141,7 +139,7 @@ def chunk_costs(layout: "Layout", exits: ExitsConfig, costs: ModelCosts, *, weig
             for chunks in layout
         )
 
-    def of_exits(chunk: "Chunk") -> float:
+    def of_exits(chunk: Chunk) -> float:
         return sum(costs.exits[exits.head_of(layer)] for layer in chunk.exits)
 
     return ChunkCosts(

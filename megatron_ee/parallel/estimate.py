@@ -4,8 +4,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_ee.config import Config, HeadKind, ModelConfig, ParallelConfig
+from megatron_ee.parallel.chunks import Chunk, Layout, have_exits
 from megatron_ee.parallel.costs import costs_of
-from megatron_ee.parallel.layout import Chunk, Layout, describe_layout, have_exits, place
+from megatron_ee.parallel.layout import describe_layout, place
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.simulate import simulate
 from megatron_ee.parallel.world import count_microbatches, data_parallel_size

@@ -1,37 +1,11 @@
-"""Which layers and exits each pipeline stage holds.
+"""Which layers and exits each pipeline stage gets: pinned by hand, or balanced by what they cost."""
 
-A stage holds one chunk of the model, or several (`parallel.chunks`): then the model goes round the stages.
-"""
-
-from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_ee.config import Config, ExitsConfig, ModelConfig, ParallelConfig, StagePlacement
 from megatron_ee.parallel.balance import Work, balance
+from megatron_ee.parallel.chunks import Chunk, Layout
 from megatron_ee.parallel.costs import ModelCosts, chunk_costs, costs_of
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A part of the model on one stage: layers `start + 1` to `stop`, counted from 1 over the whole model.
-
-    Attributes:
-        start, stop: number of layers run before and after this chunk.
-        exits: the exits that it computes, ascending. `start` among them is an exit on the stage's input; the model's
-            last layer is among the last chunk's: the final output.
-    """
-
-    start: int
-    stop: int
-    exits: tuple[int, ...]
-
-    @property
-    def has_embedding(self) -> bool:
-        return self.start == 0
-
-
-Layout = tuple[tuple[Chunk, ...], ...]
-"""The chunks of every stage: `layout[stage][chunk]`."""
 
 
 def layout_of(config: Config, vocab_size: int) -> Layout:
@@ -79,11 +53,6 @@ def describe_layout(layout: Layout, exits: ExitsConfig, costs: ModelCosts) -> li
             f"{of_slowest:.1%} of the slowest stage's work, {of_all:.1%} of all"
         )
     return lines
-
-
-def have_exits(layout: Layout) -> list[bool]:
-    """For each chunk, in the model's order, whether it has an exit."""
-    return [bool(chunk.exits) for same_chunk in zip(*layout, strict=True) for chunk in same_chunk]
 
 
 def _layers(chunk: Chunk) -> str:

@@ -12,7 +12,7 @@ from megatron_ee.model.initialize import initialize
 from megatron_ee.model.layers import Recompute
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.layout import Layout
+from megatron_ee.parallel.chunks import Layout
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Plan

@@ -13,8 +13,9 @@ from megatron_ee.device import Device
 from megatron_ee.errors import FieldError
 from megatron_ee.log import start_logging
 from megatron_ee.model.vocabulary import resolve_vocab_size
+from megatron_ee.parallel.chunks import Layout
 from megatron_ee.parallel.costs import costs_of
-from megatron_ee.parallel.layout import Layout, describe_layout, layout_of
+from megatron_ee.parallel.layout import describe_layout, layout_of
 from megatron_ee.parallel.mesh import Mesh, open_mesh
 from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.schedules import TRAINING_SCHEDULES, Schedule

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from megatron_ee.config import Config
+from megatron_ee.parallel.chunks import Layout, have_exits
 from megatron_ee.parallel.costs import chunk_costs, costs_of
-from megatron_ee.parallel.layout import Layout, have_exits
 from megatron_ee.parallel.pipeline.fill_planner import plan_fills
 from megatron_ee.parallel.pipeline.plan import Fill, Kind, Plan
 from megatron_ee.parallel.pipeline.schedules import Pipeline, Schedule, build_plan

@@ -14,7 +14,8 @@ from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, RandomSamples
 from megatron_ee.config import Config
 from megatron_ee.data.loader import BatchLoader
 from megatron_ee.device import choose_device
-from megatron_ee.parallel.layout import Layout, layout_of
+from megatron_ee.parallel.chunks import Layout
+from megatron_ee.parallel.layout import layout_of
 from megatron_ee.parallel.mesh import Mesh, open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Fill

@@ -11,8 +11,8 @@ from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, tiny_config
 
 from megatron_ee.config import Config, ExitsConfig
 from megatron_ee.errors import FieldError
+from megatron_ee.parallel.chunks import Chunk
 from megatron_ee.parallel.costs import ModelCosts, chunk_costs, costs_of, estimated_costs, weight_share, write_costs
-from megatron_ee.parallel.layout import Chunk
 from megatron_ee.parallel.pipeline.plan import Action, Kind
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.simulate import simulate

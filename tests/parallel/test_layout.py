@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ee.config import ExitsConfig, ModelConfig, ParallelConfig, StagePlacement, load_config
+from megatron_ee.parallel.chunks import Chunk, have_exits
 from megatron_ee.parallel.costs import ModelCosts, costs_of
-from megatron_ee.parallel.layout import Chunk, describe_layout, have_exits, layout_of, place
+from megatron_ee.parallel.layout import describe_layout, layout_of, place
 
 FREE_EXITS = ModelCosts(1.0, 2.0, 0.0, 0.0, exits={"norm": 0.0, "mlp": 0.0, "block": 0.0})
 EXITS = ModelCosts(1.0, 2.0, 0.0, 0.0, exits={"norm": 3.0, "mlp": 4.0, "block": 6.0})

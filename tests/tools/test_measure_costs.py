@@ -11,8 +11,9 @@ from helpers.tiny import tiny_config
 
 from megatron_ee.config import load_config, to_yaml
 from megatron_ee.errors import UserError
+from megatron_ee.parallel.chunks import Chunk
 from megatron_ee.parallel.costs import costs_of
-from megatron_ee.parallel.layout import Chunk, layout_of
+from megatron_ee.parallel.layout import layout_of
 from tools.measure_costs import costs_from, main, parts_of, table
 
 ROOT = Path(__file__).parents[2]
