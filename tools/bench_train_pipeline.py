@@ -25,7 +25,7 @@ from bench_report import Measure, Rounds, measure_of
 
 from megatron_ee.device import choose_device
 from megatron_ee.parallel.costs import ModelCosts
-from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
+from megatron_ee.parallel.pipeline.plan import WORK, Action, Kind, Plan
 from megatron_ee.parallel.pipeline.simulate import simulate
 from megatron_ee.parallel.pipeline.timeline import Span
 from megatron_ee.parallel.pipeline.validity import receive_of
@@ -33,7 +33,6 @@ from megatron_ee.parallel.pipeline.validity import receive_of
 if TYPE_CHECKING:  # what imports megatron-core has to wait until the device is chosen
     from bench_pipeline_steps import Timed
 
-WORK = (Kind.F, Kind.X, Kind.B, Kind.W)
 SENDS = (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
 NO_SPANS = "schedule megatron shows no actions, so nothing of it can be replayed"
 

@@ -21,8 +21,8 @@ WITHOUT_DATE: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {
 STYLE: dict[Any, Any] = {"font.size": 10, "hatch.linewidth": 0.7, "svg.hashsalt": "megatron_ee"}
 
 # Told apart in any kind of colour blindness, and in grey: of Okabe and Ito's palette, with unlike brightness.
-COLOURS = {Kind.F: "#56b4e9", Kind.X: "#f0c230", Kind.B: "#00795a"}
-NAMES = {Kind.F: "forward", Kind.X: "exits", Kind.B: "backward"}
+COLOURS = {Kind.F: "#56b4e9", Kind.X: "#f0c230", Kind.B: "#00795a", Kind.W: "#cc79a7"}
+NAMES = {Kind.F: "forward", Kind.X: "exits", Kind.B: "backward", Kind.W: "weights"}
 IDLE = "#e9e9e9"
 FILL_HATCH = "////"
 

@@ -15,7 +15,7 @@ from megatron_ee.config import Config, open_config
 from megatron_ee.config.checks import BUILT_IN
 from megatron_ee.errors import FieldError, UserError
 from megatron_ee.model.vocabulary import resolve_vocab_size
-from megatron_ee.parallel.costs import ESTIMATED, chunk_costs, costs_of
+from megatron_ee.parallel.costs import ESTIMATED, chunk_costs, costs_of, weight_share
 from megatron_ee.parallel.layout import describe_layout, place
 from megatron_ee.parallel.pipeline.plan import Action, Fill, Kind, Plan
 from megatron_ee.parallel.pipeline.simulate import simulate
@@ -86,7 +86,8 @@ def show(config: Config, world_size: int | None) -> Shown:
     costs = costs_of(config, vocab_size)
     layout = place(config.model, config.exits, parallel, costs)
     plan = plan_step(config, layout, vocab_size, num_microbatches)
-    cost = chunk_costs(layout, config.exits, costs)
+    has_weights = any(action.kind is Kind.W for actions in plan.actions for action in actions)
+    cost = chunk_costs(layout, config.exits, costs, weights=weight_share(config) if has_weights else None)
     is_estimated = parallel.costs == ESTIMATED
     scale, unit = (1 / costs.layer_forward, "layer forwards") if is_estimated else (1e3, MS)
 

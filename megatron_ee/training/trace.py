@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_ee.errors import UserError
-from megatron_ee.parallel.pipeline.plan import Action, Fill, Kind, Plan
+from megatron_ee.parallel.pipeline.plan import WORK, Action, Fill, Kind, Plan
 from megatron_ee.parallel.pipeline.simulate import simulate
 from megatron_ee.parallel.pipeline.timeline import Span, Timeline
 
 VERSION = 1  # of the file
 KEY = "megatron_ee"  # within otherData
 
-_WORK = (Kind.F, Kind.X, Kind.B)
 _LANES = ("work", "messages")
 _NS = 1e-9  # all times are whole nanoseconds, so that neighbours still touch when they have been written and read
 
@@ -175,7 +174,7 @@ def _event(trace: Trace, span: Span, process: int) -> dict[str, Any]:
         "name": f"{name} {action.microbatch}{chunk}{' fill' if is_fill else ''}",
         "cat": str(action.kind),
         "pid": process,
-        "tid": 1 if action.kind in _WORK else 2,
+        "tid": 1 if action.kind in WORK else 2,
         "ts": start / 1000,
         "dur": (end - start) / 1000,
         "args": {
@@ -230,7 +229,7 @@ def _microseconds(value: Any) -> float:
 
 
 def _work_of(lane: Sequence[Span]) -> Iterator[Span]:
-    return (span for span in lane if span.action.kind in _WORK)
+    return (span for span in lane if span.action.kind in WORK)
 
 
 def _start_of(lanes: Lanes) -> float:

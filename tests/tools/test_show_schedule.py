@@ -10,7 +10,7 @@ from helpers.tiny import tiny_config
 from megatron_ee.config import load_config, to_yaml
 from megatron_ee.parallel.costs import ModelCosts, write_costs
 from megatron_ee.parallel.layout import layout_of
-from megatron_ee.parallel.pipeline.plan import Kind
+from megatron_ee.parallel.pipeline.plan import WORK
 from megatron_ee.parallel.pipeline.timeline import Span
 from megatron_ee.training.planning import plan_step
 from megatron_ee.training.trace import make_trace, write_trace
@@ -19,6 +19,7 @@ TOOL = Path(__file__).parents[2] / "tools/show_schedule.py"
 VOCAB_SIZE = 320
 SIZES = ("model.vocab_size=320", "parallel.pipeline=2")
 FILLED = ("model.vocab_size=320", "model.ffn_hidden_size=2048", "parallel.pipeline=4", "parallel.schedule=filled-1f1b")
+ZERO_BUBBLE = (*SIZES, "parallel.schedule=zero-bubble")
 INTERLEAVED = (*SIZES, "parallel.schedule=interleaved", "parallel.chunks=2")
 
 
@@ -44,7 +45,7 @@ def _record(path: Path, *overrides: str) -> None:
     for actions in plan.actions:
         spans, now = [], start
         for action in actions:
-            end = now + (0.004 if action.kind in (Kind.F, Kind.X, Kind.B) else 0)
+            end = now + (0.004 if action.kind in WORK else 0)
             spans.append(Span(action, now, end))
             now = end + 0.001
         recorded.append(spans)
@@ -57,6 +58,7 @@ def _record(path: Path, *overrides: str) -> None:
     [
         (SIZES, "schedule 1f1b, 2 stages, 8 micro-batches; costs estimated"),
         (FILLED, "schedule filled-1f1b, 4 stages, 8 micro-batches, fills: 1 warm-up and 1 cool-down; costs estimated"),
+        (ZERO_BUBBLE, "schedule zero-bubble, 2 stages, 8 micro-batches; costs estimated"),
         (INTERLEAVED, "schedule interleaved, 2 stages of 2 chunks, 8 micro-batches; costs estimated"),
         (
             (*SIZES, "parallel.schedule=megatron", "--world-size", "4"),
@@ -94,7 +96,9 @@ def test_idle_time_and_live_micro_batches_are_those_of_1f1b(run: Path) -> None:
     assert lines[-1] == "makespan 108.00 ms, bubble 11.1%"
 
 
-@pytest.mark.parametrize("overrides", [SIZES, FILLED, INTERLEAVED], ids=["1f1b", "filled", "interleaved"])
+@pytest.mark.parametrize(
+    "overrides", [SIZES, FILLED, INTERLEAVED, ZERO_BUBBLE], ids=["1f1b", "filled", "interleaved", "zero-bubble"]
+)
 @pytest.mark.parametrize(("name", "begin"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")], ids=["png", "svg"])
 def test_the_same_plan_is_the_same_picture(run: Path, overrides: tuple[str, ...], name: str, begin: bytes) -> None:
     pictures = []
@@ -107,7 +111,9 @@ def test_the_same_plan_is_the_same_picture(run: Path, overrides: tuple[str, ...]
     assert pictures[0].startswith(begin)
 
 
-@pytest.mark.parametrize("overrides", [SIZES, FILLED, INTERLEAVED], ids=["1f1b", "filled", "interleaved"])
+@pytest.mark.parametrize(
+    "overrides", [SIZES, FILLED, INTERLEAVED, ZERO_BUBBLE], ids=["1f1b", "filled", "interleaved", "zero-bubble"]
+)
 def test_a_recorded_step_is_shown_beside_its_plan(run: Path, overrides: tuple[str, ...]) -> None:
     _record(run.parent / "trace.json", *overrides)
     done = _show(*overrides, "--trace", "trace.json", "--output", "beside.svg")

@@ -28,6 +28,10 @@ class Kind(StrEnum):
     RECV_BACKWARD = "recv_backward"
 
 
+WORK = (Kind.F, Kind.X, Kind.B, Kind.W)
+"""What takes a stage's time; the other kinds are messages."""
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """One entry of a plan. `chunk` counts the model chunks of a stage (1 chunk unless the schedule is interleaved)."""
