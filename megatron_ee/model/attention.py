@@ -1,9 +1,9 @@
-"""Core attention on torch's scaled_dot_product_attention, with or without a key-value store.
+"""Core attention on torch's scaled_dot_product_attention: rotary positions, with or without a key-value store.
 
 Shapes: S query positions, T positions attended to, B batch, H query heads, G key-value heads, D head dimension.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,6 +11,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_ee.model.rotary import Rotation, rotate
 
 
 class KeyValueStore(Protocol):
@@ -27,12 +29,28 @@ class KeyValueStore(Protocol):
         ...
 
 
-class CoreAttention(MegatronModule):
-    """Attention proper, between megatron-core's QKV and output projections.
+class Launch(NamedTuple):
+    """What the attentions of all layers that run together have in common.
 
-    megatron-core hands its `attention_mask` through untouched; here it is None (causal self-attention within the
-    sequence) or a `KeyValueStore`.
+    Attributes:
+        store: past keys and values; None: causal self-attention within the sequence.
     """
+
+    rotation: Rotation
+    store: KeyValueStore | None = None
+
+
+class AttentionContext:
+    """Tells attentions which launch they are part of: megatron-core's layers between hand nothing through.
+
+    Whoever runs a layer sets it just before.
+    """
+
+    launch: Launch
+
+
+class CoreAttention(MegatronModule):
+    """Attention proper, between megatron-core's QKV and output projections."""
 
     def __init__(
         self,
@@ -43,23 +61,28 @@ class CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        context: AttentionContext,
     ) -> None:
         super().__init__(config)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
+        self.context = context
 
     def forward(
         self,
         query_SBHD: torch.Tensor,
         key_SBGD: torch.Tensor,
         value_SBGD: torch.Tensor,
-        attention_mask: KeyValueStore | None,
-        **unused: Any,
+        *unused: Any,
+        **unused_too: Any,
     ) -> torch.Tensor:
         """Attend; returns [S, B, H*D]."""
+        rotation, store = self.context.launch
+        query_SBHD, key_SBGD = rotate(query_SBHD, rotation), rotate(key_SBGD, rotation)
         mask_ST = None
-        if attention_mask is not None:
-            key_SBGD, value_SBGD, mask_ST = attention_mask.extend(self.layer_number, key_SBGD, value_SBGD)
+        if store is not None:
+            key_SBGD, value_SBGD, mask_ST = store.extend(self.layer_number, key_SBGD, value_SBGD)
         context_BHSD = scaled_dot_product_attention(
             query_SBHD.permute(1, 2, 0, 3),
             key_SBGD.permute(1, 2, 0, 3),

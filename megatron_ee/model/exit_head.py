@@ -63,17 +63,13 @@ class ExitHead(MegatronModule):
         """Whether it needs other positions than its own."""
         return self.kind == "block"
 
-    def features(self, hidden_SBH: torch.Tensor, **context: Any) -> torch.Tensor:
-        """What the projection takes: [S, B, H], normed.
-
-        Args:
-            context: a layer's: a block attends as layers do.
-        """
+    def features(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """What the projection takes: [S, B, H], normed. A block attends as layers do."""
         if self.kind == "mlp":
             branch_SBH, _ = self.mlp(self.pre_mlp_layernorm(hidden_SBH))
             hidden_SBH = hidden_SBH + branch_SBH
         elif self.kind == "block":
-            hidden_SBH, _ = self.block(hidden_SBH, **context)
+            hidden_SBH, _ = self.block(hidden_SBH)
         return self.norm(hidden_SBH)
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import rms_norm, silu
 
 from megatron_ee.config import ModelConfig
 from megatron_ee.device import Device
-from megatron_ee.model.attention import CoreAttention
+from megatron_ee.model.attention import AttentionContext, CoreAttention
 from megatron_ee.model.swiglu import swiglu
 
 
@@ -36,9 +36,9 @@ class RMSNorm(torch.nn.Module):
 class Layer(TransformerLayer):
     """megatron-core's layer, which also shows the state between its attention and its MLP."""
 
-    def forward(self, x_SBH: torch.Tensor, **context: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output, and the residual stream after its attention; both [S, B, H]."""
-        after_attention_SBH, _ = self._forward_attention(x_SBH, **context)
+        after_attention_SBH, _ = self._forward_attention(x_SBH)
         return self._forward_mlp(after_attention_SBH), after_attention_SBH
 
 
@@ -54,20 +54,21 @@ NOTHING_RECOMPUTED = Recompute()
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
-    """The modules that a transformer layer and an exit head are made of."""
+    """The modules that the transformer layers and exit heads of a stage are made of, and what they share."""
 
     norm: type
     column_linear: type
     row_linear: type
+    context: AttentionContext
 
 
 def layer_parts(device: Device) -> LayerParts:
     """Transformer Engine's parts on a device that has them, megatron-core's own elsewhere."""
     if not device.has_transformer_engine:
-        return LayerParts(RMSNorm, ColumnParallelLinear, RowParallelLinear)
+        return LayerParts(RMSNorm, ColumnParallelLinear, RowParallelLinear, AttentionContext())
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 
-    return LayerParts(TENorm, TEColumnParallelLinear, TERowParallelLinear)
+    return LayerParts(TENorm, TEColumnParallelLinear, TERowParallelLinear, AttentionContext())
 
 
 def layer_spec(parts: LayerParts) -> ModuleSpec:
@@ -81,7 +82,7 @@ def layer_spec(parts: LayerParts) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=parts.column_linear,
-                    core_attention=CoreAttention,
+                    core_attention=ModuleSpec(module=CoreAttention, params={"context": parts.context}),
                     linear_proj=parts.row_linear,
                 ),
             ),

@@ -1,18 +1,58 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864), for any set of positions."""
+"""Rotary positions (RoFormer, arXiv 2104.09864), for any set of positions: channel i turns with channel i + D/2.
+
+Shapes: S positions, B sequences, N heads, D head dimension.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
-def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
-    """The angle of each channel at each position, as megatron-core's attention takes them.
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle of each pair of channels at each position: [S, 1 or B, 1, D/2]."""
 
+    cosine: torch.Tensor
+    sine: torch.Tensor
+
+
+def rotation_at(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+    """
     Args:
-        positions: [s], or [s, b] where the sequences of a batch are at different positions; integers.
-
-    Returns:
-        fp32 [s, 1 or b, 1, head_dim]; the second half repeats the first.
+        positions: [S], or [S, B] where the sequences of a batch are at different positions; integers.
+        dtype: of what will be rotated.
     """
     channels = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
     frequencies = theta ** (-channels / head_dim)
     angles = positions.reshape(positions.shape[0], -1, 1, 1).to(torch.float64) * frequencies
-    return torch.cat((angles, angles), dim=-1).to(torch.float32)
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def rotate(x_SBND: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Queries or keys, turned by their positions. Nothing of them is kept for the backward: it turns back."""
+    rotated: torch.Tensor = _Rotate.apply(x_SBND, *rotation)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SBND: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turn(x_SBND, cosine, sine, by=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_SBND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _turn(gradient_SBND, *ctx.saved_tensors, by=-1), None, None
+
+
+def _turn(x_SBND: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, by: int) -> torch.Tensor:
+    """Each half is written where it belongs: joining them would be a copy."""
+    turned_SBND = torch.empty_like(x_SBND)
+    first, second = x_SBND.chunk(2, dim=-1)
+    turned_first, turned_second = turned_SBND.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=turned_first)
+    turned_first.addcmul_(second, sine, value=-by)
+    torch.mul(second, cosine, out=turned_second)
+    turned_second.addcmul_(first, sine, value=by)
+    return turned_SBND

@@ -5,7 +5,7 @@ V, and with sequence parallelism hidden states are its share of S.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ee.config import ExitsConfig, ModelConfig
 from megatron_ee.device import Device
-from megatron_ee.model.attention import KeyValueStore
+from megatron_ee.model.attention import KeyValueStore, Launch
 from megatron_ee.model.deferred_weights import collect_products, deferring
 from megatron_ee.model.exit_head import ExitHead, enter_projection, make_projection
 from megatron_ee.model.layers import (
@@ -29,7 +29,7 @@ from megatron_ee.model.layers import (
     layer_spec,
     transformer_config,
 )
-from megatron_ee.model.rotary import rotary_angles
+from megatron_ee.model.rotary import rotation_at
 from megatron_ee.parallel.chunks import Chunk
 
 _ENGINE_STATE = "_extra_state"  # Transformer Engine's fp8 scales: a checkpoint has to fit layers without it, too
@@ -82,6 +82,7 @@ class Stage(MegatronModule):
         self.chunks, self.model, self.groups, self.recompute = tuple(chunks), model, groups, recompute
         self.tp_group = groups.tp
         parts = layer_parts(device)
+        self._attention = parts.context
         has_embedding = any(chunk.has_embedding for chunk in chunks)
         self.embedding = self._make_embedding(vocab_size) if has_embedding else None
         self.layers = self._make_layers(deferring(parts) if defer_weight_gradients else parts)
@@ -137,12 +138,12 @@ class Stage(MegatronModule):
             The output [S, B, H], and the hidden state at each exit passed. An exit on a chunk's input is passed when
             `start` is where the chunk begins.
         """
-        context = self._context(positions, store)
+        launch = self._launch(positions, store)
         taps = {}
         if any(start == chunk.start and start in chunk.exits for chunk in self.chunks):
             taps[Tap(start)] = x_SBH
         for layer in range(start + 1, stop + 1):
-            x_SBH, after_attention_SBH = self._run_layer(layer, x_SBH, context)
+            x_SBH, after_attention_SBH = self._run_layer(layer, x_SBH, launch)
             if str(layer) in self.exits:
                 tap = self.tap_of(layer)
                 taps[tap] = x_SBH if tap.site == "output" else after_attention_SBH
@@ -169,7 +170,9 @@ class Stage(MegatronModule):
         """What the exit's projection takes, [S, B, H], from the hidden state at its tap; other arguments as those of
         `run_layers`."""
         head = self.head(layer)
-        return head.features(hidden_SBH, **(self._context(positions, store) if head.attends else {}))
+        if head.attends:
+            self._attention.launch = self._launch(positions, store)
+        return head.features(hidden_SBH)
 
     def project(self, features_SBH: torch.Tensor, layer: int) -> torch.Tensor:
         """logits_SBV of the features of the exit after `layer`."""
@@ -275,16 +278,18 @@ class Stage(MegatronModule):
             }
         )
 
-    def _context(self, positions: torch.Tensor, store: KeyValueStore | None) -> dict[str, Any]:
-        """What megatron-core's layers take beside the hidden states."""
-        angles = rotary_angles(positions, self.model.head_dim, self.model.rope_theta)
-        return {"attention_mask": store, "rotary_pos_emb": angles}
+    def _launch(self, positions: torch.Tensor, store: KeyValueStore | None) -> Launch:
+        model, dtype = self.model, self.config.params_dtype
+        return Launch(rotation_at(positions, model.head_dim, model.rope_theta, dtype), store)
 
-    def _run_layer(self, layer: int, x_SBH: torch.Tensor, context: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        run = self.layers[str(layer)]
+    def _run_layer(self, layer: int, x_SBH: torch.Tensor, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(x_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            self._attention.launch = launch  # also when it runs again, in a backward
+            return self.layers[str(layer)](x_SBH)
+
         if self.recompute.layers and torch.is_grad_enabled():
-            return checkpoint(run, x_SBH, use_reentrant=False, preserve_rng_state=False, **context)
-        return run(x_SBH, **context)
+            return checkpoint(run, x_SBH, use_reentrant=False, preserve_rng_state=False)
+        return run(x_SBH)
 
     def _projection(self, layer: int) -> tuple[ColumnParallelLinear, torch.Tensor]:
         projection = self.head(layer).output or self.output

@@ -121,14 +121,11 @@ def head_parameters(model: ModelConfig, kind: HeadKind, ranks: int = 1) -> int:
     return before[kind] + model.hidden_size
 
 
-def layer_activations(
-    parallel: ParallelConfig, model: ModelConfig, micro_batch_size: int = 1, recomputed: Collection[str] = ()
-) -> float:
+def layer_activations(parallel: ParallelConfig, model: ModelConfig, recomputed: Collection[str] = ()) -> float:
     """Numbers that one layer keeps for its backward, per token, on one of the tensor-parallel ranks.
 
-    Both norms keep their input, its normalised form and their output; attention keeps queries, keys and values before
-    and after rotary positions, and its output; rotary positions keep sines and cosines, which the sequences of a
-    micro-batch share; SwiGLU keeps its input, gate and factor, and its output.
+    Both norms keep their input, its normalised form and their output; attention keeps queries, keys and values,
+    the first two turned by their positions, and its output; SwiGLU keeps its input, gate and factor, and its output.
     Transformer Engine's fused layers keep less.
 
     Args:
@@ -139,7 +136,7 @@ def layer_activations(
     of_mlp = 0 if "mlp" in recomputed else _MLP_NUMBERS * model.ffn_hidden_size
     of_norms = _NORM_INPUTS if "layernorm" in recomputed else _NORM_NUMBERS
     of_hidden_states = of_norms * _hidden(parallel, model)
-    return of_hidden_states + (3 * queries + 3 * keys + of_mlp) / ranks + 4 * model.head_dim / micro_batch_size
+    return of_hidden_states + (2 * queries + 2 * keys + of_mlp) / ranks
 
 
 def weight_products(parallel: ParallelConfig, model: ModelConfig) -> float:
@@ -205,12 +202,12 @@ def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: in
 def _layer_activations(config: Config) -> tuple[float, float]:
     """Numbers per token of a layer: all of them, and those that are kept until its backward begins."""
     parallel, model, training = config.parallel, config.model, config.training
-    whole = layer_activations(parallel, model, training.micro_batch_size)
+    whole = layer_activations(parallel, model)
     match training.recompute:
         case "full":
             return whole, _hidden(parallel, model)
         case "selective":
-            return whole, layer_activations(parallel, model, training.micro_batch_size, training.recompute_modules)
+            return whole, layer_activations(parallel, model, training.recompute_modules)
         case "none":
             return whole, whole
 
@@ -222,7 +219,7 @@ def _head_activations(config: Config, kind: HeadKind) -> float:
     before = {
         "norm": 0.0,
         "mlp": norm + _MLP_NUMBERS * model.ffn_hidden_size / parallel.tensor,
-        "block": layer_activations(parallel, model, config.training.micro_batch_size),
+        "block": layer_activations(parallel, model),
     }
     return before[kind] + norm
 

@@ -65,7 +65,7 @@ def _record(path: Path, *overrides: str) -> None:
             "schedule megatron-core's own, shown as our 1f1b, 2 stages, 4 micro-batches; costs estimated",
         ),
     ],
-    ids=["1f1b", "filled", "interleaved", "megatron"],
+    ids=["1f1b", "filled", "zero-bubble", "interleaved", "megatron"],
 )
 def test_a_plan_is_shown_as_text(run: Path, overrides: tuple[str, ...], said: str) -> None:
     done = _show(*overrides, "--width", "90")
