@@ -3,25 +3,18 @@
 Only what executes the micro-batches differs: stage, losses, gradients and optimizer are the very same objects.
 """
 
-import multiprocessing
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.distributed as dist
 from bench_gpu import build
+from bench_ranks import run_on_ranks
 from bench_report import Measure, Rounds, measure_of, take_turns
 from bench_train_memory import memory_measures, worst_of
 from bench_train_setup import Sizes, config_of, context_of, random_batch
 
 from megatron_ee.device import choose_device
-from megatron_ee.log import quiet_dependencies
 
 if TYPE_CHECKING:
     from megatron_ee.data.batch import Batch
@@ -30,34 +23,6 @@ if TYPE_CHECKING:
 
 _NUM_STAGES = 2
 _GOALS = {"1f1b": 1.0, "interleaved": 0.98}
-_TIMEOUT = timedelta(minutes=5)
-
-
-def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` returns on each rank of a gloo group: processes of one thread each.
-
-    Raises:
-        RuntimeError: a rank has failed; its traceback is on stderr.
-    """
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        ends = [context.Pipe(duplex=False) for _ in range(world_size)]
-        ranks = [
-            context.Process(target=_serve, args=(theirs, rank, world_size, folder, function, args))
-            for rank, (_, theirs) in enumerate(ends)
-        ]
-        for rank in ranks:
-            rank.start()
-        for _, theirs in ends:
-            theirs.close()
-        try:
-            return [ours.recv() for ours, _ in ends]
-        except EOFError as error:
-            raise RuntimeError("a rank of the bench has failed") from error
-        finally:
-            for rank in ranks:
-                rank.join(timeout=10)
-                rank.kill()
 
 
 def runtime_measures(sizes: Sizes) -> list[Measure]:
@@ -72,18 +37,6 @@ def runtime_measures(sizes: Sizes) -> list[Measure]:
         name, goal = f"runtime_over_megatron_{schedule}", _GOALS[schedule]
         measures.append(measure_of(name, rounds.paired, "higher", rounds.aa, context_of(sizes, **more), goal=goal))
     return measures + worst_of([measured.memory for measured in by_rank])
-
-
-def _serve(connection: Any, rank: int, world_size: int, folder: str, function: Callable[..., Any], args: Any) -> None:
-    torch.set_num_threads(1)
-    quiet_dependencies()
-    choose_device("cpu")
-    store = dist.FileStore(str(Path(folder) / "store"), world_size)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-    connection.send(function(*args))
-    connection.close()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 class _Measured(NamedTuple):
