@@ -142,6 +142,10 @@ def _training_problems(config: "Config") -> Problems:
             f"makes {num_microbatches} micro-batches a step, but schedule {config.parallel.schedule} needs a multiple "
             f"of the {stages} stages",
         )
+    for number, iteration in enumerate(config.logging.trace_iterations):
+        if iteration > config.training.train_iters:
+            last = config.training.train_iters
+            yield f"logging.trace_iterations.{number}", f"{iteration} is beyond training.train_iters = {last}"
     if config.optimizer.min_lr > config.optimizer.lr:
         yield "optimizer.min_lr", f"{config.optimizer.min_lr} must be at most lr = {config.optimizer.lr}"
     if config.optimizer.lr_decay == "wsd":

@@ -178,6 +178,9 @@ class ParallelConfig(Section):
         description="durations of layers and exits, for layouts and fills: estimated from their products, or the file "
         "that tools/measure_costs.py wrote",
     )
+    fill_tolerance: NonNegativeFloat = Field(
+        0.0, description="filled-1f1b: the share of its length by which fills may lengthen a step"
+    )
     overlap_grad_reduce: bool = Field(False, description="sum gradients over data ranks while others are computed")
     distributed_optimizer: bool = Field(False, description="data ranks share the optimizer's state (ZeRO stage 1)")
 

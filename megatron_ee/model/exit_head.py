@@ -6,8 +6,6 @@ of its own, as the layer does: h + MLP(norm(h)). Its parameters are named as the
 that begins as a copy of a layer is a copy name by name.
 """
 
-from typing import Any
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -94,11 +92,16 @@ def make_projection(
     )
 
 
-def enter_projection(features_SBH: torch.Tensor, config: TransformerConfig, groups: ProcessGroupCollection) -> Any:
+def enter_projection(
+    features_SBH: torch.Tensor, config: TransformerConfig, groups: ProcessGroupCollection
+) -> torch.Tensor:
     """The features of all positions, as every tensor-parallel rank's share of a projection takes them; in the backward
     their gradients are summed over those ranks."""
     if groups.tp.size() == 1:
         return features_SBH
+    entered_SBH: torch.Tensor
     if config.sequence_parallel:
-        return gather_from_sequence_parallel_region(features_SBH, tensor_parallel_output_grad=True, group=groups.tp)
-    return copy_to_tensor_model_parallel_region(features_SBH, group=groups.tp)
+        entered_SBH = gather_from_sequence_parallel_region(features_SBH, group=groups.tp)
+    else:
+        entered_SBH = copy_to_tensor_model_parallel_region(features_SBH, group=groups.tp)
+    return entered_SBH

@@ -186,17 +186,10 @@ class Stage(MegatronModule):
         _, weight = self._projection(layer)
         return enter_projection(features_SBH, self.config, self.groups), weight
 
-    def exit_logits(
-        self,
-        hidden_SBH: torch.Tensor,
-        layer: int,
-        positions: torch.Tensor,
-        *,
-        store: KeyValueStore | None = None,
-    ) -> torch.Tensor:
-        """logits_SBV of the exit after `layer` from the hidden state at its tap; the model's last layer is the final
-        output. Other arguments as those of `run_layers`."""
-        return self.project(self.exit_features(hidden_SBH, layer, positions, store=store), layer)
+    def exit_logits(self, hidden_SBH: torch.Tensor, layer: int, positions: torch.Tensor) -> torch.Tensor:
+        """logits_SBV of the exit after `layer`, or of the final output after the last, from what its tap has of all
+        positions of a sequence."""
+        return self.project(self.exit_features(hidden_SBH, layer, positions), layer)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

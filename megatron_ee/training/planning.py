@@ -28,7 +28,7 @@ def plan_step(
     """
     Args:
         num_microbatches: of one pipeline, without fills.
-        fills: of schedule filled-1f1b; None: as many as cost nothing by the config's costs.
+        fills: of schedule filled-1f1b; None: as many as the config's costs and tolerance leave room for.
         more_schedules: plug-ins'.
 
     Raises:
@@ -44,6 +44,7 @@ def plan_step(
             chunk_costs(layout, config.exits, costs).per_stage,
             transfer=costs.transfer,
             release_exits=config.exits.release,
+            tolerance=config.parallel.fill_tolerance,
         )
     return _checked_plan(
         schedule_of(config), layout, num_microbatches, fills, config.exits.release, more_schedules or {}

@@ -308,6 +308,10 @@ BETWEEN_FIELDS: Cases = {
             "plugins: [mine.py]\noptimizer: {backend: mine}\nparallel: {distributed_optimizer: true}",
             "3:12: parallel.distributed_optimizer: true needs optimizer.backend megatron, not mine",
         ),
+        "traced after its end": (
+            "logging: {trace_iterations: [3, 11]}",
+            "1:33: logging.trace_iterations.1: 11 is beyond training.train_iters = 10",
+        ),
         "megatron's, traced": (
             "logging: {trace_iterations: [1]}\nparallel: {schedule: megatron}",
             "1:11: logging.trace_iterations: schedule megatron shows no actions to trace",

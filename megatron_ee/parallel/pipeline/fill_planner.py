@@ -36,7 +36,14 @@ Fills = tuple[Fill, ...]
 Fits = Callable[[Fills], bool]
 
 
-def plan_fills(pipeline: Pipeline, costs: StageCosts, *, transfer: float = 0.0, release_exits: bool = False) -> Fills:
+def plan_fills(
+    pipeline: Pipeline,
+    costs: StageCosts,
+    *,
+    transfer: float = 0.0,
+    release_exits: bool = False,
+    tolerance: float = 0.0,
+) -> Fills:
     """The fills that a step of filled-1f1b has room for: with them it takes no longer, and no stage holds more.
 
     A pure function: ranks that give it the same durations get the same fills. It takes a fraction of a second for 8
@@ -47,21 +54,23 @@ def plan_fills(pipeline: Pipeline, costs: StageCosts, *, transfer: float = 0.0, 
         costs: measured durations of F, X and B on each stage, in any unit.
         transfer: time from a send to the arrival of its message, in the same unit.
         release_exits: as in `build_plan`.
+        tolerance: a step may take longer by this share of its length. Gaps between uneven stages are often a little too
+            short for a forward.
 
     Raises:
-        ValueError: a negative duration, or several chunks a stage.
+        ValueError: a negative duration or tolerance, or several chunks a stage.
     """
     if pipeline.num_chunks > 1:
         raise ValueError(f"fills need one chunk a stage, not {pipeline.num_chunks}")
-    if not all(duration >= 0 for duration in (*costs.forward, *costs.exit, *costs.backward, transfer)):
-        raise ValueError(f"durations must not be negative: {costs}, transfer {transfer}")
+    if not all(duration >= 0 for duration in (*costs.forward, *costs.exit, *costs.backward, transfer, tolerance)):
+        raise ValueError(f"nothing may be negative: {costs}, transfer {transfer}, tolerance {tolerance}")
 
     def no_longer(num_microbatches: int) -> Fits:
         def makespan(fills: Fills) -> float:
             lanes = _lanes(pipeline, num_microbatches, fills, release_exits)
             return makespan_of(lanes, costs, transfer)
 
-        limit = makespan(()) * (1 + _TOLERANCE)
+        limit = makespan(()) * (1 + tolerance + _TOLERANCE)
         return lambda fills: makespan(fills) <= limit
 
     stages = range(pipeline.num_stages)

@@ -1,7 +1,7 @@
 """1F1B with fills: what runs where, for any fills; and which of them the planner says cost nothing."""
 
-import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -216,9 +216,9 @@ def test_planner_is_deterministic_and_refuses_impossible_durations() -> None:
     pipeline = equal_stages(6, 9)
     assert plan_fills(pipeline, equal_costs(6)) == plan_fills(pipeline, equal_costs(6))
     for bad in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="durations must not be negative"):
+        with pytest.raises(ValueError, match="nothing may be negative"):
             plan_fills(pipeline, equal_costs(6, exits=bad))
-        with pytest.raises(ValueError, match="durations must not be negative"):
+        with pytest.raises(ValueError, match="nothing may be negative"):
             plan_fills(pipeline, equal_costs(6), transfer=bad)
 
 
@@ -226,20 +226,45 @@ def test_work_that_takes_no_time_ends() -> None:
     assert plan_fills(equal_stages(4, 4), StageCosts((0.0,) * 4, (0.0,) * 4, (0.0,) * 4))
 
 
-def test_planner_is_quick() -> None:
-    start = time.process_time()
+def test_planner_tries_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is called when a run starts: what costs it time is the number of steps that it lays out."""
+    tried = 0
+
+    def counting(*args: Any) -> float:
+        nonlocal tried
+        tried += 1
+        return makespan_of(*args)
+
+    monkeypatch.setattr("megatron_ee.parallel.pipeline.fill_planner.makespan_of", counting)
     plan_fills(equal_stages(8, 32), equal_costs(8))
-    assert time.process_time() - start < 1
+    assert tried < 150
 
 
 @pytest.mark.slow
-def test_planner_is_quick_enough_for_64_stages() -> None:
+def test_planner_serves_64_stages() -> None:
     pipeline, costs = equal_stages(64, 256), equal_costs(64)
-    start = time.process_time()
     fills = plan_fills(pipeline, costs)
-    assert time.process_time() - start < 30  # 10 on an idle core
+    assert len(fills) > 50
     usual, filled = (simulate(plan_of(case), costs) for case in (pipeline, replace(pipeline, fills=fills)))
     assert filled.makespan == pytest.approx(usual.makespan, rel=1e-9)
+
+
+@given(st.data(), pipelines(), st.floats(0, 0.2))
+@settings(max_examples=60, deadline=None)
+def test_a_tolerance_is_kept_to(data: st.DataObject, pipeline: Pipeline, tolerance: float) -> None:
+    costs = costs_of(data.draw, pipeline)
+    fills = plan_fills(pipeline, costs, tolerance=tolerance)
+    usual, filled = (simulate(plan_of(case), costs) for case in (pipeline, replace(pipeline, fills=fills)))
+    assert filled.makespan <= usual.makespan * (1 + tolerance + 1e-6)
+    assert all(now <= before for now, before in zip(filled.peak_activations, usual.peak_activations, strict=True))
+
+
+def test_a_tolerance_makes_up_for_uneven_stages() -> None:
+    """Stages that are 1 % apart leave gaps which are as much too short for a forward."""
+    pipeline = equal_stages(8, 16)
+    durations = tuple(1 + 0.01 * (stage % 2) for stage in range(8))
+    costs = StageCosts(durations, (0.3,) * 8, tuple(2 * duration for duration in durations))
+    assert len(plan_fills(pipeline, costs, tolerance=0.02)) > len(plan_fills(pipeline, costs))
 
 
 def test_exits_of_a_fill_that_turns_stand_before_its_own_backward() -> None:
