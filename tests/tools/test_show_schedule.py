@@ -146,7 +146,7 @@ def test_a_recorded_step_is_shown_beside_its_plan(run: Path, overrides: tuple[st
         (
             ["plugins=[mine.py]", "parallel.schedule=mine"],
             "override 'parallel.schedule=mine': parallel.schedule: this tool knows 1f1b, gpipe, interleaved, "
-            "filled-1f1b, megatron, not the plug-in's 'mine'",
+            "filled-1f1b, zero-bubble, megatron, not the plug-in's 'mine'",
         ),
     ],
     ids=["ending", "below a file", "no trace", "foreign", "batch", "exits", "processes", "costs", "plug-in"],
