@@ -186,7 +186,7 @@ def training_measures(
     sizes: Sizes, without: "Trainer", having: "Trainer", batch: "Batch", context: dict[str, Any]
 ) -> list[Measure]:
     """The step with exits, and its time over that of the step without."""
-    from megatron_ee.training.throughput import flops_per_token, peak_flops
+    from megatron_ee.training.observation.throughput import flops_per_token, peak_flops
 
     lengths = {"sequence_length": sizes.sequence_length, "vocab_size": sizes.vocab_size}
     configs = without.config, having.config

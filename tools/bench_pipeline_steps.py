@@ -22,6 +22,7 @@ from megatron_ee.parallel.mesh import Mesh, open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.fill_planner import plan_fills
 from megatron_ee.parallel.pipeline.plan import Action, Fill, Kind, Plan
+from megatron_ee.parallel.pipeline.recorder import Recorder
 from megatron_ee.parallel.pipeline.runtime import Runtime, StageProgram
 from megatron_ee.parallel.pipeline.schedules import Pipeline, build_plan
 from megatron_ee.parallel.pipeline.simulate import StageCosts
@@ -80,11 +81,11 @@ class Step:
         """Recorded, after one that is dropped."""
         steps: list[list[Span]] = []
         for _ in range(number + 1):
-            spans: list[Span] = []
+            recorder = Recorder(self._mesh.device)
             program = self._program()
             self._mesh.barrier()
-            self._runtime.run(self.plan, program, record=spans.append)
-            steps.append(spans)
+            self._runtime.run(self.plan, program, watches=[recorder])
+            steps.append(recorder.spans)
         return Replays(self.plan, steps[1:])
 
 

@@ -22,8 +22,8 @@ from megatron_ee.parallel.pipeline.simulate import simulate
 from megatron_ee.parallel.pipeline.timeline import Span, Timeline, draw
 from megatron_ee.parallel.world import check_world, count_microbatches, data_parallel_size
 from megatron_ee.tokenizer import open_tokenizer
+from megatron_ee.training.observation.trace import Trace, TraceError, read_trace
 from megatron_ee.training.planning import plan_step, schedule_of
-from megatron_ee.training.trace import Trace, TraceError, read_trace
 
 MS = "ms"
 NARROWEST = 40

@@ -1,27 +1,14 @@
 """What a run is: one typed, frozen tree, read from strict YAML. Imports nothing of ours."""
 
 from megatron_ee.config.errors import ConfigError
+from megatron_ee.config.inference import ExitParams, InferenceConfig, ServingConfig
 from megatron_ee.config.loader import load_config, open_config, to_yaml
-from megatron_ee.config.schema import (
-    BlendEntry,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    ExitParams,
-    ExitsConfig,
-    HeadKind,
-    InferenceConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Precision,
-    ServingConfig,
-    StagePlacement,
-    TrainingConfig,
-    WandbConfig,
-    WeightScheduleConfig,
-)
+from megatron_ee.config.logging import LoggingConfig, ProfileConfig, WandbConfig
+from megatron_ee.config.model import ExitsConfig, HeadKind, ModelConfig, Precision, WeightScheduleConfig
+from megatron_ee.config.operations import CheckpointConfig, FaultsConfig
+from megatron_ee.config.parallel import ParallelConfig, StagePlacement
+from megatron_ee.config.schema import Config
+from megatron_ee.config.training import BlendEntry, DataConfig, OptimizerConfig, TrainingConfig
 
 __all__ = [
     "BlendEntry",
@@ -31,6 +18,7 @@ __all__ = [
     "DataConfig",
     "ExitParams",
     "ExitsConfig",
+    "FaultsConfig",
     "HeadKind",
     "InferenceConfig",
     "LoggingConfig",
@@ -38,6 +26,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Precision",
+    "ProfileConfig",
     "ServingConfig",
     "StagePlacement",
     "TrainingConfig",

@@ -14,7 +14,8 @@ from pydantic_core import ErrorDetails
 from megatron_ee.config.checks import InvalidFieldsError
 from megatron_ee.config.dialect import KeyPath, dotted, parse_path
 from megatron_ee.config.errors import Place, Problem
-from megatron_ee.config.schema import Config, Section
+from megatron_ee.config.fields import Section
+from megatron_ee.config.schema import Config
 from megatron_ee.errors import did_you_mean, nearest_name
 
 

@@ -22,11 +22,11 @@ from megatron_ee.training.evaluate import Evaluator
 from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.lr_schedule import DECAYS, Decay, LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
-from megatron_ee.training.metrics import ExitMeter
+from megatron_ee.training.observation.metrics import ExitMeter
+from megatron_ee.training.observation.throughput import Throughput
+from megatron_ee.training.observation.tracer import Tracer
 from megatron_ee.training.optimizers import BACKENDS, Backend
 from megatron_ee.training.planning import MEGATRON, ZERO_BUBBLE, plan_validation
-from megatron_ee.training.throughput import Throughput
-from megatron_ee.training.tracer import Tracer
 from megatron_ee.training.trainer import Trainer
 
 

@@ -8,7 +8,7 @@ from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.runtime import Runtime
 from megatron_ee.training.losses import count_tokens
-from megatron_ee.training.metrics import ExitMeter
+from megatron_ee.training.observation.metrics import ExitMeter
 from megatron_ee.training.stage_step import StageStep
 
 

@@ -6,7 +6,7 @@ its work is hidden in waits: an oracle for our own runtime, and the way to megat
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
-from megatron_ee.parallel.pipeline.timeline import Span
+from megatron_ee.parallel.pipeline.runtime import ActionWatch
 
 
 class AttachedProgram(Protocol):
@@ -53,14 +53,17 @@ class MegatronRuntime:
         self._run = get_forward_backward_func(mesh.pipeline_size, num_chunks if num_chunks > 1 else None)
         self._communicator = P2PCommunicator(mesh.groups.pp, self._config)
 
-    def run(self, plan: Plan, program: AttachedProgram, *, record: Callable[[Span], None] | None = None) -> None:
-        """Run all micro-batches forward and backward."""
-        assert record is None, "megatron-core's schedules show no actions"
+    def run(self, plan: Plan, program: AttachedProgram, *, watches: Sequence[ActionWatch] = ()) -> None:
+        """Run all micro-batches forward and backward. Of the actions, `watches` see each F."""
         assert not plan.fills, "megatron-core's schedules have no fills"
 
         def step(microbatches: Iterator[int], chunk: "_Chunk") -> tuple[torch.Tensor, Callable[..., Any]]:
             action = Action(Kind.F, self._mesh.pipeline_rank, chunk.number, next(microbatches))
+            for watch in watches:
+                watch.begin(action)
             output_SBH, loss = program.forward_with_exits(action, chunk.received)
+            for watch in watches:
+                watch.end(action)
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)  # losses are normalised already
             return output_SBH, lambda output: (loss, no_tokens, {})
 

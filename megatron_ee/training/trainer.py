@@ -1,7 +1,7 @@
 """The training loop."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from megatron_ee.errors import UserError
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh, close_mesh
 from megatron_ee.parallel.pipeline.plan import Plan
-from megatron_ee.parallel.pipeline.runtime import Runtime
-from megatron_ee.parallel.pipeline.timeline import Span
+from megatron_ee.parallel.pipeline.runtime import ActionWatch, Runtime
 from megatron_ee.tokenizer import Tokenizer
 from megatron_ee.training.evaluate import Evaluator
 from megatron_ee.training.gradients import StageGradients
@@ -24,11 +23,11 @@ from megatron_ee.training.loss_weights import loss_weights
 from megatron_ee.training.losses import count_tokens
 from megatron_ee.training.lr_schedule import LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
-from megatron_ee.training.metrics import ExitMeter
+from megatron_ee.training.observation.metrics import ExitMeter
+from megatron_ee.training.observation.throughput import Throughput, peak_memory
+from megatron_ee.training.observation.tracer import Tracer
 from megatron_ee.training.optimizers import OptimizerBackend
 from megatron_ee.training.stage_step import StageStep
-from megatron_ee.training.throughput import Throughput, peak_memory
-from megatron_ee.training.tracer import Tracer
 
 
 class DivergedError(UserError):
@@ -70,8 +69,8 @@ class Trainer:
             with self.throughput.step():
                 with self.throughput.phase("data"):
                     batch = self.loader.batch(self.progress.consumed_samples)
-                with self.tracer.step(iteration + 1) as record:
-                    gradient_norm = self.train_step(batch, iteration, record=record)
+                with self.tracer.step(iteration + 1) as watches:
+                    gradient_norm = self.train_step(batch, iteration, watches=watches)
             self._check(gradient_norm, iteration)
             consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
@@ -83,12 +82,8 @@ class Trainer:
                 with self.throughput.phase("checkpoint"):
                     self.save()
 
-    def train_step(self, batch: Batch, iteration: int, *, record: Callable[[Span], None] | None = None) -> float | None:
-        """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped.
-
-        Args:
-            record: takes the span of each of this rank's actions; see `Runtime.run`.
-        """
+    def train_step(self, batch: Batch, iteration: int, *, watches: Sequence[ActionWatch] = ()) -> float | None:
+        """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped."""
         tokens = count_tokens(batch, self.plan, self.mesh)
         loss_scale = self.optimizer.loss_scale
         step = StageStep(
@@ -102,7 +97,7 @@ class Trainer:
         )
         self.gradients.zero()
         with self.throughput.phase("forward_backward"):
-            self.runtime.run(self.plan, step, record=record)
+            self.runtime.run(self.plan, step, watches=watches)
         with self.throughput.phase("grad_sync"):
             self.gradients.reduce(tokens.gradient_factor)
         with self.throughput.phase("optimizer"):

@@ -6,7 +6,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_ee.config import Config, ExitParams, ExitsConfig, ModelConfig, TrainingConfig
-from megatron_ee.config.schema import Layers, NonNegativeFloat, PositiveInt, Probability
+from megatron_ee.config.fields import Layers, NonNegativeFloat, PositiveInt, Probability
 
 MODEL = {"num_layers": 8, "hidden_size": 96, "num_attention_heads": 4}
 TRAINING = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}

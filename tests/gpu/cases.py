@@ -19,7 +19,7 @@ from megatron_ee.inference.request import Request
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import open_mesh
-from megatron_ee.parallel.pipeline.timeline import Span
+from megatron_ee.parallel.pipeline.recorder import Recorder
 from megatron_ee.tokenizer import ByteTokenizer
 from megatron_ee.training.build import build_trainer
 from megatron_ee.training.trainer import Trainer
@@ -81,9 +81,9 @@ def read(name: DeviceName, step: Path, config: Config) -> dict[str, Any]:
 def recorded_spans(name: DeviceName, config: Config) -> int:
     """How many spans a runtime that times its actions records in a step."""
     trainer = build_trainer(config, device_of(name))
-    spans: list[Span] = []
-    trainer.train_step(trainer.loader.batch(0), 0, record=spans.append)
-    return len(spans)
+    recorder = Recorder(trainer.mesh.device)
+    trainer.train_step(trainer.loader.batch(0), 0, watches=[recorder])
+    return len(recorder.spans)
 
 
 def memory_of_a_step(name: DeviceName, config: Config) -> dict[str, int]:

@@ -23,7 +23,7 @@ from megatron_ee.training.assemble import build_runtime, build_stage
 from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.loss_weights import loss_weights
 from megatron_ee.training.losses import count_tokens
-from megatron_ee.training.metrics import ExitMeter
+from megatron_ee.training.observation.metrics import ExitMeter
 from megatron_ee.training.optimizers.megatron import MegatronAdamW
 from megatron_ee.training.planning import plan_step
 from megatron_ee.training.stage_step import StageStep

@@ -12,8 +12,8 @@ from megatron_ee.parallel.costs import ModelCosts, write_costs
 from megatron_ee.parallel.layout import layout_of
 from megatron_ee.parallel.pipeline.plan import WORK
 from megatron_ee.parallel.pipeline.timeline import Span
+from megatron_ee.training.observation.trace import make_trace, write_trace
 from megatron_ee.training.planning import plan_step
-from megatron_ee.training.trace import make_trace, write_trace
 
 TOOL = Path(__file__).parents[2] / "tools/show_schedule.py"
 VOCAB_SIZE = 320

@@ -1,8 +1,7 @@
 """Runs one stage's share of a plan: exactly its actions, in exactly its order."""
 
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -13,7 +12,6 @@ from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.p2p import Inbox, MessageSpec, Outbox
 from megatron_ee.parallel.pipeline.deliveries import RECEIVES, SENDS, deliveries
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
-from megatron_ee.parallel.pipeline.timeline import Span
 
 
 class StageProgram(Protocol):
@@ -36,6 +34,19 @@ class StageProgram(Protocol):
         ...
 
 
+class ActionWatch(Protocol):
+    """Looks on while a stage runs its actions, one at a time: F, X, B and W, and its sends and receives, where a
+    receive is the wait for its message."""
+
+    def begin(self, action: Action) -> None:
+        """The action is about to run."""
+        ...
+
+    def end(self, action: Action) -> None:
+        """It has run; on CUDA, its work has been handed over."""
+        ...
+
+
 class Runtime:
     """Executes plans on this rank's stage."""
 
@@ -43,15 +54,10 @@ class Runtime:
         self._mesh, self._message = mesh, message
         self._deliveries: list[tuple[Plan, Mapping[Action, tuple[Action, ...]]]] = []  # of the plans run so far
 
-    def run(self, plan: Plan, program: StageProgram, *, record: Callable[[Span], None] | None = None) -> None:
-        """Run this stage's actions and return when all of its messages have left.
-
-        Args:
-            record: called with each action's span as it ends, in seconds of this process's monotonic clock; a receive's
-                span is the wait. The device is synchronised around each action, so leave it out where speed matters.
-        """
+    def run(self, plan: Plan, program: StageProgram, *, watches: Sequence[ActionWatch] = ()) -> None:
+        """Run this stage's actions and return when all of its messages have left."""
         assert plan.num_stages == self._mesh.pipeline_size, "the plan is for another pipeline"
-        _Execution(self._mesh, self._message, plan, program, record, self._deliveries_of(plan)).run()
+        _Execution(self._mesh, self._message, plan, program, watches, self._deliveries_of(plan)).run()
 
     def _deliveries_of(self, plan: Plan) -> Mapping[Action, tuple[Action, ...]]:
         for known, safe in self._deliveries:
@@ -70,10 +76,10 @@ class _Execution:
         message: MessageSpec,
         plan: Plan,
         program: StageProgram,
-        record: Callable[[Span], None] | None,
+        watches: Sequence[ActionWatch],
         safe: Mapping[Action, tuple[Action, ...]],
     ) -> None:
-        self.mesh, self.plan, self.program, self.record = mesh, plan, program, record
+        self.mesh, self.plan, self.program, self.watches = mesh, plan, program, watches
         self.safe = safe  # sends to finish, by the action after which they have arrived
         self.actions = plan.actions[mesh.pipeline_rank]
         self.outbox = Outbox()
@@ -86,14 +92,11 @@ class _Execution:
 
     def run(self) -> None:
         for action in self.actions:
-            if self.record is None:
-                self._execute(action)
-            else:
-                self.mesh.device.synchronize()
-                start = time.perf_counter()
-                self._execute(action)
-                self.mesh.device.synchronize()
-                self.record(Span(action, start, time.perf_counter()))
+            for watch in self.watches:
+                watch.begin(action)
+            self._execute(action)
+            for watch in self.watches:
+                watch.end(action)
             for send in self.safe.get(action, ()):
                 self.outbox.finish(send)
         self.outbox.flush()

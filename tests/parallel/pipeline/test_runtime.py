@@ -11,9 +11,9 @@ from megatron_ee.device import choose_device
 from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Action, Fill, Kind
+from megatron_ee.parallel.pipeline.recorder import Recorder
 from megatron_ee.parallel.pipeline.runtime import Runtime
 from megatron_ee.parallel.pipeline.schedules import build_plan
-from megatron_ee.parallel.pipeline.timeline import Span
 
 NUM_MICROBATCHES = 6
 
@@ -54,12 +54,12 @@ def _run(
     plan = build_plan(
         schedule, num_stages=num_stages, num_microbatches=NUM_MICROBATCHES, has_exits=has_exits, fills=fills
     )
-    spans: list[Span] = []
     program = Counter(mesh.pipeline_rank, slow=slow)
     runtime = Runtime(mesh, MessageSpec((1, 1, 1), torch.float32, torch.device("cpu")))
     for _ in range(2):  # a runtime is used step after step
-        spans.clear()
-        runtime.run(plan, program, record=spans.append)
+        recorder = Recorder(mesh.device)
+        runtime.run(plan, program, watches=[recorder])
+    spans = recorder.spans
     assert [span.action for span in spans] == list(plan.actions[mesh.pipeline_rank]), "exactly the plan"
     weighed = [span.action.microbatch for span in spans if span.action.kind is Kind.W]
     assert program.weighed == 2 * weighed

@@ -7,7 +7,7 @@ import torch
 
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.losses import ExitLoss
-from megatron_ee.training.metrics import ExitMeter
+from megatron_ee.training.observation.metrics import ExitMeter
 
 
 def _loss(cross_entropy: float, correct: float) -> ExitLoss:

@@ -17,8 +17,8 @@ from megatron_ee.parallel.layout import layout_of
 from megatron_ee.parallel.pipeline.plan import Fill, Kind, Plan
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.timeline import Span
+from megatron_ee.training.observation.trace import Trace, TraceError, make_trace, read_trace, write_trace
 from megatron_ee.training.planning import plan_step
-from megatron_ee.training.trace import Trace, TraceError, make_trace, read_trace, write_trace
 
 WORK = (Kind.F, Kind.X, Kind.B)
 VOCAB_SIZE = 320  # of bytes, padded

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ee.device import Device
 from megatron_ee.parallel.mesh import Mesh
-from megatron_ee.training import throughput
-from megatron_ee.training.throughput import Throughput, flops_per_token, peak_flops
+from megatron_ee.training.observation import throughput
+from megatron_ee.training.observation.throughput import Throughput, flops_per_token, peak_flops
 
 
 def _count(exits: list[int], head: str = "norm") -> float:

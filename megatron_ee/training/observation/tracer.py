@@ -9,7 +9,7 @@ import logging
 import platform
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import torch
 
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.pipeline.plan import Plan
+from megatron_ee.parallel.pipeline.recorder import Recorder
 from megatron_ee.parallel.pipeline.timeline import Span
-from megatron_ee.training.trace import make_trace, write_trace
+from megatron_ee.training.observation.trace import make_trace, write_trace
 
 
 class Tracer:
@@ -34,15 +35,15 @@ class Tracer:
         self._is_recorded = mesh.data_rank == mesh.tensor_rank == 0
 
     @contextmanager
-    def step(self, iteration: int) -> Iterator[Callable[[Span], None] | None]:
-        """Around a training step; gives what to record its actions with, or None where nothing is recorded."""
+    def step(self, iteration: int) -> Iterator[Sequence[Recorder]]:
+        """Around a training step; gives what watches its actions: nothing where nothing is recorded."""
         if iteration not in self._iterations:
-            yield None
+            yield ()
             return
         start = self._common_start()
-        spans: list[Span] = []
-        yield spans.append if self._is_recorded else None
-        times = self._gather(spans, start)
+        recorder = Recorder(self._mesh.device)
+        yield (recorder,) if self._is_recorded else ()
+        times = self._gather(recorder.spans, start)
         if self._mesh.is_main:
             self._write(iteration, times)
 

@@ -1,0 +1,1 @@
+"""What keeps a run of weeks going: attempts, stops, faults."""
