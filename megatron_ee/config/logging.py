@@ -16,22 +16,12 @@ class WandbConfig(Section):
     tags: Names = ()
 
 
-class ProfileConfig(Section):
-    """A few iterations under torch's profiler. They are slower, and their figures say so."""
-
-    start: PositiveInt = Field(description="the first iteration, counted from 1")
-    iterations: PositiveInt = 1
-
-
 class LoggingConfig(Section):
     """Where a run reports, beside the console and metrics.jsonl, and how often."""
 
     interval: PositiveInt = Field(10, description="iterations between console lines and metrics.jsonl records")
     trace_iterations: Layers = Field(
         (), description="iterations, counted from 1, whose actions are timed and written to traces/; these are slower"
-    )
-    profile: ProfileConfig | None = Field(
-        None, description="iterations that torch's profiler records, with the plan's actions as ranges, into profile/"
     )
     tensorboard: bool = Field(False, description="write event files into the run's folder")
     wandb: WandbConfig | None = None
