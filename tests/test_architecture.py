@@ -20,7 +20,7 @@ LEVELS = [
     ["checkpoint"],
     ["data", "model"],
     ["parallel"],
-    ["config", "tokenizer", "device", "log", "plugins"],
+    ["config", "tokenizer", "device", "environment", "log", "plugins"],
     ["errors"],
 ]
 
@@ -57,6 +57,7 @@ DOORS = {
 # Host logic: schedulers, plans, ledgers and settings are plain Python, tested in milliseconds.
 WITHOUT_TORCH = [
     *(PACKAGE / "config").glob("*.py"),
+    PACKAGE / "environment.py",
     PACKAGE / "errors.py",
     PACKAGE / "log.py",
     PACKAGE / "plugins.py",
