@@ -1,29 +1,46 @@
-# An image that trains:  docker build -t megatron_ee .
+# Images that train:
 #
-# The base image brings Python, CUDA and its own torch, which stays: the environment below sees it, and its exact
-# version takes the place of torch's pin. Everything else has the versions of constraints.txt. Another base (Python 3.11
-# and torch 2.8 at least, Transformer Engine if you want it): docker build --build-arg BASE=... -t megatron_ee .
+#   docker build -t megatron_ee .                      for NVIDIA GPUs
+#   docker build --target cpu -t megatron_ee:cpu .     for CPUs, small
+#
+# The first is built on NVIDIA's PyTorch, which brings Python, CUDA, Apex, Transformer Engine and its own torch; that
+# torch stays, and everything else has the versions of constraints.txt. Another base (Python 3.11 and torch 2.8 at
+# least, Apex and Transformer Engine if you want them): docker build --build-arg BASE=... -t megatron_ee .
 
-ARG BASE=pytorch/pytorch:2.8.0-cuda12.8-cudnn9-runtime
-FROM ${BASE}
+ARG BASE=nvcr.io/nvidia/pytorch:25.09-py3
 
-WORKDIR /opt/megatron_ee
-
-# What is installed changes less often than the code does: this layer is kept as long as these files stay the same.
+# What is installed changes less often than the code does: that layer is kept as long as these files stay the same.
 # The package is only a stub here (its version is read from it); the code that follows takes its place.
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-COPY megatron_ee/__init__.py megatron_ee/
-RUN python3 -m venv --system-site-packages .venv \
-    && .venv/bin/python -c 'import torch; print(f"torch=={torch.__version__}")' > /tmp/constraints.txt \
-    && grep -v '^torch==' constraints.txt >> /tmp/constraints.txt \
-    && .venv/bin/python -m pip install --no-cache-dir --editable '.[plots]' --constraint /tmp/constraints.txt \
-    && rm /tmp/constraints.txt
+FROM scratch AS requirements
+COPY pyproject.toml constraints.txt README.md LICENSE /
+COPY megatron_ee/__init__.py /megatron_ee/
+COPY scripts/install_image.sh /scripts/
 
-COPY . .
+FROM scratch AS code
+COPY . /
 
+FROM python:3.11-slim-bookworm AS cpu
+WORKDIR /opt/megatron_ee
+COPY --from=requirements / ./
+# A version with "+cpu" goes before the same one without, so the small build is taken.
+RUN torch=$(grep '^torch==' constraints.txt) \
+    && python3 -m pip install --no-cache-dir "$torch" --constraint constraints.txt \
+        --extra-index-url https://download.pytorch.org/whl/cpu \
+    && scripts/install_image.sh plots
+COPY --from=code / ./
 # Runs are written here; mount a folder over it to keep them.
-RUN useradd --create-home megatron_ee && mkdir -p runs && chown megatron_ee runs
-USER megatron_ee
+RUN useradd --uid 1001 --create-home megatron_ee && mkdir -p runs && chown megatron_ee runs
+USER 1001
+ENTRYPOINT ["scripts/entrypoint.sh"]
+CMD ["--help"]
 
-ENTRYPOINT ["scripts/train.sh"]
+# The last one is what is built without --target.
+FROM ${BASE} AS cuda
+WORKDIR /opt/megatron_ee
+COPY --from=requirements / ./
+RUN scripts/install_image.sh plots,deepspeed
+COPY --from=code / ./
+RUN useradd --uid 1001 --create-home megatron_ee && mkdir -p runs && chown megatron_ee runs
+USER 1001
+ENTRYPOINT ["scripts/entrypoint.sh"]
 CMD ["--help"]

@@ -36,11 +36,13 @@ bench-gpu: $(INSTALLED) ## measure training and decoding on one GPU, into runs/b
 bench-train: $(INSTALLED) ## measure pipelines, memory and speed of training on CPUs, into runs/bench/train.json (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/bench_train.py
 
-lint: $(INSTALLED) ## check style, spelling and types
+lint: $(INSTALLED) ## check style, spelling, types, shell scripts and the Dockerfile
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/shellcheck scripts/*.sh .ci/run
+	$(BIN)/hadolint Dockerfile
 
 format: $(INSTALLED) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix

@@ -48,7 +48,7 @@ build_environment() {
 
 add_extra() {
   cp -a clean "$1"  # with times, or all would be compiled again
-  install "$1" "$wheel[$1]"
+  install "$1" "${wheel}[$1]"
   "$1/bin/python" -m pip check
 }
 
