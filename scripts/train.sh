@@ -10,13 +10,16 @@
 #                   address MASTER_ADDR is does
 #   MASTER_ADDR     address of that node, as the others see it; needed for more than one node
 #   MASTER_PORT     its port (29500)
+#   SHUTDOWN_TIMEOUT  seconds that ranks have to save when they are told to stop (120)
 #   PYTHON          interpreter (.venv/bin/python of this repository, otherwise python3)
 #
 # Several nodes: run the same line on each, with its own NODE_RANK, for example
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 scripts/train.sh configs/train/demo.yaml
 # They share the run's folder and the data's. Rank 0, which writes the log, may be on any of them.
 #
-# Paths in the config are relative to where you call this from. Ctrl-C stops every rank of this node.
+# Paths in the config are relative to where you call this from. SIGTERM, SIGUSR1 and Ctrl-C let all ranks finish their
+# step, save, and stop. Exit status: 0, the run is at its end; 75, it saved and stopped before, start it again to go on;
+# 2, something in the config has to change; anything else is a failure.
 
 set -euo pipefail
 
@@ -51,6 +54,8 @@ import sys, yaml
 config = yaml.safe_load(sys.stdin)
 parallel = config["parallel"]
 print(config["name"], config["device"], parallel["tensor"] * parallel["pipeline"], parallel["data"])' <<<"$config")
+run=$("$PYTHON" -c 'import sys, yaml; config = yaml.safe_load(sys.stdin); print(config["runs"] + "/" + config["name"])' \
+  <<<"$config")
 
 default_nproc() {
   local gpus=0 wanted
@@ -69,6 +74,15 @@ nproc=${NPROC_PER_NODE:-$(default_nproc)}
 "$PYTHON" -m megatron_ee.config --world-size $((nproc * nnodes)) "$@" >/dev/null || exit
 
 launch=(--nproc-per-node "$nproc" --nnodes "$nnodes")
+# An older torchrun hands on SIGTERM, but knows no SIGUSR1 and waits 30 seconds at most.
+if "$PYTHON" -c '
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+folder = Path(find_spec("torch").submodule_search_locations[0])  # without an import, which takes seconds
+sys.exit("--signals-to-handle" not in (folder / "distributed" / "run.py").read_text())'; then
+  launch+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}")
+fi
 if ((nnodes == 1)); then
   launch+=(--standalone)
 else
@@ -82,4 +96,24 @@ fi
 # One thread for each rank: the ranks of a node share its cores, and torch would give every one of them all of them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-exec "$PYTHON" -m torch.distributed.run "${launch[@]}" "$root/pretrain_ee.py" "$@"
+newest_attempt() { "$PYTHON" -m megatron_ee.training.operations.attempts "$run"; }
+read -r before _ < <(newest_attempt)
+
+# In the background, because bash answers no signal while it waits for a program in the foreground.
+"$PYTHON" -m torch.distributed.run "${launch[@]}" "$root/pretrain_ee.py" "$@" &
+torchrun=$!
+for signal in TERM INT HUP USR1; do
+  # shellcheck disable=SC2064  # the signal of this round
+  trap "kill -$signal $torchrun 2>/dev/null || true" "$signal"
+done
+status=0
+wait "$torchrun" || status=$?
+while kill -0 "$torchrun" 2>/dev/null; do  # a signal has ended the wait, not the ranks
+  status=0
+  wait "$torchrun" || status=$?
+done
+
+# torchrun ends with 1 after any signal; the ranks' own word is in what their attempt left.
+read -r attempt outcome < <(newest_attempt)
+if ((attempt > before)) && [[ $outcome != - ]]; then status=$outcome; fi
+exit "$status"

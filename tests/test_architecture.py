@@ -76,6 +76,8 @@ WITHOUT_TORCH = [
     PACKAGE / "checkpoint/description.py",
     PACKAGE / "training/loss_weights.py",
     PACKAGE / "training/lr_schedule.py",
+    PACKAGE / "training/operations/attempts.py",
+    PACKAGE / "training/operations/stopping.py",
     PACKAGE / "training/planning.py",
     PACKAGE / "training/observation/trace.py",
     PACKAGE / "inference/request.py",

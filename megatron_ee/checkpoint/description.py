@@ -11,7 +11,7 @@ from typing import Any, get_args
 from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError
 from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,12 @@ class Mesh:
         dist.all_reduce(values)
         return values
 
+    def max_over_ranks(self, value: int) -> int:
+        """The largest of all ranks' values: what the ranks agree on where each may know something."""
+        largest = torch.tensor(value, device=self.device.torch)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(device_ids=[self.device.torch.index] if self.device.torch.type == "cuda" else None)

@@ -10,6 +10,7 @@ from megatron_ee.checkpoint.folders import link_latest, newest_checkpoint
 from megatron_ee.config import Config, to_yaml
 from megatron_ee.data.dataset import open_datasets
 from megatron_ee.device import Device
+from megatron_ee.environment import describe_environment
 from megatron_ee.errors import FieldError
 from megatron_ee.log import start_logging
 from megatron_ee.model.vocabulary import resolve_vocab_size
@@ -25,13 +26,18 @@ from megatron_ee.tokenizer import open_tokenizer
 from megatron_ee.training.assemble import all_exits, assemble_trainer, run_folder_of
 from megatron_ee.training.loggers import check_loggers, open_loggers
 from megatron_ee.training.lr_schedule import DECAYS, Decay
+from megatron_ee.training.operations.attempts import Attempt, open_attempt
+from megatron_ee.training.operations.stopping import StopRequests
 from megatron_ee.training.optimizers import BACKENDS, Backend
 from megatron_ee.training.planning import FILLED, plan_step, schedule_of
 from megatron_ee.training.trainer import Trainer
 
 
-def build_trainer(config: Config, device: Device) -> Trainer:
+def build_trainer(config: Config, device: Device, stop_requests: StopRequests | None = None) -> Trainer:
     """This rank's trainer; every rank calls it. A run that has checkpoints goes on from the newest.
+
+    Args:
+        stop_requests: what may end training early; None: nothing but the config's exit_duration, from now on.
 
     Raises:
         UserError: the processes, the dataset or the run's checkpoints don't fit the config.
@@ -67,8 +73,9 @@ def build_trainer(config: Config, device: Device) -> Trainer:
         if mesh.is_main:
             link_latest(checkpoint)  # the run may have been killed just before it did
         log.info("resumed from %s", checkpoint)
+    trainer.stop_requests = stop_requests or StopRequests(config.training.exit_duration)
     if mesh.is_main:
-        _write_config(config, run_folder)
+        trainer.attempt = _begin_attempt(config, run_folder)
         trainer.loggers = open_loggers(config, run_folder, exits=all_exits(config), start=trainer.progress.iteration)
     return trainer
 
@@ -131,8 +138,8 @@ def samples_per_step(config: Config, plan: Plan, mesh: Mesh) -> int:
     return plan.num_microbatches * config.training.micro_batch_size * mesh.data_size
 
 
-def _write_config(config: Config, run_folder: Path) -> None:
-    """The config that the run goes on with; one that was refused leaves the old file alone.
+def _begin_attempt(config: Config, run_folder: Path) -> Attempt:
+    """Leave the config that the run goes on with; one that was refused leaves the old file alone.
 
     Raises:
         FieldError: the run's folder cannot be written.
@@ -140,6 +147,7 @@ def _write_config(config: Config, run_folder: Path) -> None:
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
         (run_folder / "config.yaml").write_text(to_yaml(config))
+        return open_attempt(run_folder, config=to_yaml(config), environment=describe_environment())
     except OSError as error:
         raise FieldError("runs", f"{run_folder} cannot be written: {error.strerror}") from error
 

@@ -1,8 +1,9 @@
 """The training loop."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Progress
@@ -26,6 +27,8 @@ from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.observation.metrics import ExitMeter
 from megatron_ee.training.observation.throughput import Throughput, peak_memory
 from megatron_ee.training.observation.tracer import Tracer
+from megatron_ee.training.operations.attempts import STOPPED, Attempt
+from megatron_ee.training.operations.stopping import REASONS, StopRequests
 from megatron_ee.training.optimizers import OptimizerBackend
 from megatron_ee.training.stage_step import StageStep
 
@@ -38,7 +41,7 @@ class DivergedError(UserError):
 class Trainer:
     """Everything one rank needs to train its stage; `build_trainer` puts it together.
 
-    All ranks call the same methods in the same order. Only the main rank has loggers.
+    All ranks call the same methods in the same order. Only the main rank has loggers and an attempt.
     """
 
     config: Config
@@ -60,12 +63,23 @@ class Trainer:
     progress: Progress = Progress(0, 0)
     num_skipped: int = 0  # steps since the last record whose gradients overflowed
     loggers: Sequence[Logger] = ()
+    stop_requests: StopRequests = field(default_factory=StopRequests)
+    attempt: Attempt | None = None
 
-    def train(self, until: int | None = None) -> None:
-        """Run iterations up to `until` (default: all), logging, validating and saving on the way."""
+    def train(self, until: int | None = None) -> str:
+        """Run iterations up to `until` (default: all), logging, validating and saving on the way.
+
+        Returns:
+            Why it stopped early, with a checkpoint of where it was: one of REASONS, and "" where it did not.
+        """
         training = self.config.training
         stop = training.train_iters if until is None else min(until, training.train_iters)
+        start = self.progress.iteration
         while (iteration := self.progress.iteration) < stop:
+            if reason := REASONS[self.mesh.max_over_ranks(self.stop_requests.reason())]:
+                if iteration > start:
+                    self.save()
+                return reason
             with self.throughput.step():
                 with self.throughput.phase("data"):
                     batch = self.loader.batch(self.progress.consumed_samples)
@@ -81,6 +95,7 @@ class Trainer:
             if self._is_due(self.config.checkpoint.interval):
                 with self.throughput.phase("checkpoint"):
                     self.save()
+        return ""
 
     def train_step(self, batch: Batch, iteration: int, *, watches: Sequence[ActionWatch] = ()) -> float | None:
         """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped."""
@@ -108,7 +123,11 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this moment; returns its step folder."""
         model = model_state(self.stage, self.mesh)
-        state = {"model": model, "optimizer": self.optimizer.sharded_state_dict(model)}
+        state = {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(model),
+            "meter": {**self.meter.state(), "num_skipped": self.num_skipped},
+        }
         description = replace(self.description, progress=self.progress)
         return save_checkpoint(
             self.run_folder, state, description, config=self.config, mesh=self.mesh, files=self.tokenizer.files()
@@ -127,6 +146,20 @@ class Trainer:
         self.stage.load_sharded(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = saved.progress
+        self.meter.load_state(state["meter"])
+        self.num_skipped = state["meter"]["num_skipped"]
+
+    def end(self, status: int, reason: str) -> None:
+        """Say how it went, in the log and in the attempt's outcome."""
+        if self.attempt is None:
+            return
+        log, iteration = logging.getLogger("megatron_ee"), self.progress.iteration
+        if status == STOPPED:
+            log.warning("%s: stopped after iteration %d; start the run again to go on", reason, iteration)
+        try:
+            self.attempt.end(status, reason, iteration=iteration)
+        except OSError as error:
+            log.error("the outcome of this attempt cannot be written: %s", error)
 
     def close(self) -> None:
         """End the loggers and leave the process groups."""

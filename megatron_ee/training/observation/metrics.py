@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -27,6 +28,17 @@ class ExitMeter:
             if layer in losses and self._mesh.tensor_rank == 0:  # tensor-parallel ranks have the same losses
                 self._sums[row] += torch.stack(losses[layer]).to(self._sums)
         self._tokens += num_tokens
+
+    def state(self) -> dict[str, Any]:
+        """What has been added since the last read, over all ranks: it can go on in any layout. Collective."""
+        sums = self._mesh.sum_over_ranks(self._sums.to(self._mesh.device.torch, copy=True))
+        return {"sums": sums.tolist(), "tokens": self._tokens}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave; the main rank has the sums now, and a later read finds them there."""
+        if self._mesh.is_main:
+            self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self._tokens = state["tokens"]
 
     def read(self, kind: str, weights: Mapping[int, float]) -> dict[str, float]:
         """Figures per exit and the weighted loss, as means per token since the last read. Collective."""
