@@ -12,7 +12,7 @@ from megatron_ee.checkpoint.folders import newest_checkpoint
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import FieldError, UserError
-from megatron_ee.training.build import _write_config, build_trainer
+from megatron_ee.training.build import _begin_attempt, build_trainer
 from megatron_ee.training.trainer import DivergedError
 
 
@@ -98,7 +98,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = run_config(tmp_path, runs=str(tmp_path / "file"))
     with pytest.raises(FieldError, match=r"^runs: .*/file/tiny cannot be written: Not a directory$"):
-        _write_config(config, Path(config.runs) / config.name)
+        _begin_attempt(config, Path(config.runs) / config.name)
 
 
 def test_layernorms_are_not_recomputed_without_transformer_engine(folder: Path, ranks: RankPool) -> None:
