@@ -74,6 +74,7 @@ WITHOUT_TORCH = [
     *(path for path in (PACKAGE / "parallel/pipeline").glob("*.py") if path.name != "runtime.py"),
     PACKAGE / "checkpoint/folders.py",
     PACKAGE / "checkpoint/description.py",
+    PACKAGE / "checkpoint/prune.py",
     PACKAGE / "training/loss_weights.py",
     PACKAGE / "training/lr_schedule.py",
     PACKAGE / "training/operations/attempts.py",

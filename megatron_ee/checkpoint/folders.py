@@ -22,12 +22,17 @@ def is_whole(folder: Path) -> bool:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The whole checkpoint of the highest iteration, or None."""
-    steps = {
+    steps = whole_checkpoints(run)
+    return steps[max(steps)] if steps else None
+
+
+def whole_checkpoints(run: Path) -> dict[int, Path]:
+    """A run's whole checkpoints by iteration."""
+    return {
         int(folder.name.removeprefix("step_")): folder
         for folder in (run / "checkpoints").glob("step_*")
         if folder.name.removeprefix("step_").isdecimal() and is_whole(folder)
     }
-    return steps[max(steps)] if steps else None
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_ee.checkpoint.description import Description, read_description, write_description
 from megatron_ee.checkpoint.folders import CheckpointError, is_whole, link_latest, step_folder
+from megatron_ee.checkpoint.prune import prune
 from megatron_ee.config import Config, to_yaml
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
@@ -56,6 +57,7 @@ def save_checkpoint(
     if mesh.is_main:
         write_description(folder, replace(description, files=digests))
         link_latest(folder)
+        prune(run, config.checkpoint)
     mesh.barrier()
     return folder
 

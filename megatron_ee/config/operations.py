@@ -10,9 +10,6 @@ class CheckpointConfig(Section):
 
     interval: NonNegativeInt = Field(0, description="iterations between checkpoints; 0: only at the end")
     resume: bool = Field(True, description="continue from the run's newest checkpoint when there is one")
-    verify: bool = Field(
-        True, description="on resuming, read every file once more and compare its digest; a damaged one is passed over"
-    )
     keep_last: NonNegativeInt = Field(0, description="keep this many of the newest checkpoints; 0: all")
     keep_every: NonNegativeInt = Field(
         0, description="beside those, keep the ones of iterations that are multiples of this; 0: none"
