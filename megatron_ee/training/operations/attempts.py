@@ -6,6 +6,7 @@ prints the number of the newest (0: none) and the exit status that its outcome a
 killed). scripts/train.sh goes by it: torchrun ends with 1 after any signal, whatever its ranks had to say.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -71,12 +72,14 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Print the newest attempt of a run's folder."""
-    number, status = newest_outcome(Path(arguments[0]))
+    parser = argparse.ArgumentParser(description="Print a run's newest attempt, and the exit status it asks for.")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    number, status = newest_outcome(parser.parse_args().run)
     print(number, "-" if status is None else status)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

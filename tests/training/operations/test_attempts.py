@@ -44,3 +44,12 @@ def test_the_command_prints_number_and_status(tmp_path: Path, ended: bool) -> No
     command = [sys.executable, "-m", "megatron_ee.training.operations.attempts", str(tmp_path)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert printed.stdout.split() == ["1", "75" if ended else "-"]
+
+
+def test_the_command_needs_a_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_ee.training.operations.attempts"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "run" in refused.stderr and "Traceback" not in refused.stderr
+    started_never = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert started_never.stdout.split() == ["0", "-"]
