@@ -80,6 +80,7 @@ WITHOUT_TORCH = [
     PACKAGE / "training/operations/attempts.py",
     PACKAGE / "training/operations/stopping.py",
     PACKAGE / "training/planning.py",
+    PACKAGE / "training/observation/step_times.py",
     PACKAGE / "training/observation/trace.py",
     PACKAGE / "inference/request.py",
     PACKAGE / "inference/show.py",

@@ -25,6 +25,7 @@ from megatron_ee.training.losses import count_tokens
 from megatron_ee.training.lr_schedule import LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.observation.metrics import ExitMeter
+from megatron_ee.training.observation.phases import PhaseTimer
 from megatron_ee.training.observation.throughput import Throughput, peak_memory
 from megatron_ee.training.observation.tracer import Tracer
 from megatron_ee.training.operations.attempts import STOPPED, Attempt
@@ -57,6 +58,7 @@ class Trainer:
     runtime: Runtime | MegatronRuntime
     plan: Plan
     meter: ExitMeter
+    timer: PhaseTimer
     throughput: Throughput
     tracer: Tracer
     evaluator: Evaluator | None
@@ -76,15 +78,16 @@ class Trainer:
         stop = training.train_iters if until is None else min(until, training.train_iters)
         start = self.progress.iteration
         while (iteration := self.progress.iteration) < stop:
-            if reason := REASONS[self.mesh.max_over_ranks(self.stop_requests.reason())]:
+            with self.timer.rank_wait():
+                reason = REASONS[self.mesh.max_over_ranks(self.stop_requests.reason())]
+            if reason:
                 if iteration > start:
                     self.save()
                 return reason
-            with self.throughput.step():
-                with self.throughput.phase("data"):
+            with self.tracer.step(iteration + 1) as watches, self.timer.step():
+                with self.timer.phase("data"):
                     batch = self.loader.batch(self.progress.consumed_samples)
-                with self.tracer.step(iteration + 1) as watches:
-                    gradient_norm = self.train_step(batch, iteration, watches=watches)
+                gradient_norm = self.train_step(batch, iteration, watches=watches)
             self._check(gradient_norm, iteration)
             consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
@@ -93,29 +96,30 @@ class Trainer:
             if self.evaluator and self._is_due(training.eval_interval):
                 self._log(self.evaluator.evaluate(self._weights(iteration)))
             if self._is_due(self.config.checkpoint.interval):
-                with self.throughput.phase("checkpoint"):
+                with self.timer.phase("checkpoint"):
                     self.save()
         return ""
 
     def train_step(self, batch: Batch, iteration: int, *, watches: Sequence[ActionWatch] = ()) -> float | None:
         """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped."""
-        tokens = count_tokens(batch, self.plan, self.mesh)
-        loss_scale = self.optimizer.loss_scale
-        step = StageStep(
-            self.stage,
-            batch,
-            self.plan,
-            tokens,
-            {layer: weight * loss_scale for layer, weight in self._weights(iteration).items()},
-            chunk_rows=self.config.exits.loss_chunk_rows,
-            no_sync=self.gradients.no_sync,
-        )
-        self.gradients.zero()
-        with self.throughput.phase("forward_backward"):
-            self.runtime.run(self.plan, step, watches=watches)
-        with self.throughput.phase("grad_sync"):
+        with self.timer.phase("prepare"):
+            tokens = count_tokens(batch, self.plan, self.mesh)
+            loss_scale = self.optimizer.loss_scale
+            step = StageStep(
+                self.stage,
+                batch,
+                self.plan,
+                tokens,
+                {layer: weight * loss_scale for layer, weight in self._weights(iteration).items()},
+                chunk_rows=self.config.exits.loss_chunk_rows,
+                no_sync=self.gradients.no_sync,
+            )
+            self.gradients.zero()
+        with self.timer.pipeline() as timers:
+            self.runtime.run(self.plan, step, watches=(*watches, *timers))
+        with self.timer.phase("grad_sync"):
             self.gradients.reduce(tokens.gradient_factor)
-        with self.throughput.phase("optimizer"):
+        with self.timer.phase("optimizer"):
             gradient_norm = self.optimizer.step(self.learning_rate(iteration))
         self.meter.add(step.losses, tokens.regular)
         return gradient_norm
@@ -187,6 +191,7 @@ class Trainer:
 
     def _log_training(self, iteration: int, gradient_norm: float | None) -> None:
         progress, config = self.progress, self.config
+        times = self.timer.read()
         self._log(
             {
                 **self.meter.read("train", self._weights(iteration)),
@@ -195,7 +200,8 @@ class Trainer:
                 "train/skipped": self.num_skipped,
                 "train/loss_scale": self.optimizer.loss_scale,
                 "train/tokens": progress.consumed_samples * config.data.sequence_length,
-                **self.throughput.read(steps_left=config.training.train_iters - progress.iteration),
+                **self.throughput.figures(times.step_s, steps_left=config.training.train_iters - progress.iteration),
+                **times.figures(),
                 **peak_memory(self.mesh),
             }
         )
