@@ -24,6 +24,7 @@ from megatron_ee.training.lr_schedule import DECAYS, Decay, LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.observation.metrics import ExitMeter
 from megatron_ee.training.observation.phases import PhaseTimer
+from megatron_ee.training.observation.profiler import Profiler
 from megatron_ee.training.observation.throughput import Throughput
 from megatron_ee.training.observation.tracer import Tracer
 from megatron_ee.training.optimizers import BACKENDS, Backend
@@ -71,6 +72,7 @@ def assemble_trainer(
         timer=PhaseTimer(mesh, plan if config.parallel.schedule != MEGATRON else None),
         throughput=Throughput(config, mesh, vocab_size=vocab_size),
         tracer=Tracer(config.logging.trace_iterations, plan, mesh, run_folder_of(config) / "traces"),
+        profiler=Profiler(config.logging.profile, mesh, run_folder_of(config) / "profiles"),
         evaluator=_build_evaluator(config, datasets.valid, stage, Runtime(mesh, message), layout, mesh),
     )
 

@@ -26,6 +26,7 @@ from megatron_ee.training.lr_schedule import LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.observation.metrics import ExitMeter
 from megatron_ee.training.observation.phases import PhaseTimer
+from megatron_ee.training.observation.profiler import Profiler
 from megatron_ee.training.observation.throughput import Throughput, peak_memory
 from megatron_ee.training.observation.tracer import Tracer
 from megatron_ee.training.operations.attempts import STOPPED, Attempt
@@ -61,6 +62,7 @@ class Trainer:
     timer: PhaseTimer
     throughput: Throughput
     tracer: Tracer
+    profiler: Profiler
     evaluator: Evaluator | None
     progress: Progress = Progress(0, 0)
     num_skipped: int = 0  # steps since the last record whose gradients overflowed
@@ -84,10 +86,11 @@ class Trainer:
                 if iteration > start:
                     self.save()
                 return reason
-            with self.tracer.step(iteration + 1) as watches, self.timer.step():
+            number = iteration + 1
+            with self.tracer.step(number) as recorders, self.profiler.step(number) as ranges, self.timer.step():
                 with self.timer.phase("data"):
                     batch = self.loader.batch(self.progress.consumed_samples)
-                gradient_norm = self.train_step(batch, iteration, watches=watches)
+                gradient_norm = self.train_step(batch, iteration, watches=(*recorders, *ranges))
             self._check(gradient_norm, iteration)
             consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
@@ -166,7 +169,8 @@ class Trainer:
             log.error("the outcome of this attempt cannot be written: %s", error)
 
     def close(self) -> None:
-        """End the loggers and leave the process groups."""
+        """End the profile and the loggers, and leave the process groups."""
+        self.profiler.close()
         for logger in self.loggers:
             logger.close()
         close_mesh()

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_phases_of_a_run_sum_to_its_steps(folder: Path, ranks: RankPool, name: str) -> None:
-    training = {"train_iters": 5, "global_batch_size": 8, **RUNS[name].get("training", {})}
+    training = {"train_iters": 4, "global_batch_size": 8, **RUNS[name].get("training", {})}
     config = run_config(
         folder,
         **{"name": name.replace(" ", "-"), **RUNS[name], "training": training, "logging": {"interval": 1}},
