@@ -33,6 +33,7 @@ from megatron_ee.parallel.pipeline.runtime import ActionWatch
 from megatron_ee.training.observation.step_times import PHASE_OF, PHASES, PlannedBubble, RankTimes, StepTimes
 
 _STEP, _PIPELINE = "step", "pipeline"
+_BETWEEN_STEPS = ("rank_wait", "checkpoint")
 _MOST_UNREAD = 2  # steps; whoever adds a third waits for the first
 
 
@@ -68,14 +69,15 @@ class PhaseTimer:
         self._planned_bubble = PlannedBubble(plan) if plan and mesh.is_main and mesh.pipeline_size > 1 else None
         self._marks, self._unread = _Marks(), deque[_Marks]()
         self._sums = self._zero()
-        self._has_begun = False
+        self._has_begun = self._is_stepping = False
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around everything that a training step needs."""
-        self._has_begun = True
+        self._has_begun = self._is_stepping = True
         with self._span(_STEP):
             yield
+        self._is_stepping = False
         self._unread.append(self._marks)
         self._marks = _Marks()
         while self._unread and (len(self._unread) > _MOST_UNREAD or self._has_passed(self._unread[0])):
@@ -91,7 +93,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around a part of a step, or what comes between steps. In a profile it is a range of this name."""
+        """Around a part of a step, or `checkpoint`. In a profile it is a range of this name."""
         with record_function(name), self._span(name):
             yield
 
@@ -99,7 +101,7 @@ class PhaseTimer:
     def pipeline(self) -> Iterator[Sequence[ActionWatch]]:
         """Around the run of the plan; gives what has to watch it."""
         with self.phase(_PIPELINE):
-            yield (self,) if self._actions else ()
+            yield (self,) if self._actions and self._is_stepping else ()
 
     def begin(self, action: Action) -> None:
         self._marks.actions.append(self._clock.mark())
@@ -122,6 +124,9 @@ class PhaseTimer:
 
     @contextmanager
     def _span(self, name: str) -> Iterator[None]:
+        if not (self._is_stepping or name in _BETWEEN_STEPS):
+            yield  # a part of a step on its own, as benches run them
+            return
         begin = self._clock.mark()
         yield
         self._marks.spans.append((name, begin, self._clock.mark()))

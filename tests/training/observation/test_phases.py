@@ -207,6 +207,18 @@ def test_figures_are_means_per_step_and_a_checkpoint_stands_for_itself() -> None
     }
 
 
+def test_parts_of_a_step_on_their_own_count_for_nothing() -> None:
+    clock = HandClock()
+    plan = build_plan("1f1b", num_stages=1, num_microbatches=1, has_exits=[True])
+    timer = _timer(clock, plan)
+    with timer.phase("data"), timer.pipeline() as watches:
+        clock.now += 1
+    assert not watches
+    with timer.step():
+        _run_as_in(simulate(plan, COSTS), plan.actions[0], clock, timer)
+    assert timer.read().phases_s == {"forward": 2, "exits": 1, "backward": 3}
+
+
 def test_on_a_gpu_nothing_is_waited_for_and_events_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     events = FakeEvents(monkeypatch)
     plan = build_plan("1f1b", num_stages=1, num_microbatches=4, has_exits=[True])
