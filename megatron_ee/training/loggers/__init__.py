@@ -7,7 +7,7 @@ All get the same figures under the same names:
     train/unmasked_tokens                       what those are means over: the tokens since the last record
     train/{lr,grad_norm,tokens}                 tokens: all that the run has been through
     train/{skipped,loss_scale}                  fp16: steps since the last record whose gradients overflowed
-    perf/{tokens_per_s,iter_time_s,seconds_left}
+    perf/{tokens_per_s,iter_time_s,seconds_left}   by the mean over ranks of a step, rank_wait included
     perf/{tokens_per_s_per_gpu,tflops_per_gpu,mfu}  on GPUs
     time/{rank_wait,data,prepare,forward,exits,backward,weights,p2p_wait,grad_sync,optimizer,checkpoint}_s   see
                                                 `phases`; with megatron-core's schedules forward_backward for five
