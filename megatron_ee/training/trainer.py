@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +29,10 @@ from megatron_ee.training.observation.metrics import ExitMeter
 from megatron_ee.training.observation.throughput import Throughput, peak_memory
 from megatron_ee.training.observation.tracer import Tracer
 from megatron_ee.training.operations.attempts import STOPPED, Attempt
+from megatron_ee.training.operations.heartbeat import Heartbeat
 from megatron_ee.training.operations.stopping import REASONS, StopRequests
+from megatron_ee.training.operations.watchdog import watch_over
+from megatron_ee.training.operations.whereabouts import Whereabouts
 from megatron_ee.training.optimizers import OptimizerBackend
 from megatron_ee.training.stage_step import StageStep
 
@@ -41,7 +45,7 @@ class DivergedError(UserError):
 class Trainer:
     """Everything one rank needs to train its stage; `build_trainer` puts it together.
 
-    All ranks call the same methods in the same order. Only the main rank has loggers and an attempt.
+    All ranks call the same methods in the same order. Only the main rank has loggers.
     """
 
     config: Config
@@ -65,6 +69,7 @@ class Trainer:
     loggers: Sequence[Logger] = ()
     stop_requests: StopRequests = field(default_factory=StopRequests)
     attempt: Attempt | None = None
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
 
     def train(self, until: int | None = None) -> str:
         """Run iterations up to `until` (default: all), logging, validating and saving on the way.
@@ -76,26 +81,47 @@ class Trainer:
         stop = training.train_iters if until is None else min(until, training.train_iters)
         start = self.progress.iteration
         while (iteration := self.progress.iteration) < stop:
+            self.whereabouts.enter("roll call", iteration + 1)
             if reason := REASONS[self.mesh.max_over_ranks(self.stop_requests.reason())]:
                 if iteration > start:
                     self.save()
                 return reason
             with self.throughput.step():
+                self.whereabouts.enter("data")
                 with self.throughput.phase("data"):
                     batch = self.loader.batch(self.progress.consumed_samples)
                 with self.tracer.step(iteration + 1) as watches:
-                    gradient_norm = self.train_step(batch, iteration, watches=watches)
+                    gradient_norm = self.train_step(batch, iteration, watches=[*watches, self.whereabouts])
             self._check(gradient_norm, iteration)
             consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
+            self.whereabouts.enter("log")
             if self._is_due(self.config.logging.interval):
                 self._log_training(iteration, gradient_norm)
             if self.evaluator and self._is_due(training.eval_interval):
-                self._log(self.evaluator.evaluate(self._weights(iteration)))
+                self.whereabouts.enter("validation")
+                self._log(self.evaluator.evaluate(self._weights(iteration), watches=[self.whereabouts]))
             if self._is_due(self.config.checkpoint.interval):
                 with self.throughput.phase("checkpoint"):
                     self.save()
         return ""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around training in processes that do nothing else: what is wrong with one ends the job. Collective."""
+        faults, mesh, attempt = self.config.faults, self.mesh, self.attempt
+        assert attempt is not None, "the run has not been begun"
+        heartbeat = Heartbeat(self.run_folder, interval=faults.heartbeat_interval, attempt=attempt.number)
+        with watch_over(
+            attempt,
+            hang_timeout=faults.hang_timeout,
+            rank=mesh.rank,
+            stage=mesh.pipeline_rank,
+            barrier=mesh.barrier,
+            beat=heartbeat.beat if mesh.is_main else lambda _: None,
+        ) as (self.whereabouts, watchdog):
+            self.stop_requests.last_words = watchdog.look
+            yield
 
     def train_step(self, batch: Batch, iteration: int, *, watches: Sequence[ActionWatch] = ()) -> float | None:
         """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped."""
@@ -113,8 +139,10 @@ class Trainer:
         self.gradients.zero()
         with self.throughput.phase("forward_backward"):
             self.runtime.run(self.plan, step, watches=watches)
+        self.whereabouts.enter("gradient reduction")
         with self.throughput.phase("grad_sync"):
             self.gradients.reduce(tokens.gradient_factor)
+        self.whereabouts.enter("optimizer")
         with self.throughput.phase("optimizer"):
             gradient_norm = self.optimizer.step(self.learning_rate(iteration))
         self.meter.add(step.losses, tokens.regular)
@@ -122,6 +150,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; returns its step folder."""
+        self.whereabouts.enter("save")
         model = model_state(self.stage, self.mesh)
         state = {
             "model": model,
@@ -151,7 +180,7 @@ class Trainer:
 
     def end(self, status: int, reason: str) -> None:
         """Say how it went, in the log and in the attempt's outcome."""
-        if self.attempt is None:
+        if self.attempt is None or not self.mesh.is_main:
             return
         log, iteration = logging.getLogger("megatron_ee"), self.progress.iteration
         if status == STOPPED:
@@ -163,6 +192,7 @@ class Trainer:
 
     def close(self) -> None:
         """End the loggers and leave the process groups."""
+        self.whereabouts.enter("close")
         for logger in self.loggers:
             logger.close()
         close_mesh()

@@ -66,6 +66,10 @@ class StartedRun:
             for of in records
         ]
 
+    def fault(self, attempt: int) -> dict:
+        """What an attempt found wrong with its ranks."""
+        return json.loads((self.folder / f"attempts/{attempt}/fault_0.json").read_text())
+
     def outcome(self, attempt: int) -> dict:
         """What an attempt left."""
         return json.loads((self.folder / f"attempts/{attempt}/outcome.json").read_text())
