@@ -89,6 +89,12 @@ class Mesh:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
+    def gather(self, value: str) -> list[str]:
+        """All ranks' values, by rank."""
+        values = [""] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(device_ids=[self.device.torch.index] if self.device.torch.type == "cuda" else None)

@@ -12,7 +12,6 @@ from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, mo
 from megatron_ee.config import Config
 from megatron_ee.data.batch import Batch
 from megatron_ee.data.loader import BatchLoader
-from megatron_ee.errors import UserError
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh, close_mesh
 from megatron_ee.parallel.pipeline.plan import Plan
@@ -22,7 +21,7 @@ from megatron_ee.training.evaluate import Evaluator
 from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.loggers import Figures, Logger
 from megatron_ee.training.loss_weights import loss_weights
-from megatron_ee.training.losses import count_tokens
+from megatron_ee.training.losses import ExitLoss, count_tokens
 from megatron_ee.training.lr_schedule import LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.observation.metrics import ExitMeter
@@ -30,15 +29,12 @@ from megatron_ee.training.observation.throughput import Throughput, peak_memory
 from megatron_ee.training.observation.tracer import Tracer
 from megatron_ee.training.operations.attempts import STOPPED, Attempt
 from megatron_ee.training.operations.heartbeat import Heartbeat
+from megatron_ee.training.operations.skipping import SkippedSteps
 from megatron_ee.training.operations.stopping import REASONS, StopRequests
 from megatron_ee.training.operations.watchdog import watch_over
 from megatron_ee.training.operations.whereabouts import Whereabouts
 from megatron_ee.training.optimizers import OptimizerBackend
 from megatron_ee.training.stage_step import StageStep
-
-
-class DivergedError(UserError):
-    """The loss or its gradient is no number any more. All ranks see it in the same step."""
 
 
 @dataclass
@@ -61,11 +57,11 @@ class Trainer:
     runtime: Runtime | MegatronRuntime
     plan: Plan
     meter: ExitMeter
+    skipped: SkippedSteps
     throughput: Throughput
     tracer: Tracer
     evaluator: Evaluator | None
     progress: Progress = Progress(0, 0)
-    num_skipped: int = 0  # steps since the last record whose gradients overflowed
     loggers: Sequence[Logger] = ()
     stop_requests: StopRequests = field(default_factory=StopRequests)
     attempt: Attempt | None = None
@@ -92,7 +88,6 @@ class Trainer:
                     batch = self.loader.batch(self.progress.consumed_samples)
                 with self.tracer.step(iteration + 1) as watches:
                     gradient_norm = self.train_step(batch, iteration, watches=[*watches, self.whereabouts])
-            self._check(gradient_norm, iteration)
             consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
             self.whereabouts.enter("log")
@@ -101,7 +96,7 @@ class Trainer:
             if self.evaluator and self._is_due(training.eval_interval):
                 self.whereabouts.enter("validation")
                 self._log(self.evaluator.evaluate(self._weights(iteration), watches=[self.whereabouts]))
-            if self._is_due(self.config.checkpoint.interval):
+            if self._is_due(self.config.checkpoint.interval) and not self._is_diverging:
                 with self.throughput.phase("checkpoint"):
                     self.save()
         return ""
@@ -145,7 +140,11 @@ class Trainer:
         self.whereabouts.enter("optimizer")
         with self.throughput.phase("optimizer"):
             gradient_norm = self.optimizer.step(self.learning_rate(iteration))
-        self.meter.add(step.losses, tokens.regular)
+        if gradient_norm is None:
+            self._skip(batch, iteration, step.losses, tokens.regular)
+        else:
+            self.skipped.in_a_row = 0
+            self.meter.add(step.losses, tokens.regular)
         return gradient_norm
 
     def save(self) -> Path:
@@ -155,7 +154,8 @@ class Trainer:
         state = {
             "model": model,
             "optimizer": self.optimizer.sharded_state_dict(model),
-            "meter": {**self.meter.state(), "num_skipped": self.num_skipped},
+            "meter": self.meter.state(),
+            "skipped": self.skipped.state(),
         }
         description = replace(self.description, progress=self.progress)
         return save_checkpoint(
@@ -176,7 +176,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = saved.progress
         self.meter.load_state(state["meter"])
-        self.num_skipped = state["meter"]["num_skipped"]
+        self.skipped.load_state(state["skipped"])
 
     def end(self, status: int, reason: str) -> None:
         """Say how it went, in the log and in the attempt's outcome."""
@@ -197,15 +197,28 @@ class Trainer:
             logger.close()
         close_mesh()
 
-    def _check(self, gradient_norm: float | None, iteration: int) -> None:
-        if gradient_norm is None and self.optimizer.loss_scale > 1:
-            self.num_skipped += 1
-        elif gradient_norm is None or not math.isfinite(gradient_norm):
-            norm = gradient_norm if gradient_norm is not None else "no number at any loss scale"
-            raise DivergedError(
-                f"iteration {iteration + 1}: the norm of the gradients is {norm}; training stops here, and nothing of "
-                f"this step is saved. Resume from an earlier checkpoint, with a lower optimizer.lr say"
-            )
+    def _skip(self, batch: Batch, iteration: int, losses: Mapping[int, ExitLoss], num_tokens: float) -> None:
+        """The optimizer has updated nothing. All ranks are here; losses that are no numbers stay out of the means."""
+        of_batch = ExitMeter(self.meter.exits, self.mesh)
+        of_batch.add(losses, num_tokens)
+        means = of_batch.means()
+        if all(map(math.isfinite, means.values())):
+            self.meter.add(losses, num_tokens)
+        if self.optimizer.loss_scale > 1:
+            self.skipped.count_overflow()
+            return
+        self.skipped.count_nonfinite(
+            iteration + 1,
+            batch,
+            first_sample=self.progress.consumed_samples,
+            losses=means,
+            folder=self.attempt.folder if self.attempt else None,
+        )
+
+    @property
+    def _is_diverging(self) -> bool:
+        """Whether it may be the parameters that are no numbers any more; the last save is made in any case."""
+        return self.skipped.in_a_row > 0 and self.progress.iteration < self.config.training.train_iters
 
     def _weights(self, iteration: int) -> Mapping[int, float]:
         return loss_weights(self.config.exits, self.config.model.num_layers, iteration)
@@ -222,15 +235,14 @@ class Trainer:
                 **self.meter.read("train", self._weights(iteration)),
                 "train/lr": self.learning_rate(iteration),
                 **({} if gradient_norm is None else {"train/grad_norm": gradient_norm}),
-                "train/skipped": self.num_skipped,
+                "train/skipped": self.skipped.since_record,
                 "train/loss_scale": self.optimizer.loss_scale,
                 "train/tokens": progress.consumed_samples * config.data.sequence_length,
                 **self.throughput.read(steps_left=config.training.train_iters - progress.iteration),
                 **peak_memory(self.mesh),
             }
         )
-
-        self.num_skipped = 0
+        self.skipped.since_record = 0
 
     def _log(self, figures: Figures) -> None:
         for logger in self.loggers:
