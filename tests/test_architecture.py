@@ -83,6 +83,7 @@ WITHOUT_TORCH = [
     PACKAGE / "training/operations/watchdog.py",
     PACKAGE / "training/operations/whereabouts.py",
     PACKAGE / "training/planning.py",
+    PACKAGE / "training/observation/step_times.py",
     PACKAGE / "training/observation/trace.py",
     PACKAGE / "inference/request.py",
     PACKAGE / "inference/show.py",

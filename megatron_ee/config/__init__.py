@@ -3,7 +3,7 @@
 from megatron_ee.config.errors import ConfigError
 from megatron_ee.config.inference import ExitParams, InferenceConfig, ServingConfig
 from megatron_ee.config.loader import load_config, open_config, to_yaml
-from megatron_ee.config.logging import LoggingConfig, WandbConfig
+from megatron_ee.config.logging import LoggingConfig, ProfileConfig, WandbConfig
 from megatron_ee.config.model import ExitsConfig, HeadKind, ModelConfig, Precision, WeightScheduleConfig
 from megatron_ee.config.operations import CheckpointConfig, FaultsConfig
 from megatron_ee.config.parallel import ParallelConfig, StagePlacement
@@ -26,6 +26,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Precision",
+    "ProfileConfig",
     "ServingConfig",
     "StagePlacement",
     "TrainingConfig",

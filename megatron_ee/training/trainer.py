@@ -25,6 +25,8 @@ from megatron_ee.training.losses import ExitLoss, count_tokens
 from megatron_ee.training.lr_schedule import LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.observation.metrics import ExitMeter
+from megatron_ee.training.observation.phases import PhaseTimer
+from megatron_ee.training.observation.profiler import Profiler
 from megatron_ee.training.observation.throughput import Throughput, peak_memory
 from megatron_ee.training.observation.tracer import Tracer
 from megatron_ee.training.operations.attempts import STOPPED, Attempt
@@ -58,8 +60,10 @@ class Trainer:
     plan: Plan
     meter: ExitMeter
     skipped: SkippedSteps
+    timer: PhaseTimer
     throughput: Throughput
     tracer: Tracer
+    profiler: Profiler
     evaluator: Evaluator | None
     progress: Progress = Progress(0, 0)
     loggers: Sequence[Logger] = ()
@@ -77,17 +81,18 @@ class Trainer:
         stop = training.train_iters if until is None else min(until, training.train_iters)
         start = self.progress.iteration
         while (iteration := self.progress.iteration) < stop:
-            self.whereabouts.enter("roll call", iteration + 1)
-            if reason := REASONS[self.mesh.max_over_ranks(self.stop_requests.reason())]:
+            number = iteration + 1
+            self.whereabouts.enter("start", number)
+            with self.timer.rank_wait():
+                reason = REASONS[self.mesh.max_over_ranks(self.stop_requests.reason())]
+            if reason:
                 if iteration > start:
                     self.save()
                 return reason
-            with self.throughput.step():
-                self.whereabouts.enter("data")
-                with self.throughput.phase("data"):
+            with self.tracer.step(number) as recorders, self.profiler.step(number) as ranges, self.timer.step():
+                with self.timer.phase("data"):
                     batch = self.loader.batch(self.progress.consumed_samples)
-                with self.tracer.step(iteration + 1) as watches:
-                    gradient_norm = self.train_step(batch, iteration, watches=[*watches, self.whereabouts])
+                gradient_norm = self.train_step(batch, iteration, watches=(*recorders, *ranges))
             consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
             self.whereabouts.enter("log")
@@ -97,7 +102,7 @@ class Trainer:
                 self.whereabouts.enter("validation")
                 self._log(self.evaluator.evaluate(self._weights(iteration), watches=[self.whereabouts]))
             if self._is_due(self.config.checkpoint.interval) and not self._is_diverging:
-                with self.throughput.phase("checkpoint"):
+                with self.timer.phase("checkpoint"):
                     self.save()
         return ""
 
@@ -116,29 +121,29 @@ class Trainer:
             beat=heartbeat.beat if mesh.is_main else lambda _: None,
         ) as (self.whereabouts, watchdog):
             self.stop_requests.last_words = watchdog.look
+            self.timer.tell = self.whereabouts.enter
             yield
 
     def train_step(self, batch: Batch, iteration: int, *, watches: Sequence[ActionWatch] = ()) -> float | None:
         """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped."""
-        tokens = count_tokens(batch, self.plan, self.mesh)
-        loss_scale = self.optimizer.loss_scale
-        step = StageStep(
-            self.stage,
-            batch,
-            self.plan,
-            tokens,
-            {layer: weight * loss_scale for layer, weight in self._weights(iteration).items()},
-            chunk_rows=self.config.exits.loss_chunk_rows,
-            no_sync=self.gradients.no_sync,
-        )
-        self.gradients.zero()
-        with self.throughput.phase("forward_backward"):
-            self.runtime.run(self.plan, step, watches=watches)
-        self.whereabouts.enter("gradient reduction")
-        with self.throughput.phase("grad_sync"):
+        with self.timer.phase("prepare"):
+            tokens = count_tokens(batch, self.plan, self.mesh)
+            loss_scale = self.optimizer.loss_scale
+            step = StageStep(
+                self.stage,
+                batch,
+                self.plan,
+                tokens,
+                {layer: weight * loss_scale for layer, weight in self._weights(iteration).items()},
+                chunk_rows=self.config.exits.loss_chunk_rows,
+                no_sync=self.gradients.no_sync,
+            )
+            self.gradients.zero()
+        with self.timer.pipeline() as timers:
+            self.runtime.run(self.plan, step, watches=(self.whereabouts, *watches, *timers))
+        with self.timer.phase("grad_sync"):
             self.gradients.reduce(tokens.gradient_factor)
-        self.whereabouts.enter("optimizer")
-        with self.throughput.phase("optimizer"):
+        with self.timer.phase("optimizer"):
             gradient_norm = self.optimizer.step(self.learning_rate(iteration))
         if gradient_norm is None:
             self._skip(batch, iteration, step.losses, tokens.regular)
@@ -230,6 +235,7 @@ class Trainer:
 
     def _log_training(self, iteration: int, gradient_norm: float | None) -> None:
         progress, config = self.progress, self.config
+        times = self.timer.read()
         self._log(
             {
                 **self.meter.read("train", self._weights(iteration)),
@@ -238,10 +244,12 @@ class Trainer:
                 "train/skipped": self.skipped.since_record,
                 "train/loss_scale": self.optimizer.loss_scale,
                 "train/tokens": progress.consumed_samples * config.data.sequence_length,
-                **self.throughput.read(steps_left=config.training.train_iters - progress.iteration),
+                **self.throughput.figures(times.step_s, steps_left=config.training.train_iters - progress.iteration),
+                **times.figures(),
                 **peak_memory(self.mesh),
             }
         )
+
         self.skipped.since_record = 0
 
     def _log(self, figures: Figures) -> None:

@@ -31,7 +31,7 @@ from megatron_ee.training.build import build_trainer
 ROOT = Path(__file__).parents[2]
 SAVES = (SAVED, KILLED, 6)
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-MEASURED = ("perf/", "time/", "memory/")
+MEASURED = ("perf/", "time/", "pipeline/", "memory/")
 IN_EVERY_TEST_RUN = ("half-a-description", "link-aside")
 
 SWEEP = """
