@@ -25,6 +25,7 @@ from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.observation.metrics import ExitMeter
 from megatron_ee.training.observation.throughput import Throughput
 from megatron_ee.training.observation.tracer import Tracer
+from megatron_ee.training.operations.saving import Saving
 from megatron_ee.training.optimizers import BACKENDS, Backend
 from megatron_ee.training.planning import MEGATRON, ZERO_BUBBLE, plan_validation
 from megatron_ee.training.trainer import Trainer
@@ -70,6 +71,7 @@ def assemble_trainer(
         throughput=Throughput(config, mesh, vocab_size=vocab_size),
         tracer=Tracer(config.logging.trace_iterations, plan, mesh, run_folder_of(config) / "traces"),
         evaluator=_build_evaluator(config, datasets.valid, stage, Runtime(mesh, message), layout, mesh),
+        saving=Saving(config, run_folder_of(config), mesh, tokenizer.files()),
     )
 
 

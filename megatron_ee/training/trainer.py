@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Progress
-from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, model_state, save_checkpoint
+from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, model_state
 from megatron_ee.config import Config
 from megatron_ee.data.batch import Batch
 from megatron_ee.data.loader import BatchLoader
@@ -28,6 +28,7 @@ from megatron_ee.training.observation.metrics import ExitMeter
 from megatron_ee.training.observation.throughput import Throughput, peak_memory
 from megatron_ee.training.observation.tracer import Tracer
 from megatron_ee.training.operations.attempts import STOPPED, Attempt
+from megatron_ee.training.operations.saving import Saving
 from megatron_ee.training.operations.stopping import REASONS, StopRequests
 from megatron_ee.training.optimizers import OptimizerBackend
 from megatron_ee.training.stage_step import StageStep
@@ -60,6 +61,7 @@ class Trainer:
     throughput: Throughput
     tracer: Tracer
     evaluator: Evaluator | None
+    saving: Saving
     progress: Progress = Progress(0, 0)
     num_skipped: int = 0  # steps since the last record whose gradients overflowed
     loggers: Sequence[Logger] = ()
@@ -71,12 +73,19 @@ class Trainer:
 
         Returns:
             Why it stopped early, with a checkpoint of where it was: one of REASONS, and "" where it did not.
+
+        Raises:
+            SaveError: the checkpoint of where it ended or stopped could not be written.
         """
         training = self.config.training
         stop = training.train_iters if until is None else min(until, training.train_iters)
         start = self.progress.iteration
         while (iteration := self.progress.iteration) < stop:
-            if reason := REASONS[self.mesh.max_over_ranks(self.stop_requests.reason())]:
+            stops, is_writing = self.mesh.maxima_over_ranks(self.stop_requests.reason(), self.saving.is_writing())
+            if self.saving.is_pending and not is_writing:
+                with self.throughput.phase("checkpoint"):
+                    self.saving.settle()
+            if reason := REASONS[stops]:
                 if iteration > start:
                     self.save()
                 return reason
@@ -94,7 +103,10 @@ class Trainer:
                 self._log(self.evaluator.evaluate(self._weights(iteration)))
             if self._is_due(self.config.checkpoint.interval):
                 with self.throughput.phase("checkpoint"):
-                    self.save()
+                    self.saving.start(self._state, self._description())
+        self.saving.settle()
+        if self.progress.iteration == training.train_iters:
+            self.save()  # once more, if that has failed
         return ""
 
     def train_step(self, batch: Batch, iteration: int, *, watches: Sequence[ActionWatch] = ()) -> float | None:
@@ -121,17 +133,12 @@ class Trainer:
         return gradient_norm
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment; returns its step folder."""
-        model = model_state(self.stage, self.mesh)
-        state = {
-            "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(model),
-            "meter": {**self.meter.state(), "num_skipped": self.num_skipped},
-        }
-        description = replace(self.description, progress=self.progress)
-        return save_checkpoint(
-            self.run_folder, state, description, config=self.config, mesh=self.mesh, files=self.tokenizer.files()
-        )
+        """Write a checkpoint of this moment, unless there is one; returns its step folder.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        return self.saving.save(self._state, self._description())
 
     def load(self, folder: Path) -> None:
         """Continue from a step folder: parameters, optimizer state and progress.
@@ -166,6 +173,18 @@ class Trainer:
         for logger in self.loggers:
             logger.close()
         close_mesh()
+
+    def _state(self) -> dict:
+        """What a checkpoint holds. Collective."""
+        model = model_state(self.stage, self.mesh)
+        return {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(model),
+            "meter": {**self.meter.state(), "num_skipped": self.num_skipped},
+        }
+
+    def _description(self) -> Description:
+        return replace(self.description, progress=self.progress)
 
     def _check(self, gradient_norm: float | None, iteration: int) -> None:
         if gradient_norm is None and self.optimizer.loss_scale > 1:
