@@ -36,6 +36,8 @@ DOORS = {
         "model/layers.py",
         "model/split_vocabulary.py",
         "model/stage.py",
+        "checkpoint/plans.py",
+        "checkpoint/saver.py",
         "checkpoint/sharded.py",
         "training/gradients.py",
         "training/megatron_runtime.py",

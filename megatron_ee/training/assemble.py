@@ -27,6 +27,7 @@ from megatron_ee.training.observation.phases import PhaseTimer
 from megatron_ee.training.observation.profiler import Profiler
 from megatron_ee.training.observation.throughput import Throughput
 from megatron_ee.training.observation.tracer import Tracer
+from megatron_ee.training.operations.saving import Saving
 from megatron_ee.training.operations.skipping import SkippedSteps
 from megatron_ee.training.optimizers import BACKENDS, Backend
 from megatron_ee.training.planning import MEGATRON, ZERO_BUBBLE, plan_validation
@@ -76,6 +77,7 @@ def assemble_trainer(
         tracer=Tracer(config.logging.trace_iterations, plan, mesh, run_folder_of(config) / "traces"),
         profiler=Profiler(config.logging.profile, mesh, run_folder_of(config) / "profiles"),
         evaluator=_build_evaluator(config, datasets.valid, stage, Runtime(mesh, message), layout, mesh),
+        saving=Saving(config, run_folder_of(config), mesh, tokenizer.files()),
     )
 
 

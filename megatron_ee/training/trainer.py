@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Progress
-from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, model_state, save_checkpoint
+from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, model_state
 from megatron_ee.config import Config
 from megatron_ee.data.batch import Batch
 from megatron_ee.data.loader import BatchLoader
@@ -31,6 +31,7 @@ from megatron_ee.training.observation.throughput import Throughput, peak_memory
 from megatron_ee.training.observation.tracer import Tracer
 from megatron_ee.training.operations.attempts import STOPPED, Attempt
 from megatron_ee.training.operations.heartbeat import Heartbeat
+from megatron_ee.training.operations.saving import Saving
 from megatron_ee.training.operations.skipping import SkippedSteps
 from megatron_ee.training.operations.stopping import REASONS, StopRequests
 from megatron_ee.training.operations.watchdog import watch_over
@@ -65,6 +66,7 @@ class Trainer:
     tracer: Tracer
     profiler: Profiler
     evaluator: Evaluator | None
+    saving: Saving
     progress: Progress = Progress(0, 0)
     loggers: Sequence[Logger] = ()
     stop_requests: StopRequests = field(default_factory=StopRequests)
@@ -76,6 +78,9 @@ class Trainer:
 
         Returns:
             Why it stopped early, with a checkpoint of where it was: one of REASONS, and "" where it did not.
+
+        Raises:
+            SaveError: the checkpoint of where it ended or stopped could not be written.
         """
         training = self.config.training
         stop = training.train_iters if until is None else min(until, training.train_iters)
@@ -84,8 +89,11 @@ class Trainer:
             number = iteration + 1
             self.whereabouts.enter("start", number)
             with self.timer.rank_wait():
-                reason = REASONS[self.mesh.max_over_ranks(self.stop_requests.reason())]
-            if reason:
+                stops, is_writing = self.mesh.maxima_over_ranks(self.stop_requests.reason(), self.saving.is_writing())
+            if self.saving.is_pending and not is_writing:
+                with self.timer.phase("checkpoint"):
+                    self.saving.settle()
+            if reason := REASONS[stops]:
                 if iteration > start:
                     self.save()
                 return reason
@@ -103,7 +111,10 @@ class Trainer:
                 self._log(self.evaluator.evaluate(self._weights(iteration), watches=[self.whereabouts]))
             if self._is_due(self.config.checkpoint.interval) and not self._is_diverging:
                 with self.timer.phase("checkpoint"):
-                    self.save()
+                    self.saving.start(self._state, self._description())
+        self.saving.settle()
+        if self.progress.iteration == training.train_iters:
+            self.save()  # once more, if that has failed
         return ""
 
     @contextmanager
@@ -153,19 +164,13 @@ class Trainer:
         return gradient_norm
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment; returns its step folder."""
+        """Write a checkpoint of this moment, unless there is one; returns its step folder.
+
+        Raises:
+            SaveError: it could not be written.
+        """
         self.whereabouts.enter("save")
-        model = model_state(self.stage, self.mesh)
-        state = {
-            "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(model),
-            "meter": self.meter.state(),
-            "skipped": self.skipped.state(),
-        }
-        description = replace(self.description, progress=self.progress)
-        return save_checkpoint(
-            self.run_folder, state, description, config=self.config, mesh=self.mesh, files=self.tokenizer.files()
-        )
+        return self.saving.save(self._state, self._description())
 
     def load(self, folder: Path) -> None:
         """Continue from a step folder: parameters, optimizer state and progress.
@@ -201,6 +206,19 @@ class Trainer:
         for logger in self.loggers:
             logger.close()
         close_mesh()
+
+    def _state(self) -> dict:
+        """What a checkpoint holds. Collective."""
+        model = model_state(self.stage, self.mesh)
+        return {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(model),
+            "meter": self.meter.state(),
+            "skipped": self.skipped.state(),
+        }
+
+    def _description(self) -> Description:
+        return replace(self.description, progress=self.progress)
 
     def _skip(self, batch: Batch, iteration: int, losses: Mapping[int, ExitLoss], num_tokens: float) -> None:
         """The optimizer has updated nothing. All ranks are here; losses that are no numbers stay out of the means."""
