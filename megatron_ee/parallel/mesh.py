@@ -85,13 +85,9 @@ class Mesh:
 
     def max_over_ranks(self, value: int) -> int:
         """The largest of all ranks' values: what the ranks agree on where each may know something."""
-        return self.maxima_over_ranks(value)[0]
-
-    def maxima_over_ranks(self, *values: int) -> list[int]:
-        """The largest of each, in one go."""
-        largest = torch.tensor(values, device=self.device.torch)
+        largest = torch.tensor(value, device=self.device.torch)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return [int(value) for value in largest.tolist()]
+        return int(largest)
 
     def gather(self, value: str) -> list[str]:
         """All ranks' values, by rank."""
