@@ -13,7 +13,7 @@ All get the same figures under the same names:
     perf/slowest_rank_ratio                     of the ranks with the same work: see `alarms`
     time/{rank_wait,data,prepare,forward,exits,backward,weights,p2p_wait,grad_sync,optimizer,checkpoint}_s   see
                                                 `phases`; with megatron-core's schedules forward_backward for five
-    pipeline/{bubble_fraction,planned_bubble_fraction}   idle, and what would be with messages that take no time
+    pipeline/{bubble_fraction,planned_bubble_fraction}   idle; the plan's at the speed measured, now and then
     pipeline/stage_<n>_busy_s                   each stage's work in a step
     memory/{peak_gib,stage_<n>_peak_gib}        the fullest rank of all, and of each stage (from 0)
     val/loss, val/exit_<layer>/*                as for training

@@ -2,17 +2,17 @@
 
 Everything within a step belongs to a phase:
 
-    rank_wait   until the slowest rank has ended the step before, with what it saved, wrote and logged
+    rank_wait   until the slowest rank has ended the step before, and has logged it
     data        the batch
     prepare     its tokens counted, gradients set to zero
     forward, exits, backward, weights   F, X, B and W of the plan; B with what it computes again, and with sums of
                 gradients as far as it starts them
-    p2p_wait    the rest of the pipeline's time: this stage waits for its neighbours, or hands over to them
+    p2p_wait    the rest of the pipeline's time: the stage waits for its neighbours, or hands over to them
     grad_sync   the sums of gradients, or what is left of them where they overlap B
     optimizer   the norm, clipping and the update
 
 megatron-core's schedules show no actions: there, `forward_backward` is all of the pipeline's time. `checkpoint` comes
-between steps.
+between steps, and lasts until all ranks have saved.
 
 Times are the device's, and nothing is synchronised for their sake: on CUDA an F lasts as long as its kernels on the
 stream, and a wait as long as the stream stood still. They are read a step later, when they have passed.
@@ -87,8 +87,10 @@ class PhaseTimer:
 
     @contextmanager
     def rank_wait(self) -> Iterator[None]:
-        """Around the wait for all ranks before a step. The first doesn't count: some ranks take longer to be built."""
-        with self.phase("rank_wait") if self._has_begun else nullcontext():
+        """Around the wait for all ranks before a step. After a phase between steps it is a part of that one: the main
+        rank has more to save. The first doesn't count: some ranks take longer to be built."""
+        name = self._marks.spans[-1][0] if self._marks.spans else "rank_wait"
+        with self.phase(name) if self._has_begun else nullcontext():
             yield
 
     @contextmanager
