@@ -7,7 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Progress, read_description
-from megatron_ee.checkpoint.folders import link_latest, newest_checkpoint
+from megatron_ee.checkpoint.folders import newest_checkpoint
+from megatron_ee.checkpoint.resume import checkpoint_to_resume
 from megatron_ee.config import Config, to_yaml
 from megatron_ee.data.dataset import open_datasets
 from megatron_ee.device import Device
@@ -49,7 +50,7 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
     mesh = open_mesh(config.parallel, device, timeout=max(TIMEOUT, 2 * timedelta(seconds=config.faults.hang_timeout)))
     log = start_logging(is_main_rank=mesh.is_main)
     run_folder = run_folder_of(config)
-    checkpoint = _checkpoint_to_resume(config, run_folder)
+    checkpoint = _checkpoint_to_resume(config, run_folder, mesh)
     tokenizer = open_tokenizer(config.data.tokenizer)
     vocab_size = resolve_vocab_size(config.model, tokenizer)
     layout = layout_of(config, vocab_size)
@@ -72,8 +73,6 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
     )
     if checkpoint is not None:
         trainer.load(checkpoint)
-        if mesh.is_main:
-            link_latest(checkpoint)  # the run may have been killed just before it did
         log.info("resumed from %s", checkpoint)
     trainer.stop_requests = stop_requests or StopRequests(config.training.exit_duration)
     number = mesh.max_over_ranks(_begin_attempt(config, run_folder).number if mesh.is_main else 0)
@@ -122,11 +121,11 @@ def _announce(log: logging.Logger, config: Config, device: Device, layout: Layou
         )
 
 
-def _checkpoint_to_resume(config: Config, run_folder: Path) -> Path | None:
-    newest = newest_checkpoint(run_folder)
+def _checkpoint_to_resume(config: Config, run_folder: Path, mesh: Mesh) -> Path | None:
+    newest = mesh.from_main(lambda: newest_checkpoint(run_folder))
     if newest is not None and not config.checkpoint.resume:
         raise FieldError("checkpoint.resume", f"is false, but {run_folder} holds {newest.name}; take another name")
-    return newest
+    return checkpoint_to_resume(run_folder, mesh, verifies=config.checkpoint.verify)
 
 
 def _num_train_samples(config: Config, checkpoint: Path | None, plan: Plan, mesh: Mesh) -> int:
