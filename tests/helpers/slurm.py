@@ -59,7 +59,7 @@ def why_not() -> str | None:
 
 
 class Job:
-    """A job by its id."""
+    """A job by its id, or a task of an array by ARRAY_TASK."""
 
     def __init__(self, cluster: "Cluster", number: str) -> None:
         self.cluster, self.number = cluster, number
@@ -145,11 +145,11 @@ class Cluster:
             daemon.terminate()
         for daemon in self._daemons:
             try:
-                daemon.wait(timeout=10)
+                daemon.wait(timeout=3)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for process in _processes_with(f"SLURM_CONF={self.folder}/slurm.conf"):
+        for process in processes_with(f"SLURM_CONF={self.folder}/slurm.conf"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
@@ -178,6 +178,19 @@ class Cluster:
         return done.stdout.split()
 
 
+def processes_with(variable: str) -> list[int]:
+    """The processes that have this in their environment, but for this one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if variable.encode() in variables and int(path.parent.name) != os.getpid():
+            found.append(int(path.parent.name))
+    return found
+
+
 def _wait_until(is_there: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not is_there():
@@ -191,16 +204,3 @@ def _free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
-
-
-def _processes_with(variable: str) -> list[int]:
-    """The processes that have this in their environment, but for this one."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            variables = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if variable.encode() in variables and int(path.parent.name) != os.getpid():
-            found.append(int(path.parent.name))
-    return found

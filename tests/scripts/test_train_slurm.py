@@ -13,7 +13,7 @@ LAUNCHER = ROOT / "scripts/train.slurm"
 SCONTROL = f"""\
 #!/usr/bin/env bash
 case "$1 $2" in
-  "show job") printf '   JobState=%s Reason=None\\n   Command=%s tiny.yaml\\n' "$JOB_STATE" "{LAUNCHER}" ;;
+  "show job") printf '   JobState=%s\\n   Command=%s tiny.yaml\\n' "$JOB_STATE" "{LAUNCHER}" ;;
   "show hostnames") printf 'n7\\nn8\\n' ;;
   "show node") echo "NodeName=$3 NodeAddr=10.0.0.7 NodeHostName=$3" ;;
   requeue*) echo "$*" >requeued ;;
@@ -38,7 +38,12 @@ def job(scripts: Any) -> Any:
     scripts.write_program("scontrol", SCONTROL)
     scripts.write_program("srun", SRUN)
     script = shutil.copy(LAUNCHER, scripts.folder / "slurm_script")
-    variables = {"SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[7-8]", "JOB_STATE": "RUNNING"}
+    variables = {
+        "SLURM_JOB_ID": "12345",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "n[7-8]",
+        "JOB_STATE": "RUNNING Reason=None",
+    }
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return scripts.run(Path(script), *(arguments or ("tiny.yaml",)), **{**variables, **environment})
@@ -118,16 +123,16 @@ def test_a_container_without_the_plug_in_is_refused(job: Any, scripts: Any) -> N
 @pytest.mark.parametrize(
     ("status", "state", "is_requeued"),
     [
-        (75, "RUNNING", True),
-        (75, "SIGNALING", True),
-        (75, "COMPLETING", False),
-        (75, "CANCELLED", False),
-        (138, "RUNNING", True),
-        (143, "RUNNING", True),
-        (137, "RUNNING", False),
-        (1, "RUNNING", False),
-        (2, "RUNNING", False),
-        (0, "RUNNING", False),
+        (75, "RUNNING Reason=None", True),
+        (75, "SIGNALING Reason=None", True),
+        (75, "COMPLETING Reason=None", False),
+        (75, "COMPLETING Reason=TimeLimit", True),
+        (138, "RUNNING Reason=None", True),
+        (143, "RUNNING Reason=None", True),
+        (137, "RUNNING Reason=None", False),
+        (1, "RUNNING Reason=None", False),
+        (2, "RUNNING Reason=None", False),
+        (0, "RUNNING Reason=None", False),
     ],
 )
 def test_a_job_is_queued_again_when_it_wants_to_go_on_and_may(
@@ -148,6 +153,12 @@ def test_a_job_is_queued_again_so_often_and_no_more(
     done = job(STATUS="75", MAX_REQUEUES="2", **restarts)
     assert (scripts.folder / "requeued").exists() == is_requeued
     assert ("MAX_REQUEUES=2" in done.stderr) != is_requeued
+
+
+def test_a_task_of_an_array_queues_again_itself_alone(job: Any, scripts: Any) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "12345", "SLURM_ARRAY_TASK_ID": "2", "STATUS": "75"}
+    job("tiny.yaml", "--", "name=a", "--", "name=b", **array)
+    assert (scripts.folder / "requeued").read_text() == "requeue 12345_2\n", "12345 is all of them"
 
 
 def test_a_task_of_an_array_has_its_part_of_the_arguments(job: Any, scripts: Any) -> None:

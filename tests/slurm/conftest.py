@@ -26,13 +26,15 @@ class Runs:
     def folder(self, name: str) -> Path:
         return self.config.parent / "runs" / name
 
-    def submit_and_wait_for_iteration(
-        self, name: str, *overrides: str, options: tuple[str, ...] = (), **environment: str
-    ) -> Job:
+    def submit_and_wait_for_iteration(self, name: str, **environment: str) -> Job:
         """Until the record has its first figures."""
-        job = self.submit(name, *overrides, options=options, **environment)
-        job.wait_for(lambda: has_iteration(self.folder(name), 7))
+        job = self.submit(name, **environment)
+        job.wait_for(lambda: self.has_begun(name))
         return job
+
+    def has_begun(self, name: str) -> bool:
+        """Whether the record has its first figures."""
+        return has_iteration(self.folder(name), 7)
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +53,32 @@ def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="session")
-def undisturbed_job(runs: Runs) -> Job:
-    """A job of two ranks that is left alone, submitted by the launcher itself."""
+def stopped_jobs(runs: Runs) -> dict[str, Job]:
+    """Two jobs, each on a node, and each stopped once it trains: one by what SLURM sends before a time limit, one by a
+    job of the partition above."""
+    signalled = runs.submit("signalled", "logging.wandb={project: slurm, mode: offline}", MAX_REQUEUES="1")
+    preempted = runs.submit("preempted")
+    jobs = {"signalled": signalled, "preempted": preempted}
+
+    def stop(name: str) -> None:
+        if name == "signalled":
+            runs.cluster.call("scancel", "--batch", "--signal=USR1", signalled.number)
+        else:
+            node = preempted.fields()["NodeList"]
+            runs.cluster.sbatch("--partition=high", f"--nodelist={node}", "--wrap=true")
+
+    going = set(jobs)
+    while going:
+        jobs[min(going)].wait_for(lambda: any(map(runs.has_begun, going)))
+        for name in filter(runs.has_begun, sorted(going)):
+            stop(name)
+            going.remove(name)
+    return jobs
+
+
+@pytest.fixture(scope="session")
+def undisturbed_job(runs: Runs, stopped_jobs: dict[str, Job]) -> Job:
+    """A job of two ranks that is left alone, submitted by the launcher itself; it goes while those wait."""
     options = ("--parsable", runs.cluster.log_option)
     job = runs.cluster.submit(LAUNCHER, *options, "--", str(runs.config), "name=undisturbed")
     job.end()
