@@ -12,6 +12,8 @@
 #   MASTER_PORT     its port (29500)
 #   RDZV_ID         what the nodes of one start call it, all the same (the run's name); SLURM's launcher gives the job's
 #   SHUTDOWN_TIMEOUT  seconds that ranks have to save when they are told to stop (120)
+#   MAX_RESTARTS    how often all ranks are started again, from the newest checkpoint, when one has failed (0). With
+#                   several nodes give all of them the same number: each starts its own ranks
 #   PYTHON          interpreter (.venv/bin/python of this repository, otherwise python3)
 #
 # Several nodes: run the same line on each, with its own NODE_RANK, for example
@@ -98,24 +100,42 @@ fi
 # shellcheck source=scripts/env.sh
 source "$root/scripts/env.sh" "$tensor"
 
-newest_attempt() { "$PYTHON" -m megatron_ee.training.operations.attempts "$run"; }
-read -r before _ < <(newest_attempt)
+max_restarts=${MAX_RESTARTS:-0}
+[[ $max_restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS: $max_restarts is not a number of restarts"
 
-# In the background, because bash answers no signal while it waits for a program in the foreground.
-"$PYTHON" -m torch.distributed.run "${launch[@]}" "$root/pretrain_ee.py" "$@" &
-torchrun=$!
+newest_attempt() { "$PYTHON" -m megatron_ee.training.operations.attempts "$run"; }
+
+told='' # the signal that asks for the end
+torchrun=''
 for signal in TERM INT HUP USR1; do
   # shellcheck disable=SC2064  # the signal of this round
-  trap "kill -$signal $torchrun 2>/dev/null || true" "$signal"
-done
-status=0
-wait "$torchrun" || status=$?
-while kill -0 "$torchrun" 2>/dev/null; do  # a signal has ended the wait, not the ranks
-  status=0
-  wait "$torchrun" || status=$?
+  trap "told=$signal; [[ -z \$torchrun ]] || kill -$signal \$torchrun 2>/dev/null || true" "$signal"
 done
 
-# torchrun ends with 1 after any signal; the ranks' own word is in what their attempt left.
-read -r attempt outcome < <(newest_attempt)
-if ((attempt > before)) && [[ $outcome != - ]]; then status=$outcome; fi
+# Start all ranks of this node, and take their own word for how it went: torchrun ends with 1 after any signal.
+start_ranks() {
+  local before attempt outcome
+  read -r before _ < <(newest_attempt)
+  # In the background, because bash answers no signal while it waits for a program in the foreground.
+  "$PYTHON" -m torch.distributed.run "${launch[@]}" "$root/pretrain_ee.py" "$@" &
+  torchrun=$!
+  [[ -z $told ]] || kill "-$told" "$torchrun" || true # it came while there was nobody to hand it to
+  status=0
+  wait "$torchrun" || status=$?
+  while kill -0 "$torchrun" 2>/dev/null; do # a signal has ended the wait, not the ranks
+    status=0
+    wait "$torchrun" || status=$?
+  done
+  torchrun=''
+  read -r attempt outcome < <(newest_attempt)
+  if ((attempt > before)) && [[ $outcome != - ]]; then status=$outcome; fi
+}
+
+# Not torchrun's own --max-restarts: its ranks would meet the addresses that those before them left in its store.
+start_ranks "$@"
+for ((restart = 1; restart <= max_restarts; restart++)); do
+  [[ -z $told && $status != 0 && $status != 2 && $status != 75 ]] || break
+  echo "train.sh: the ranks have failed with status $status; restart $restart of $max_restarts" >&2
+  start_ranks "$@"
+done
 exit "$status"

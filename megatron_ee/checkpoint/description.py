@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError
+from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError, sync_folder
 from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
 VERSION = 4
@@ -65,7 +65,9 @@ def write_description(folder: Path, description: Description) -> None:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    sync_folder(folder)  # before there is a checkpoint, its files' names are on the disk
     aside.replace(folder / FORMAT_FILE)
+    sync_folder(folder)
 
 
 def read_description(folder: Path) -> Description:

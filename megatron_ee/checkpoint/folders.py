@@ -1,5 +1,6 @@
 """Where checkpoints are: RUN/checkpoints/step_00001000/, and `latest`, a link to the newest whole one."""
 
+import os
 from pathlib import Path
 
 from megatron_ee.errors import UserError
@@ -58,3 +59,12 @@ def link_latest(folder: Path) -> None:
     aside.unlink(missing_ok=True)  # a killed one's
     aside.symlink_to(folder.name)
     aside.replace(folder.parent / "latest")
+
+
+def sync_folder(folder: Path) -> None:
+    """See that the names of its files are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

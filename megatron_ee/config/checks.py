@@ -146,6 +146,12 @@ def _training_problems(config: "Config") -> Problems:
         if iteration > config.training.train_iters:
             last = config.training.train_iters
             yield f"logging.trace_iterations.{number}", f"{iteration} is beyond training.train_iters = {last}"
+    profile = config.logging.profile
+    if profile is not None and profile.all[-1] > config.training.train_iters:
+        yield (
+            "logging.profile",
+            f"ends with {profile.all[-1]}, beyond training.train_iters = {config.training.train_iters}",
+        )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield "optimizer.min_lr", f"{config.optimizer.min_lr} must be at most lr = {config.optimizer.lr}"
     if config.optimizer.lr_decay == "wsd":

@@ -7,14 +7,15 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from megatron_ee.device.clock import Clock, CudaClock, HostClock
 from megatron_ee.device.cpu_view import install_cpu_view
 from megatron_ee.errors import FieldError
 
-__all__ = ["Device", "DeviceError", "choose_device"]
+__all__ = ["Clock", "Device", "DeviceError", "choose_device"]
 
 
 class DeviceError(FieldError):
@@ -42,6 +43,10 @@ class Device:
         which have streams of their own: one that is awaited ahead may need what comes next."""
         if self.torch.type == "cuda":
             torch.cuda.current_stream(self.torch).synchronize()
+
+    def clock(self) -> Clock[Any]:
+        """Times of what is done here, for which nothing waits."""
+        return CudaClock() if self.torch.type == "cuda" else HostClock()
 
     @property
     def gpu_name(self) -> str | None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Progress, read_description
@@ -17,7 +18,7 @@ from megatron_ee.model.vocabulary import resolve_vocab_size
 from megatron_ee.parallel.chunks import Layout
 from megatron_ee.parallel.costs import costs_of
 from megatron_ee.parallel.layout import describe_layout, layout_of
-from megatron_ee.parallel.mesh import Mesh, open_mesh
+from megatron_ee.parallel.mesh import TIMEOUT, Mesh, open_mesh
 from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.schedules import TRAINING_SCHEDULES, Schedule
 from megatron_ee.parallel.world import count_microbatches
@@ -26,7 +27,7 @@ from megatron_ee.tokenizer import open_tokenizer
 from megatron_ee.training.assemble import all_exits, assemble_trainer, run_folder_of
 from megatron_ee.training.loggers import check_loggers, open_loggers
 from megatron_ee.training.lr_schedule import DECAYS, Decay
-from megatron_ee.training.operations.attempts import Attempt, open_attempt
+from megatron_ee.training.operations.attempts import Attempt, attempt_of, open_attempt
 from megatron_ee.training.operations.stopping import StopRequests
 from megatron_ee.training.optimizers import BACKENDS, Backend
 from megatron_ee.training.planning import FILLED, plan_step, schedule_of
@@ -44,7 +45,8 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
     """
     parts = _choose_parts(config)
     check_loggers(config.logging)
-    mesh = open_mesh(config.parallel, device)
+    # a rank that hangs is to be named before torch gives up on its messages
+    mesh = open_mesh(config.parallel, device, timeout=max(TIMEOUT, 2 * timedelta(seconds=config.faults.hang_timeout)))
     log = start_logging(is_main_rank=mesh.is_main)
     run_folder = run_folder_of(config)
     checkpoint = _checkpoint_to_resume(config, run_folder)
@@ -74,8 +76,9 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
             link_latest(checkpoint)  # the run may have been killed just before it did
         log.info("resumed from %s", checkpoint)
     trainer.stop_requests = stop_requests or StopRequests(config.training.exit_duration)
+    number = mesh.max_over_ranks(_begin_attempt(config, run_folder).number if mesh.is_main else 0)
+    trainer.attempt = attempt_of(run_folder, number)
     if mesh.is_main:
-        trainer.attempt = _begin_attempt(config, run_folder)
         trainer.loggers = open_loggers(config, run_folder, exits=all_exits(config), start=trainer.progress.iteration)
     return trainer
 

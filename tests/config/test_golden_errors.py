@@ -312,6 +312,14 @@ BETWEEN_FIELDS: Cases = {
             "logging: {trace_iterations: [3, 11]}",
             "1:33: logging.trace_iterations.1: 11 is beyond training.train_iters = 10",
         ),
+        "profiled after its end": (
+            "logging: {profile: {start: 9, iterations: 3}}",
+            "1:11: logging.profile: ends with 11, beyond training.train_iters = 10",
+        ),
+        "profiled before its begin": (
+            "logging: {profile: {start: 0}}",
+            "1:21: logging.profile.start: 0 must be a positive integer",
+        ),
         "megatron's, traced": (
             "logging: {trace_iterations: [1]}\nparallel: {schedule: megatron}",
             "1:11: logging.trace_iterations: schedule megatron shows no actions to trace",

@@ -113,18 +113,21 @@ def test_the_record_names_every_figure(logged: Path) -> None:
     assert [record["iteration"] for record in validation] == [5, 10]
     per_exit = {f"exit_{layer}/{figure}" for layer in EXITS for figure in ("loss", "ppl", "accuracy", "weight")}
     memory = {"memory/peak_gib", "memory/stage_0_peak_gib", "memory/stage_1_peak_gib"}
-    phases = {f"time/{phase}_s" for phase in ("data", "forward_backward", "grad_sync", "optimizer")}
+    around, actions = ("rank_wait", "data", "prepare", "grad_sync", "optimizer"), ("forward", "exits", "backward")
+    phases = {f"time/{phase}_s" for phase in (*around, *actions, "p2p_wait")}
+    stages = ("bubble_fraction", "planned_bubble_fraction", "stage_0_busy_s", "stage_1_busy_s")
+    pipeline = {f"pipeline/{figure}" for figure in stages}
     names = ("lr", "grad_norm", "skipped", "loss_scale", "tokens", "loss", "unmasked_tokens")
     run = {f"train/{name}" for name in names}
     pace = {"perf/tokens_per_s", "perf/iter_time_s", "perf/seconds_left"}
-    expected = {"iteration", *(f"train/{name}" for name in per_exit), *memory, *phases, *run, *pace}
+    expected = {"iteration", *(f"train/{name}" for name in per_exit), *memory, *phases, *pipeline, *run, *pace}
     assert training[0].keys() == expected, "nothing about GPUs, as there are none"
     assert training[2].keys() == {*expected, "time/checkpoint_s"}
     assert validation[0].keys() >= {f"val/{name}" for name in per_exit}
     assert [record["train/tokens"] for record in training] == [iteration * 4 * 16 for iteration in (2, 4, 6, 8, 10)]
     assert training[0]["memory/peak_gib"] == max(training[0][f"memory/stage_{stage}_peak_gib"] for stage in (0, 1))
     phases_s = sum(training[0][phase] for phase in phases)
-    assert 0.5 * training[0]["perf/iter_time_s"] < phases_s < training[0]["perf/iter_time_s"]
+    assert 0.95 * training[0]["perf/iter_time_s"] < phases_s < training[0]["perf/iter_time_s"]
 
 
 def test_tensorboard_shows_every_exit_at_every_interval(logged: Path) -> None:

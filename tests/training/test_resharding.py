@@ -22,7 +22,7 @@ from megatron_ee.training.build import build_trainer
 from megatron_ee.training.planning import plan_validation
 from megatron_ee.training.trainer import Trainer
 
-MEASURED = ("perf/", "time/", "memory/")
+MEASURED = ("perf/", "time/", "pipeline/", "memory/")
 DISTRIBUTED = {"overlap_grad_reduce": True, "distributed_optimizer": True}
 HEADS = {"layers": [2, 4, 6], "head": ["mlp", "block", "norm"], "projection": ["shared", "own", "shared"]}
 TIED = {"tied": {"model": {"vocab_size": "auto", "tie_embeddings": True}}, "untied": {}}

@@ -9,7 +9,7 @@ import pytest
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
-MEASURED = ("perf/", "time/", "memory/")
+MEASURED = ("perf/", "time/", "pipeline/", "memory/")
 
 
 @pytest.fixture(scope="module")

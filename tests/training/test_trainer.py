@@ -4,16 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
-from megatron_ee.checkpoint.folders import newest_checkpoint
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import FieldError, UserError
 from megatron_ee.training.build import _begin_attempt, build_trainer
-from megatron_ee.training.trainer import DivergedError
 
 
 @pytest.fixture
@@ -60,27 +57,6 @@ def test_the_batch_may_be_smaller_after_a_resume(folder: Path, ranks: RankPool) 
     small = {**large, "global_batch_size": 8}
     (result,) = ranks.run(1, train, run_config(folder, name="r", training=small))
     assert sorted(result["figures"]) == [3, 4]
-
-
-def _diverge(config: Config) -> str:
-    trainer = build_trainer(config, choose_device("cpu"))
-    trainer.loggers = []
-    trainer.train(until=2)
-    with torch.no_grad():
-        for parameter in trainer.stage.parameters():
-            parameter.fill_(float("nan"))
-    with pytest.raises(DivergedError) as caught:
-        trainer.train()
-    return str(caught.value)
-
-
-def test_a_run_that_diverges_stops_and_saves_nothing_of_it(folder: Path, ranks: RankPool) -> None:
-    config = run_config(folder, name="r", checkpoint={"interval": 1}, parallel={"pipeline": 2})
-    for said in ranks.run(2, _diverge, config):
-        assert said.startswith("iteration 3: the norm of the gradients is nan")
-    newest = newest_checkpoint(folder / "runs/r")
-    assert newest is not None
-    assert newest.name == "step_00000002"
 
 
 def _all_masked(config: Config) -> float:

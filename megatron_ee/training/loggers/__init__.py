@@ -9,7 +9,10 @@ All get the same figures under the same names:
     train/{skipped,loss_scale}                  fp16: steps since the last record whose gradients overflowed
     perf/{tokens_per_s,iter_time_s,seconds_left}
     perf/{tokens_per_s_per_gpu,tflops_per_gpu,mfu}  on GPUs
-    time/{data,forward_backward,grad_sync,optimizer,checkpoint}_s   see `throughput`
+    time/{rank_wait,data,prepare,forward,exits,backward,weights,p2p_wait,grad_sync,optimizer,checkpoint}_s   see
+                                                `phases`; with megatron-core's schedules forward_backward for five
+    pipeline/{bubble_fraction,planned_bubble_fraction}   idle, and what would be with messages that take no time
+    pipeline/stage_<n>_busy_s                   each stage's work in a step
     memory/{peak_gib,stage_<n>_peak_gib}        the fullest rank of all, and of each stage (from 0)
     val/loss, val/exit_<layer>/*                as for training
 

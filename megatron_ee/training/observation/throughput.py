@@ -1,13 +1,4 @@
-"""How fast a run goes, and what share of its GPUs' peak that is.
-
-Times are the main rank's, by its clock, and nothing is synchronised for their sake. On CUDA a phase ends when its work
-has been handed over, so most of it shows in the phase that next waits for the GPU, `optimizer`; whole steps are exact.
-"""
-
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""How fast a run goes, and what share of its GPUs' peak that is."""
 
 import torch
 
@@ -52,7 +43,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class Throughput:
-    """Times the phases of steps, and turns them into figures.
+    """Turns the time of a step into figures.
 
     Args:
         vocab_size: the resolved size.
@@ -64,39 +55,19 @@ class Throughput:
         self._flops_per_token = flops_per_token(
             config.model, config.exits, sequence_length=config.data.sequence_length, vocab_size=vocab_size
         )
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._step_seconds, self._num_steps = 0.0, 0
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around everything that a training step needs."""
-        started = time.perf_counter()
-        yield
-        self._step_seconds += time.perf_counter() - started
-        self._num_steps += 1
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Around a part of a step, or around what comes between steps: saving."""
-        started = time.perf_counter()
-        yield
-        self._seconds[name] += time.perf_counter() - started
-
-    def read(self, steps_left: int) -> dict[str, float]:
-        """Figures since the last read: seconds are means per step; a checkpoint's are those of the one just before."""
-        per_step = self._step_seconds / self._num_steps
-        tokens_per_s = self._tokens_per_step / per_step
-        figures = {
+    def figures(self, step_s: float, *, steps_left: int) -> dict[str, float]:
+        """
+        Args:
+            step_s: seconds that a step takes.
+        """
+        tokens_per_s = self._tokens_per_step / step_s
+        return {
             "perf/tokens_per_s": tokens_per_s,
-            "perf/iter_time_s": per_step,
-            "perf/seconds_left": steps_left * per_step,
+            "perf/iter_time_s": step_s,
+            "perf/seconds_left": steps_left * step_s,
             **self._per_gpu(tokens_per_s),
         }
-        for name, seconds in self._seconds.items():
-            figures[f"time/{name}_s"] = seconds if name == "checkpoint" else seconds / self._num_steps
-        self._seconds.clear()
-        self._step_seconds, self._num_steps = 0.0, 0
-        return figures
 
     def _per_gpu(self, tokens_per_s: float) -> dict[str, float]:
         """Nothing on CPUs: they have no peak worth the name, and share it with whatever else runs."""

@@ -1,4 +1,4 @@
-"""Counted FLOPs against torch's own count of the real model, and figures from a clock that is set by hand."""
+"""Counted FLOPs against torch's own count of the real model, and figures from the time of a step."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ee.device import Device
 from megatron_ee.parallel.mesh import Mesh
-from megatron_ee.training.observation import throughput
 from megatron_ee.training.observation.throughput import Throughput, flops_per_token, peak_flops
 
 
@@ -62,41 +61,28 @@ def test_peaks_by_name(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
 
 
-def _measure(monkeypatch: pytest.MonkeyPatch, gpu_name: str | None) -> list[dict[str, float]]:
-    """Two steps of 2 s each, 1 s of it data; a checkpoint of 3 s; one more step."""
-    clock = iter([0, 0, 1, 2, 10, 10, 11, 12, 20, 23, 30, 30, 31, 32])
-    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+def _figures(gpu_name: str | None) -> dict[str, float]:
+    """Of steps of 2 s on four ranks."""
     mesh: Any = SimpleNamespace(device=SimpleNamespace(gpu_name=gpu_name), world_size=4)
-    meter = Throughput(tiny_config(), mesh, vocab_size=VOCAB_SIZE)
-    for _ in range(2):
-        with meter.step(), meter.phase("data"):
-            pass
-    first = meter.read(steps_left=5)
-    with meter.phase("checkpoint"):
-        pass
-    with meter.step(), meter.phase("data"):
-        pass
-    return [first, meter.read(steps_left=4)]
+    return Throughput(tiny_config(), mesh, vocab_size=VOCAB_SIZE).figures(2.0, steps_left=5)
 
 
-def test_on_cpus_there_is_no_share_of_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_cpus_there_is_no_share_of_a_peak() -> None:
     tokens_per_s = 8 * SEQUENCE_LENGTH / 2
-    first = {
+    assert _figures(None) == {
         "perf/tokens_per_s": tokens_per_s,
         "perf/iter_time_s": 2.0,
         "perf/seconds_left": 10.0,
-        "time/data_s": 1.0,
     }
-    assert _measure(monkeypatch, None) == [first, {**first, "perf/seconds_left": 8.0, "time/checkpoint_s": 3.0}]
 
 
-def test_on_gpus_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures, _ = _measure(monkeypatch, "NVIDIA H200")
+def test_on_gpus_there_is() -> None:
+    figures = _figures("NVIDIA H200")
     per_gpu = 8 * SEQUENCE_LENGTH / 2 / 4
     assert figures["perf/tokens_per_s_per_gpu"] == per_gpu
     assert figures["perf/tflops_per_gpu"] == pytest.approx(per_gpu * _count([2, 5]) / 1e12)
     assert figures["perf/mfu"] == pytest.approx(per_gpu * _count([2, 5]) / 989e12)
-    figures, _ = _measure(monkeypatch, "NVIDIA T4")
+    figures = _figures("NVIDIA T4")
     assert "perf/mfu" not in figures and "perf/tflops_per_gpu" in figures
 
 

@@ -48,6 +48,10 @@ class StartedRun:
         """What the record says of losses, which nothing may change; not of times."""
         return read_losses(self.folder)
 
+    def fault(self, attempt: int) -> dict:
+        """What an attempt found wrong with its ranks."""
+        return json.loads((self.folder / f"attempts/{attempt}/fault_0.json").read_text())
+
     def outcome(self, attempt: int) -> dict:
         """What an attempt left."""
         return json.loads((self.folder / f"attempts/{attempt}/outcome.json").read_text())
