@@ -10,6 +10,7 @@
 #                   address MASTER_ADDR is does
 #   MASTER_ADDR     address of that node, as the others see it; needed for more than one node
 #   MASTER_PORT     its port (29500)
+#   RDZV_ID         what the nodes of one start call it, all the same (the run's name); SLURM's launcher gives the job's
 #   SHUTDOWN_TIMEOUT  seconds that ranks have to save when they are told to stop (120)
 #   MAX_RESTARTS    how often all ranks are started again, from the newest checkpoint, when one has failed (0). With
 #                   several nodes give all of them the same number: each starts its own ranks
@@ -51,11 +52,12 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 # A wrong config is one message here; from inside torchrun it would be a page.
 config=$("$PYTHON" -m megatron_ee.config "$@") || exit
-read -r name device copy data < <("$PYTHON" -c '
+read -r name device tensor copy data < <("$PYTHON" -c '
 import sys, yaml
 config = yaml.safe_load(sys.stdin)
 parallel = config["parallel"]
-print(config["name"], config["device"], parallel["tensor"] * parallel["pipeline"], parallel["data"])' <<<"$config")
+tensor = parallel["tensor"]
+print(config["name"], config["device"], tensor, tensor * parallel["pipeline"], parallel["data"])' <<<"$config")
 run=$("$PYTHON" -c 'import sys, yaml; config = yaml.safe_load(sys.stdin); print(config["runs"] + "/" + config["name"])' \
   <<<"$config")
 
@@ -89,14 +91,14 @@ if ((nnodes == 1)); then
   launch+=(--standalone)
 else
   [[ -n ${MASTER_ADDR-} ]] || fail "MASTER_ADDR: $nnodes nodes need the address of the one that hosts the rendezvous"
-  launch+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-id "$name")
+  launch+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-id "${RDZV_ID:-$name}")
   if [[ -n ${NODE_RANK-} ]]; then
     launch+=(--rdzv-conf "is_host=$((NODE_RANK == 0 ? 1 : 0))")
   fi
 fi
 
-# One thread for each rank: the ranks of a node share its cores, and torch would give every one of them all of them.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# shellcheck source=scripts/env.sh
+source "$root/scripts/env.sh" "$tensor"
 
 max_restarts=${MAX_RESTARTS:-0}
 [[ $max_restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS: $max_restarts is not a number of restarts"
