@@ -28,7 +28,7 @@ from megatron_ee.tokenizer import open_tokenizer
 from megatron_ee.training.assemble import all_exits, assemble_trainer, run_folder_of
 from megatron_ee.training.loggers import check_loggers, open_loggers
 from megatron_ee.training.lr_schedule import DECAYS, Decay
-from megatron_ee.training.operations.attempts import Attempt, attempt_of, open_attempt
+from megatron_ee.training.operations.attempts import Attempt, open_attempt
 from megatron_ee.training.operations.stopping import StopRequests
 from megatron_ee.training.optimizers import BACKENDS, Backend
 from megatron_ee.training.planning import FILLED, plan_step, schedule_of
@@ -75,8 +75,7 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
         trainer.load(checkpoint)
         log.info("resumed from %s", checkpoint)
     trainer.stop_requests = stop_requests or StopRequests(config.training.exit_duration)
-    number = mesh.max_over_ranks(_begin_attempt(config, run_folder).number if mesh.is_main else 0)
-    trainer.attempt = attempt_of(run_folder, number)
+    trainer.attempt = mesh.from_main(lambda: _begin_attempt(config, run_folder))
     if mesh.is_main:
         trainer.loggers = open_loggers(config, run_folder, exits=all_exits(config), start=trainer.progress.iteration)
     return trainer
