@@ -29,6 +29,7 @@ from megatron_ee.training.assemble import all_exits, assemble_trainer, run_folde
 from megatron_ee.training.loggers import check_loggers, open_loggers
 from megatron_ee.training.lr_schedule import DECAYS, Decay
 from megatron_ee.training.operations.attempts import Attempt, open_attempt
+from megatron_ee.training.operations.run_lock import RunLock
 from megatron_ee.training.operations.stopping import StopRequests
 from megatron_ee.training.optimizers import BACKENDS, Backend
 from megatron_ee.training.planning import FILLED, plan_step, schedule_of
@@ -50,6 +51,8 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
     mesh = open_mesh(config.parallel, device, timeout=max(TIMEOUT, 2 * timedelta(seconds=config.faults.hang_timeout)))
     log = start_logging(is_main_rank=mesh.is_main)
     run_folder = run_folder_of(config)
+    lock = RunLock(run_folder)
+    mesh.from_main(lock.take_if_begun)
     checkpoint = _checkpoint_to_resume(config, run_folder, mesh)
     tokenizer = open_tokenizer(config.data.tokenizer)
     vocab_size = resolve_vocab_size(config.model, tokenizer)
@@ -75,7 +78,8 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
         trainer.load(checkpoint)
         log.info("resumed from %s", checkpoint)
     trainer.stop_requests = stop_requests or StopRequests(config.training.exit_duration)
-    trainer.attempt = mesh.from_main(lambda: _begin_attempt(config, run_folder))
+    trainer.attempt = mesh.from_main(lambda: _begin_attempt(config, run_folder, lock))
+    trainer.lock = lock
     if mesh.is_main:
         trainer.loggers = open_loggers(config, run_folder, exits=all_exits(config), start=trainer.progress.iteration)
     return trainer
@@ -139,14 +143,14 @@ def samples_per_step(config: Config, plan: Plan, mesh: Mesh) -> int:
     return plan.num_microbatches * config.training.micro_batch_size * mesh.data_size
 
 
-def _begin_attempt(config: Config, run_folder: Path) -> Attempt:
+def _begin_attempt(config: Config, run_folder: Path, lock: RunLock) -> Attempt:
     """Leave the config that the run goes on with; one that was refused leaves the old file alone.
 
     Raises:
-        FieldError: the run's folder cannot be written.
+        FieldError: the run's folder cannot be written, or another process trains the run.
     """
+    lock.take()
     try:
-        run_folder.mkdir(parents=True, exist_ok=True)
         (run_folder / "config.yaml").write_text(to_yaml(config))
         return open_attempt(run_folder, config=to_yaml(config), environment=describe_environment())
     except OSError as error:

@@ -33,6 +33,7 @@ from megatron_ee.training.operations.alarms import Alarms
 from megatron_ee.training.operations.attempts import STOPPED, Attempt
 from megatron_ee.training.operations.heartbeat import Heartbeat
 from megatron_ee.training.operations.roll_call import call_roll
+from megatron_ee.training.operations.run_lock import RunLock
 from megatron_ee.training.operations.saving import Saving
 from megatron_ee.training.operations.skipping import SkippedSteps
 from megatron_ee.training.operations.stopping import StopRequests
@@ -74,6 +75,7 @@ class Trainer:
     loggers: Sequence[Logger] = ()
     stop_requests: StopRequests = field(default_factory=StopRequests)
     attempt: Attempt | None = None
+    lock: RunLock | None = None
     whereabouts: Whereabouts = field(default_factory=Whereabouts)
 
     def train(self, until: int | None = None) -> str:
@@ -215,6 +217,8 @@ class Trainer:
         self.whereabouts.enter("close")
         for logger in self.loggers:
             logger.close()
+        if self.lock is not None:
+            self.lock.release()
         close_mesh()
 
     def _state(self) -> dict:
