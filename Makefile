@@ -41,7 +41,7 @@ lint: $(INSTALLED) ## check style, spelling, types, shell scripts and the Docker
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
 	$(BIN)/mypy
-	$(BIN)/shellcheck scripts/*.sh .ci/run
+	$(BIN)/shellcheck scripts/*.sh scripts/train.slurm .ci/run
 	$(BIN)/hadolint Dockerfile
 
 format: $(INSTALLED) ## rewrite the code in the house style

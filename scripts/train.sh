@@ -10,7 +10,10 @@
 #                   address MASTER_ADDR is does
 #   MASTER_ADDR     address of that node, as the others see it; needed for more than one node
 #   MASTER_PORT     its port (29500)
+#   RDZV_ID         what the nodes of one start call it, all the same (the run's name); SLURM's launcher gives the job's
 #   SHUTDOWN_TIMEOUT  seconds that ranks have to save when they are told to stop (120)
+#   MAX_RESTARTS    how often all ranks are started again, from the newest checkpoint, when one has failed (0). With
+#                   several nodes give all of them the same number: each starts its own ranks
 #   PYTHON          interpreter (.venv/bin/python of this repository, otherwise python3)
 #
 # Several nodes: run the same line on each, with its own NODE_RANK, for example
@@ -49,11 +52,12 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 # A wrong config is one message here; from inside torchrun it would be a page.
 config=$("$PYTHON" -m megatron_ee.config "$@") || exit
-read -r name device copy data < <("$PYTHON" -c '
+read -r name device tensor copy data < <("$PYTHON" -c '
 import sys, yaml
 config = yaml.safe_load(sys.stdin)
 parallel = config["parallel"]
-print(config["name"], config["device"], parallel["tensor"] * parallel["pipeline"], parallel["data"])' <<<"$config")
+tensor = parallel["tensor"]
+print(config["name"], config["device"], tensor, tensor * parallel["pipeline"], parallel["data"])' <<<"$config")
 run=$("$PYTHON" -c 'import sys, yaml; config = yaml.safe_load(sys.stdin); print(config["runs"] + "/" + config["name"])' \
   <<<"$config")
 
@@ -87,33 +91,51 @@ if ((nnodes == 1)); then
   launch+=(--standalone)
 else
   [[ -n ${MASTER_ADDR-} ]] || fail "MASTER_ADDR: $nnodes nodes need the address of the one that hosts the rendezvous"
-  launch+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-id "$name")
+  launch+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-id "${RDZV_ID:-$name}")
   if [[ -n ${NODE_RANK-} ]]; then
     launch+=(--rdzv-conf "is_host=$((NODE_RANK == 0 ? 1 : 0))")
   fi
 fi
 
-# One thread for each rank: the ranks of a node share its cores, and torch would give every one of them all of them.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# shellcheck source=scripts/env.sh
+source "$root/scripts/env.sh" "$tensor"
+
+max_restarts=${MAX_RESTARTS:-0}
+[[ $max_restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS: $max_restarts is not a number of restarts"
 
 newest_attempt() { "$PYTHON" -m megatron_ee.training.operations.attempts "$run"; }
-read -r before _ < <(newest_attempt)
 
-# In the background, because bash answers no signal while it waits for a program in the foreground.
-"$PYTHON" -m torch.distributed.run "${launch[@]}" "$root/pretrain_ee.py" "$@" &
-torchrun=$!
+told='' # the signal that asks for the end
+torchrun=''
 for signal in TERM INT HUP USR1; do
   # shellcheck disable=SC2064  # the signal of this round
-  trap "kill -$signal $torchrun 2>/dev/null || true" "$signal"
-done
-status=0
-wait "$torchrun" || status=$?
-while kill -0 "$torchrun" 2>/dev/null; do  # a signal has ended the wait, not the ranks
-  status=0
-  wait "$torchrun" || status=$?
+  trap "told=$signal; [[ -z \$torchrun ]] || kill -$signal \$torchrun 2>/dev/null || true" "$signal"
 done
 
-# torchrun ends with 1 after any signal; the ranks' own word is in what their attempt left.
-read -r attempt outcome < <(newest_attempt)
-if ((attempt > before)) && [[ $outcome != - ]]; then status=$outcome; fi
+# Start all ranks of this node, and take their own word for how it went: torchrun ends with 1 after any signal.
+start_ranks() {
+  local before attempt outcome
+  read -r before _ < <(newest_attempt)
+  # In the background, because bash answers no signal while it waits for a program in the foreground.
+  "$PYTHON" -m torch.distributed.run "${launch[@]}" "$root/pretrain_ee.py" "$@" &
+  torchrun=$!
+  [[ -z $told ]] || kill "-$told" "$torchrun" || true # it came while there was nobody to hand it to
+  status=0
+  wait "$torchrun" || status=$?
+  while kill -0 "$torchrun" 2>/dev/null; do # a signal has ended the wait, not the ranks
+    status=0
+    wait "$torchrun" || status=$?
+  done
+  torchrun=''
+  read -r attempt outcome < <(newest_attempt)
+  if ((attempt > before)) && [[ $outcome != - ]]; then status=$outcome; fi
+}
+
+# Not torchrun's own --max-restarts: its ranks would meet the addresses that those before them left in its store.
+start_ranks "$@"
+for ((restart = 1; restart <= max_restarts; restart++)); do
+  [[ -z $told && $status != 0 && $status != 2 && $status != 75 ]] || break
+  echo "train.sh: the ranks have failed with status $status; restart $restart of $max_restarts" >&2
+  start_ranks "$@"
+done
 exit "$status"

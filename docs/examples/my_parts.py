@@ -6,6 +6,8 @@ optimizer: {backend: sgd, lr_decay: inverse-sqrt}
 inference: {exit: {measure: margin}}
 """
 
+import math
+
 import torch
 
 from megatron_ee.config import OptimizerConfig
@@ -49,8 +51,10 @@ class Sgd:
         return 1.0  # fp32 and bf16 need none
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> float | None:
         norm = self._gradients.norm()
+        if not math.isfinite(norm):
+            return None  # nothing is updated, and the trainer counts it
         scale = min(1.0, self._clip / (norm + 1e-6))
         for parameter in self._parameters:
             parameter.sub_(learning_rate * scale * parameter.main_grad)

@@ -5,7 +5,7 @@ from megatron_ee.config.inference import ExitParams, InferenceConfig, ServingCon
 from megatron_ee.config.loader import load_config, open_config, to_yaml
 from megatron_ee.config.logging import LoggingConfig, ProfileConfig, WandbConfig
 from megatron_ee.config.model import ExitsConfig, HeadKind, ModelConfig, Precision, WeightScheduleConfig
-from megatron_ee.config.operations import CheckpointConfig
+from megatron_ee.config.operations import CheckpointConfig, FaultsConfig
 from megatron_ee.config.parallel import ParallelConfig, StagePlacement
 from megatron_ee.config.schema import Config
 from megatron_ee.config.training import BlendEntry, DataConfig, OptimizerConfig, TrainingConfig
@@ -18,6 +18,7 @@ __all__ = [
     "DataConfig",
     "ExitParams",
     "ExitsConfig",
+    "FaultsConfig",
     "HeadKind",
     "InferenceConfig",
     "LoggingConfig",

@@ -13,7 +13,7 @@ from megatron_ee.config.fields import Names, Section
 from megatron_ee.config.inference import InferenceConfig, ServingConfig
 from megatron_ee.config.logging import LoggingConfig
 from megatron_ee.config.model import ExitsConfig, ModelConfig
-from megatron_ee.config.operations import CheckpointConfig
+from megatron_ee.config.operations import CheckpointConfig, FaultsConfig
 from megatron_ee.config.parallel import ParallelConfig
 from megatron_ee.config.training import DataConfig, OptimizerConfig, TrainingConfig
 
@@ -33,6 +33,7 @@ class Config(Section):
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
     inference: InferenceConfig = InferenceConfig()
     serving: ServingConfig = ServingConfig()

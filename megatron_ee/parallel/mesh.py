@@ -3,9 +3,12 @@
 Ranks are numbered as megatron-core does: pipeline stage outermost, then data-parallel rank, tensor-parallel innermost.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +17,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ee.config import ParallelConfig
 from megatron_ee.device import Device
+from megatron_ee.errors import UserError
 from megatron_ee.parallel.world import data_parallel_size
+
+TIMEOUT = timedelta(minutes=30)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,7 @@ class Mesh:
 
     Attributes:
         groups: megatron-core's groups, handed to every part of megatron-core that takes them.
+        timeout: how long a message may take, of whatever group.
     """
 
     device: Device
@@ -56,6 +65,7 @@ class Mesh:
     data_size: int
     groups: ProcessGroupCollection
     links: Links
+    timeout: timedelta
 
     @property
     def is_main(self) -> bool:
@@ -70,7 +80,7 @@ class Mesh:
 
     def group_over_stages(self, stages: Sequence[int]) -> dist.ProcessGroup:
         """A new group of those stages of this pipeline. Collective: every rank calls it with the same stages."""
-        return _new_group_per_pipeline(stages, self.data_size * self.tensor_size, self.rank)
+        return _new_group_per_pipeline(stages, self.data_size * self.tensor_size, self.rank, self.timeout)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place: for figures that each rank holds a part of (zeros elsewhere)."""
@@ -83,28 +93,55 @@ class Mesh:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
+    def gather(self, value: str) -> list[str]:
+        """All ranks' values, by rank."""
+        values = [""] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, work: Callable[[], Result]) -> Result:
+        """What a function returns on the main rank, which alone calls it; on every rank. It has to be picklable.
+
+        Raises:
+            UserError: the function raised it, on the main rank; here on all.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return cast(Result, outcome[0])
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(device_ids=[self.device.torch.index] if self.device.torch.type == "cuda" else None)
 
 
-def open_mesh(parallel: ParallelConfig, device: Device) -> Mesh:
+def open_mesh(parallel: ParallelConfig, device: Device, *, timeout: timedelta = TIMEOUT) -> Mesh:
     """Join the other ranks (as torchrun's environment says; alone without one) and build the groups.
+
+    Args:
+        timeout: how long a message may take before torch gives up, and with it the process.
 
     Raises:
         MeshError: see `data_parallel_size`.
     """
     if not dist.is_initialized():
         if dist.is_torchelastic_launched():
-            dist.init_process_group(device.backend)
+            dist.init_process_group(device.backend, timeout=timeout)
         else:
-            dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+            dist.init_process_group(device.backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     data_size = data_parallel_size(parallel, world_size)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # its tracker must exist; parameters are seeded by name
     pipeline_rank, place_in_stage = divmod(rank, data_size * parallel.tensor)
@@ -120,7 +157,8 @@ def open_mesh(parallel: ParallelConfig, device: Device) -> Mesh:
         data_rank=data_rank,
         data_size=data_size,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
-        links=_open_links(parallel, data_size * parallel.tensor, rank),
+        links=_open_links(parallel, data_size * parallel.tensor, rank, timeout),
+        timeout=timeout,
     )
     _connect_neighbours(mesh)
     return mesh
@@ -132,9 +170,9 @@ def close_mesh() -> None:
     dist.destroy_process_group()
 
 
-def _open_links(parallel: ParallelConfig, ranks_per_stage: int, rank: int) -> Links:
+def _open_links(parallel: ParallelConfig, ranks_per_stage: int, rank: int, timeout: timedelta) -> Links:
     def new_group() -> dist.ProcessGroup:
-        return _new_group_per_pipeline(range(parallel.pipeline), ranks_per_stage, rank)
+        return _new_group_per_pipeline(range(parallel.pipeline), ranks_per_stage, rank, timeout)
 
     wraps = parallel.chunks > 1
     return Links(new_group(), new_group(), new_group() if wraps else None, new_group() if wraps else None)
@@ -164,6 +202,8 @@ def _exchange(mesh: Mesh, link: dist.ProcessGroup, *, source: int, destination: 
         dist.recv(token, src=mesh.pipeline_ranks[source], group=link)
 
 
-def _new_group_per_pipeline(stages: Sequence[int], ranks_per_stage: int, rank: int) -> dist.ProcessGroup:
+def _new_group_per_pipeline(
+    stages: Sequence[int], ranks_per_stage: int, rank: int, timeout: timedelta
+) -> dist.ProcessGroup:
     pipelines = [[stage * ranks_per_stage + place for stage in stages] for place in range(ranks_per_stage)]
-    return [dist.new_group(members) for members in pipelines][rank % ranks_per_stage]
+    return [dist.new_group(members, timeout=timeout) for members in pipelines][rank % ranks_per_stage]

@@ -53,15 +53,16 @@ def _is_under_torchrun() -> bool:
 
 
 def _train(trainer: "Trainer") -> int:
-    """Run it, and leave the outcome; returns the exit status that it asks for."""
-    try:
-        reason = trainer.train()
-    except UserError as error:
-        trainer.end(REFUSED, str(error))
-        raise
-    status = STOPPED if reason else COMPLETE
-    trainer.end(status, reason or "complete")
-    trainer.close()
+    """Run it, watched over, and leave the outcome; returns the exit status that it asks for."""
+    with trainer.watched():
+        try:
+            reason = trainer.train()
+        except UserError as error:
+            trainer.end(REFUSED, str(error))
+            raise
+        status = STOPPED if reason else COMPLETE
+        trainer.end(status, reason or "complete")
+        trainer.close()
     return status
 
 

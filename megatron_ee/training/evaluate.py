@@ -1,12 +1,12 @@
 """Validation: every exit's loss on held-out text, through the same pipeline."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megatron_ee.data.loader import BatchLoader
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.pipeline.plan import Plan
-from megatron_ee.parallel.pipeline.runtime import Runtime
+from megatron_ee.parallel.pipeline.runtime import ActionWatch, Runtime
 from megatron_ee.training.losses import count_tokens
 from megatron_ee.training.observation.metrics import ExitMeter
 from megatron_ee.training.stage_step import StageStep
@@ -37,14 +37,14 @@ class Evaluator:
         self._num_batches, self._global_batch_size = num_batches, global_batch_size
         self._chunk_rows = chunk_rows
 
-    def evaluate(self, weights: Mapping[int, float]) -> dict[str, float]:
+    def evaluate(self, weights: Mapping[int, float], *, watches: Sequence[ActionWatch] = ()) -> dict[str, float]:
         """Loss, perplexity and accuracy of every exit. Collective."""
         self._stage.eval()
         for number in range(self._num_batches):
             batch = self._loader.batch(number * self._global_batch_size)
             tokens = count_tokens(batch, self._plan, self._mesh)
             step = StageStep(self._stage, batch, self._plan, tokens, None, chunk_rows=self._chunk_rows)
-            self._runtime.run(self._plan, step)
+            self._runtime.run(self._plan, step, watches=watches)
             self._meter.add(step.losses, tokens.regular)
         self._stage.train()
         return self._meter.read("val", weights)

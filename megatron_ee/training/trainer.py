@@ -2,16 +2,16 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Progress
-from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, model_state, save_checkpoint
+from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, model_state
 from megatron_ee.config import Config
 from megatron_ee.data.batch import Batch
 from megatron_ee.data.loader import BatchLoader
-from megatron_ee.errors import UserError
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh, close_mesh
 from megatron_ee.parallel.pipeline.plan import Plan
@@ -21,7 +21,7 @@ from megatron_ee.training.evaluate import Evaluator
 from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.loggers import Figures, Logger
 from megatron_ee.training.loss_weights import loss_weights
-from megatron_ee.training.losses import count_tokens
+from megatron_ee.training.losses import ExitLoss, count_tokens
 from megatron_ee.training.lr_schedule import LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.observation.metrics import ExitMeter
@@ -29,21 +29,25 @@ from megatron_ee.training.observation.phases import PhaseTimer
 from megatron_ee.training.observation.profiler import Profiler
 from megatron_ee.training.observation.throughput import Throughput, peak_memory
 from megatron_ee.training.observation.tracer import Tracer
+from megatron_ee.training.operations.alarms import Alarms
 from megatron_ee.training.operations.attempts import STOPPED, Attempt
-from megatron_ee.training.operations.stopping import REASONS, StopRequests
+from megatron_ee.training.operations.heartbeat import Heartbeat
+from megatron_ee.training.operations.roll_call import call_roll
+from megatron_ee.training.operations.run_lock import RunLock
+from megatron_ee.training.operations.saving import Saving
+from megatron_ee.training.operations.skipping import SkippedSteps
+from megatron_ee.training.operations.stopping import StopRequests
+from megatron_ee.training.operations.watchdog import watch_over
+from megatron_ee.training.operations.whereabouts import Whereabouts
 from megatron_ee.training.optimizers import OptimizerBackend
 from megatron_ee.training.stage_step import StageStep
-
-
-class DivergedError(UserError):
-    """The loss or its gradient is no number any more. All ranks see it in the same step."""
 
 
 @dataclass
 class Trainer:
     """Everything one rank needs to train its stage; `build_trainer` puts it together.
 
-    All ranks call the same methods in the same order. Only the main rank has loggers and an attempt.
+    All ranks call the same methods in the same order. Only the main rank has loggers.
     """
 
     config: Config
@@ -59,49 +63,88 @@ class Trainer:
     runtime: Runtime | MegatronRuntime
     plan: Plan
     meter: ExitMeter
+    skipped: SkippedSteps
+    alarms: Alarms
     timer: PhaseTimer
     throughput: Throughput
     tracer: Tracer
     profiler: Profiler
     evaluator: Evaluator | None
+    saving: Saving
     progress: Progress = Progress(0, 0)
-    num_skipped: int = 0  # steps since the last record whose gradients overflowed
     loggers: Sequence[Logger] = ()
     stop_requests: StopRequests = field(default_factory=StopRequests)
     attempt: Attempt | None = None
+    lock: RunLock | None = None
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
 
     def train(self, until: int | None = None) -> str:
         """Run iterations up to `until` (default: all), logging, validating and saving on the way.
 
         Returns:
-            Why it stopped early, with a checkpoint of where it was: one of REASONS, and "" where it did not.
+            Why it stopped early, with a checkpoint of where it was: one of `stopping.REASONS`, and "" where it did not.
+
+        Raises:
+            SaveError: the checkpoint of where it ended or stopped could not be written.
         """
         training = self.config.training
         stop = training.train_iters if until is None else min(until, training.train_iters)
         start = self.progress.iteration
         while (iteration := self.progress.iteration) < stop:
+            number = iteration + 1
+            self.whereabouts.enter("start", number)
             with self.timer.rank_wait():
-                reason = REASONS[self.mesh.max_over_ranks(self.stop_requests.reason())]
-            if reason:
+                answers = call_roll(
+                    self.mesh,
+                    reason=self.stop_requests.reason(),
+                    is_writing=self.saving.is_writing(),
+                    cross_entropy=self.alarms.own_cross_entropy,
+                )
+            self.alarms.hear(iteration, answers.cross_entropy)
+            if self.saving.is_pending and not answers.is_writing:
+                with self.timer.phase("checkpoint"):
+                    self.saving.settle()
+            if answers.reason:
                 if iteration > start:
                     self.save()
-                return reason
-            number = iteration + 1
+                return answers.reason
             with self.tracer.step(number) as recorders, self.profiler.step(number) as ranges, self.timer.step():
                 with self.timer.phase("data"):
                     batch = self.loader.batch(self.progress.consumed_samples)
                 gradient_norm = self.train_step(batch, iteration, watches=(*recorders, *ranges))
-            self._check(gradient_norm, iteration)
             consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
+            self.whereabouts.enter("log")
             if self._is_due(self.config.logging.interval):
                 self._log_training(iteration, gradient_norm)
             if self.evaluator and self._is_due(training.eval_interval):
-                self._log(self.evaluator.evaluate(self._weights(iteration)))
-            if self._is_due(self.config.checkpoint.interval):
+                self.whereabouts.enter("validation")
+                self._log(self.evaluator.evaluate(self._weights(iteration), watches=[self.whereabouts]))
+            if self._is_due(self.config.checkpoint.interval) and not self._is_diverging:
                 with self.timer.phase("checkpoint"):
-                    self.save()
+                    self.saving.start(self._state, self._description())
+        self.saving.settle()
+        if self.progress.iteration == training.train_iters:
+            self.save()  # once more, if that has failed
         return ""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around training in processes that do nothing else: what is wrong with one ends the job. Collective."""
+        faults, mesh, attempt = self.config.faults, self.mesh, self.attempt
+        assert attempt is not None, "the run has not been begun"
+        heartbeat = Heartbeat(self.run_folder, interval=faults.heartbeat_interval, attempt=attempt.number)
+        with watch_over(
+            attempt,
+            hang_timeout=faults.hang_timeout,
+            rank=mesh.rank,
+            stage=mesh.pipeline_rank,
+            barrier=mesh.barrier,
+            beat=heartbeat.beat if mesh.is_main else lambda _: None,
+        ) as (self.whereabouts, watchdog):
+            self.stop_requests.last_words = watchdog.look
+            self.timer.tell = self.whereabouts.enter
+            yield
 
     def train_step(self, batch: Batch, iteration: int, *, watches: Sequence[ActionWatch] = ()) -> float | None:
         """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped."""
@@ -119,26 +162,27 @@ class Trainer:
             )
             self.gradients.zero()
         with self.timer.pipeline() as timers:
-            self.runtime.run(self.plan, step, watches=(*watches, *timers))
+            self.runtime.run(self.plan, step, watches=(self.whereabouts, *watches, *timers))
         with self.timer.phase("grad_sync"):
             self.gradients.reduce(tokens.gradient_factor)
         with self.timer.phase("optimizer"):
             gradient_norm = self.optimizer.step(self.learning_rate(iteration))
-        self.meter.add(step.losses, tokens.regular)
+        if gradient_norm is None:
+            self._skip(batch, iteration, step.losses, tokens.regular)
+        else:
+            self.skipped.in_a_row = 0
+            self.meter.add(step.losses, tokens.regular)
+            self.alarms.note(step.losses, tokens.regular)
         return gradient_norm
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment; returns its step folder."""
-        model = model_state(self.stage, self.mesh)
-        state = {
-            "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(model),
-            "meter": {**self.meter.state(), "num_skipped": self.num_skipped},
-        }
-        description = replace(self.description, progress=self.progress)
-        return save_checkpoint(
-            self.run_folder, state, description, config=self.config, mesh=self.mesh, files=self.tokenizer.files()
-        )
+        """Write a checkpoint of this moment, unless there is one; returns its step folder.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        self.whereabouts.enter("save")
+        return self.saving.save(self._state, self._description())
 
     def load(self, folder: Path) -> None:
         """Continue from a step folder: parameters, optimizer state and progress.
@@ -154,11 +198,11 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = saved.progress
         self.meter.load_state(state["meter"])
-        self.num_skipped = state["meter"]["num_skipped"]
+        self.skipped.load_state(state["skipped"])
 
     def end(self, status: int, reason: str) -> None:
         """Say how it went, in the log and in the attempt's outcome."""
-        if self.attempt is None:
+        if self.attempt is None or not self.mesh.is_main:
             return
         log, iteration = logging.getLogger("megatron_ee"), self.progress.iteration
         if status == STOPPED:
@@ -169,21 +213,49 @@ class Trainer:
             log.error("the outcome of this attempt cannot be written: %s", error)
 
     def close(self) -> None:
-        """End the profile and the loggers, and leave the process groups."""
-        self.profiler.close()
+        """End the loggers and leave the process groups."""
+        self.whereabouts.enter("close")
         for logger in self.loggers:
             logger.close()
+        if self.lock is not None:
+            self.lock.release()
         close_mesh()
 
-    def _check(self, gradient_norm: float | None, iteration: int) -> None:
-        if gradient_norm is None and self.optimizer.loss_scale > 1:
-            self.num_skipped += 1
-        elif gradient_norm is None or not math.isfinite(gradient_norm):
-            norm = gradient_norm if gradient_norm is not None else "no number at any loss scale"
-            raise DivergedError(
-                f"iteration {iteration + 1}: the norm of the gradients is {norm}; training stops here, and nothing of "
-                f"this step is saved. Resume from an earlier checkpoint, with a lower optimizer.lr say"
-            )
+    def _state(self) -> dict:
+        """What a checkpoint holds. Collective."""
+        model = model_state(self.stage, self.mesh)
+        return {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(model),
+            "meter": self.meter.state(),
+            "skipped": self.skipped.state(),
+        }
+
+    def _description(self) -> Description:
+        return replace(self.description, progress=self.progress)
+
+    def _skip(self, batch: Batch, iteration: int, losses: Mapping[int, ExitLoss], num_tokens: float) -> None:
+        """The optimizer has updated nothing. All ranks are here; losses that are no numbers stay out of the means."""
+        of_batch = ExitMeter(self.meter.exits, self.mesh)
+        of_batch.add(losses, num_tokens)
+        means = of_batch.means()
+        if all(map(math.isfinite, means.values())):
+            self.meter.add(losses, num_tokens)
+        if self.optimizer.loss_scale > 1:
+            self.skipped.count_overflow()
+            return
+        self.skipped.count_nonfinite(
+            iteration + 1,
+            batch,
+            first_sample=self.progress.consumed_samples,
+            losses=means,
+            folder=self.attempt.folder if self.attempt else None,
+        )
+
+    @property
+    def _is_diverging(self) -> bool:
+        """Whether it may be the parameters that are no numbers any more; the last save is made in any case."""
+        return self.skipped.in_a_row > 0 and self.progress.iteration < self.config.training.train_iters
 
     def _weights(self, iteration: int) -> Mapping[int, float]:
         return loss_weights(self.config.exits, self.config.model.num_layers, iteration)
@@ -201,16 +273,16 @@ class Trainer:
                 **self.meter.read("train", self._weights(iteration)),
                 "train/lr": self.learning_rate(iteration),
                 **({} if gradient_norm is None else {"train/grad_norm": gradient_norm}),
-                "train/skipped": self.num_skipped,
+                "train/skipped": self.skipped.since_record,
                 "train/loss_scale": self.optimizer.loss_scale,
                 "train/tokens": progress.consumed_samples * config.data.sequence_length,
                 **self.throughput.figures(times.step_s, steps_left=config.training.train_iters - progress.iteration),
                 **times.figures(),
+                **self.alarms.compare(progress.iteration, times.busy_s, num_stages=self.mesh.pipeline_size),
                 **peak_memory(self.mesh),
             }
         )
-
-        self.num_skipped = 0
+        self.skipped.since_record = 0
 
     def _log(self, figures: Figures) -> None:
         for logger in self.loggers:

@@ -1,7 +1,4 @@
-"""A run that is killed while it saves loses that save and nothing else, whenever it happens.
-
-What a death leaves in the way of helper processes may hold the run's output open, so it goes into files, not pipes.
-"""
+"""A run that is killed while it saves loses that save and nothing else, whenever it happens."""
 
 import json
 import os
@@ -32,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 SAVES = (SAVED, KILLED, 6)
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 MEASURED = ("perf/", "time/", "pipeline/", "memory/")
-IN_EVERY_TEST_RUN = ("half-a-description", "link-aside")
+IN_EVERY_TEST_RUN = ("while-training", "half-a-description", "link-aside")
 
 SWEEP = """
 import sys
@@ -201,7 +198,7 @@ def undisturbed_stages(two_stages: Path, ranks: RankPool) -> Undisturbed:
     [
         pytest.param(lambda step: step.is_dir(), id="folder", marks=pytest.mark.slow),
         pytest.param(lambda step: any(step.glob("__*")), id="first-shard"),
-        pytest.param(lambda step: (step / "metadata.json").exists(), id="all-shards", marks=pytest.mark.slow),
+        pytest.param(lambda step: (step / ".metadata").exists(), id="all-shards", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_killed_while_they_save_go_on_as_if_nothing_had_been(

@@ -2,10 +2,10 @@
 imported everything. Forked processes get no threads, so that one has none: it does nothing but fork."""
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -13,13 +13,11 @@ from shutil import copytree
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-from megatron_ee.checkpoint import description, sharded
+from megatron_ee.checkpoint import description, saver, staging, writing
 from megatron_ee.config import Config, load_config
 from megatron_ee.device import choose_device
 from megatron_ee.training.build import build_trainer
+from megatron_ee.training.trainer import Trainer
 
 SAVED, KILLED = 2, 4
 """The iterations of the first save, which nothing disturbs, and of the second, in which a run dies."""
@@ -28,7 +26,7 @@ UNDISTURBED = "undisturbed"
 
 
 def _power_cut(*_: object, **__: object) -> NoReturn:
-    """This process and all that it started, megatron-core's writers too, are gone at once."""
+    """This process and all that it started are gone at once, whichever of its threads is at this point."""
     while True:
         os.killpg(0, signal.SIGKILL)
 
@@ -40,7 +38,7 @@ def _before(owner: Any, name: str) -> None:
 def _after(owner: Any, name: str) -> None:
     function = getattr(owner, name)
 
-    @wraps(function)  # megatron-core looks at the signature
+    @wraps(function)
     def last(*args: object, **kwargs: object) -> NoReturn:
         _power_cut(function(*args, **kwargs))
 
@@ -67,18 +65,36 @@ def _in_the_middle_of_the_description() -> None:
     vars(description)["json"] = SimpleNamespace(dump=dump)
 
 
+def _while_training_goes_on() -> None:
+    """A shard is half written, and the next step half done."""
+    write_item, train_step, has_come = writing._write_item, Trainer.train_step, threading.Event()
+
+    def write_and_wait(*args: Any) -> Any:
+        written = write_item(*args)
+        has_come.wait()
+        return written
+
+    def train_and_die(trainer: Trainer, *args: Any, **kwargs: Any) -> NoReturn:
+        has_come.set()
+        _power_cut(train_step(trainer, *args, **kwargs))
+
+    vars(writing)["_write_item"] = write_and_wait
+    Trainer.train_step = train_and_die  # type: ignore[method-assign]
+
+
 PREPARE_DEATH: dict[str, Callable[[], None]] = {
-    "no-folder": lambda: _after(sharded, "step_folder"),
-    "empty-folder": lambda: _before(dist_checkpointing, "save"),
-    "half-a-shard": lambda: _after(filesystem_async, "_write_item"),
-    "no-small-files": lambda: _after(dist_checkpointing, "save"),
-    "no-digests": lambda: _before(sharded, "_digests_of_all_ranks"),
-    "no-description": lambda: _before(sharded, "write_description"),
+    "no-folder": lambda: _before(saver.Saver, "_prepare"),
+    "empty-folder": lambda: _after(saver.Saver, "_prepare"),
+    "staged": lambda: _after(staging.Staging, "copy"),
+    "half-a-shard": lambda: _after(writing, "_write_item"),
+    "while-training": _while_training_goes_on,
+    "no-metadata": lambda: _before(saver, "write_file"),
+    "no-description": lambda: _before(saver, "write_description"),
     "half-a-description": _in_the_middle_of_the_description,
     "description-aside": lambda: _before_naming("format.json"),
-    "no-link": lambda: _before(sharded, "link_latest"),
+    "no-link": lambda: _before(saver, "link_latest"),
     "link-aside": lambda: _before_naming("latest"),
-    "linked": lambda: _after(sharded, "link_latest"),
+    "linked": lambda: _after(saver, "link_latest"),
 }
 """How far a save is when the run dies, in the order of its steps, and what makes the next save die there."""
 
@@ -90,7 +106,6 @@ def kill_and_start_again(config: Path, names: Sequence[str]) -> None:
     printed (NAME.killed, NAME.log); in statuses.json how they ended.
     """
     folder = config.parent
-    manager = multiprocessing.get_context("spawn").Manager()
 
     def in_a_fork(log: str, function: Callable[..., None], *args: Any) -> int:
         """The exit status of `function(config, *args)` in a process that leads a group of its own."""
@@ -99,7 +114,6 @@ def kill_and_start_again(config: Path, names: Sequence[str]) -> None:
             file = os.open(folder / log, os.O_CREAT | os.O_WRONLY)
             os.dup2(file, sys.stdout.fileno())
             os.dup2(file, sys.stderr.fileno())
-            filesystem_async._results_queue = manager.Queue()  # a run would start a manager of its own, for 3 s
             function(config, *args)
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

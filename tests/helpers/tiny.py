@@ -30,6 +30,7 @@ def tiny_config(**changes: Any) -> Config:
         "training": {"train_iters": 8, "global_batch_size": 8, "micro_batch_size": 1, "eval_iters": 0},
         "optimizer": {"lr": 1e-2},
         "checkpoint": {},
+        "faults": {},
         "logging": {"interval": 1},
     }
     for section, fields in changes.items():

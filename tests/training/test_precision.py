@@ -2,11 +2,11 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
@@ -15,7 +15,8 @@ from megatron_ee.config import Config, ExitParams
 from megatron_ee.device import choose_device
 from megatron_ee.inference.engine import load_engine
 from megatron_ee.inference.request import Request
-from megatron_ee.training.trainer import DivergedError, Trainer
+from megatron_ee.training.build import build_trainer
+from megatron_ee.training.operations.skipping import DivergedError
 
 LAYOUTS = {"one": {}, "pipeline": {"pipeline": 2}, "tensor": {"tensor": 2, "sequence": True}}
 
@@ -101,10 +102,28 @@ def test_a_checkpoint_says_its_precision(folder: Path, ranks: RankPool) -> None:
     assert CheckpointError.__name__ in str(caught.value)
 
 
-def test_overflow_at_every_scale_ends_the_run() -> None:
-    trainer: Any = SimpleNamespace(num_skipped=0, optimizer=SimpleNamespace(loss_scale=2.0))
-    Trainer._check(trainer, None, 4)
-    assert trainer.num_skipped == 1
-    trainer.optimizer.loss_scale = 1.0
-    with pytest.raises(DivergedError, match=r"iteration 5: .* no number at any loss scale"):
-        Trainer._check(trainer, None, 4)
+def _train_without_numbers(config: Config) -> tuple[str, int]:
+    trainer = build_trainer(config, choose_device("cpu"))
+    trainer.loggers = []
+    with torch.no_grad():
+        for parameter in trainer.stage.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(DivergedError) as caught:
+        trainer.train()
+    return str(caught.value), trainer.skipped.since_record
+
+
+def test_overflow_at_every_scale_ends_the_run(folder: Path, ranks: RankPool) -> None:
+    """First the scale goes down, which is no fault; at 1 it is one."""
+    config = _config(
+        folder,
+        "no-scale",
+        "fp16",
+        {},
+        optimizer={"initial_loss_scale": 4.0},
+        faults={"max_nonfinite": 2},
+        logging={"interval": 100},
+    )
+    ((said, num_skipped),) = ranks.run(1, _train_without_numbers, config)
+    assert said.startswith("iteration 4: the gradients are no numbers (samples 12 to 15, loss of exit 2: nan")
+    assert num_skipped == 4

@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
-from megatron_ee.checkpoint.folders import newest_checkpoint
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import FieldError, UserError
 from megatron_ee.training.build import _begin_attempt, build_trainer
-from megatron_ee.training.trainer import DivergedError
+from megatron_ee.training.operations.run_lock import RunLock
 
 
 @pytest.fixture
@@ -62,27 +60,6 @@ def test_the_batch_may_be_smaller_after_a_resume(folder: Path, ranks: RankPool) 
     assert sorted(result["figures"]) == [3, 4]
 
 
-def _diverge(config: Config) -> str:
-    trainer = build_trainer(config, choose_device("cpu"))
-    trainer.loggers = []
-    trainer.train(until=2)
-    with torch.no_grad():
-        for parameter in trainer.stage.parameters():
-            parameter.fill_(float("nan"))
-    with pytest.raises(DivergedError) as caught:
-        trainer.train()
-    return str(caught.value)
-
-
-def test_a_run_that_diverges_stops_and_saves_nothing_of_it(folder: Path, ranks: RankPool) -> None:
-    config = run_config(folder, name="r", checkpoint={"interval": 1}, parallel={"pipeline": 2})
-    for said in ranks.run(2, _diverge, config):
-        assert said.startswith("iteration 3: the norm of the gradients is nan")
-    newest = newest_checkpoint(folder / "runs/r")
-    assert newest is not None
-    assert newest.name == "step_00000002"
-
-
 def _all_masked(config: Config) -> float:
     trainer = build_trainer(config, choose_device("cpu"))
     batch = trainer.loader.batch(0)
@@ -97,8 +74,9 @@ def test_a_batch_that_is_masked_altogether_changes_no_gradient(folder: Path, ran
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = run_config(tmp_path, runs=str(tmp_path / "file"))
+    folder = tmp_path / "file" / config.name
     with pytest.raises(FieldError, match=r"^runs: .*/file/tiny cannot be written: Not a directory$"):
-        _begin_attempt(config, Path(config.runs) / config.name)
+        _begin_attempt(config, folder, RunLock(folder))
 
 
 def test_layernorms_are_not_recomputed_without_transformer_engine(folder: Path, ranks: RankPool) -> None:

@@ -22,14 +22,19 @@ class Console:
         self._bar = tqdm(total=train_iters, initial=start, disable=None, leave=False, unit="it")
 
     def log(self, iteration: int, figures: Figures) -> None:
-        kind = "val" if "val/loss" in figures else "train"
-        exits = "  ".join(f"exit {layer}: {figures[f'{kind}/exit_{layer}/loss']:.4f}" for layer in self._exits[:-1])
-        final = f"final: {figures[f'{kind}/exit_{self._exits[-1]}/loss']:.4f}"
+        kind = "val" if any(name.startswith("val/") for name in figures) else "train"
         head = "validation" if kind == "val" else f"{iteration}/{self._train_iters}"
         tail = "" if kind == "val" else _pace(figures)
         self._bar.update(iteration - self._bar.n)
         with tqdm.external_write_mode():
-            self._logger.info("%s  loss %.4f  %s  %s%s", head, figures[f"{kind}/loss"], exits, final, tail)
+            self._logger.info("%s  %s%s", head, self._losses(kind, figures), tail)
+
+    def _losses(self, kind: str, figures: Figures) -> str:
+        if f"{kind}/loss" not in figures:
+            return "no loss, all steps were skipped"
+        losses = [figures[f"{kind}/exit_{layer}/loss"] for layer in self._exits]
+        exits = "".join(f"exit {layer}: {loss:.4f}  " for layer, loss in zip(self._exits, losses[:-1], strict=False))
+        return f"loss {figures[f'{kind}/loss']:.4f}  {exits}final: {losses[-1]:.4f}"
 
     def close(self) -> None:
         self._bar.close()

@@ -19,7 +19,7 @@ stream, and a wait as long as the stream stood still. They are read a step later
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,6 +60,9 @@ class PhaseTimer:
 
     Args:
         plan: of every step; None: the runtime shows no actions.
+
+    Attributes:
+        tell: is told of each phase that begins.
     """
 
     def __init__(self, mesh: Mesh, plan: Plan | None) -> None:
@@ -70,6 +73,7 @@ class PhaseTimer:
         self._marks, self._unread = _Marks(), deque[_Marks]()
         self._sums = self._zero()
         self._has_begun = self._is_stepping = False
+        self.tell: Callable[[str], None] = lambda phase: None
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -94,6 +98,7 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Around a part of a step, or `checkpoint`. In a profile it is a range of this name."""
+        self.tell(name)
         with record_function(name), self._span(name):
             yield
 

@@ -28,6 +28,10 @@ class Attempt:
 
     folder: Path
 
+    @property
+    def number(self) -> int:
+        return int(self.folder.name)
+
     def end(self, status: int, reason: str, *, iteration: int) -> None:
         """Leave the outcome, whole or not at all.
 
@@ -46,12 +50,12 @@ def open_attempt(run_folder: Path, *, config: str, environment: dict[str, Any]) 
     Raises:
         OSError: it cannot be written.
     """
-    folder = run_folder / "attempts" / str(_newest(run_folder) + 1)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(config)
+    attempt = Attempt(run_folder / "attempts" / str(_newest(run_folder) + 1))
+    attempt.folder.mkdir(parents=True)
+    (attempt.folder / "config.yaml").write_text(config)
     about = {"started": _now(), "process": os.getpid(), **environment}
-    (folder / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
-    return Attempt(folder)
+    (attempt.folder / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
+    return attempt
 
 
 def newest_outcome(run_folder: Path) -> tuple[int, int | None]:

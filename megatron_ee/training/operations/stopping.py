@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -45,6 +46,7 @@ class StopRequests:
     def __init__(self, exit_duration: float | None = None) -> None:
         self._started, self._reason = time.monotonic(), 0
         self.exit_duration = exit_duration
+        self.last_words: Callable[[], None] = lambda: None
 
     def listen(self) -> None:
         """Take SIGNALS from here on. A second Ctrl-C ends the process as it always does."""
@@ -52,9 +54,9 @@ class StopRequests:
             signal.signal(number, self._take)
 
     def end_with_siblings(self) -> None:
-        """From here on, a SIGTERM that comes because another rank of this node is gone ends this one at once: torchrun
-        sends it, and the step can never be finished. That is looked for in a thread, because a handler has to wait for
-        the main one, which may be waiting for the lost rank. Linux only."""
+        """From here on, a SIGTERM that comes because another rank of this node is gone ends this one, after its
+        `last_words`: torchrun sends it, and the step can never be finished. That is looked for in a thread, because a
+        handler has to wait for the main one, which may be waiting for the lost rank. Linux only."""
         if not Path("/proc/self").exists():
             return
         number_of_ranks, torchrun = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.getppid()
@@ -65,6 +67,7 @@ class StopRequests:
         def watch() -> None:
             while numbers := os.read(told, 64):
                 if signal.SIGTERM in numbers and _living_children(torchrun) < number_of_ranks:
+                    self.last_words()
                     os._exit(128 + signal.SIGTERM)
 
         threading.Thread(target=watch, name="siblings", daemon=True).start()

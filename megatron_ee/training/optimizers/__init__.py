@@ -25,8 +25,8 @@ class OptimizerBackend(Protocol):
         """Update from each parameter's `main_grad` (fp32, summed over all ranks, times `loss_scale`).
 
         Returns:
-            The gradient norm over all stages, before clipping and without the loss scale; None where the gradients
-            overflowed at this scale: then nothing was updated, and the next scale is lower.
+            The gradient norm over all stages, before clipping and without the loss scale; None, on all ranks, where it
+            is no number: then nothing was updated, and the next loss scale may be lower.
         """
         ...
 

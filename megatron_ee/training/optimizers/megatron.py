@@ -8,6 +8,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
@@ -59,15 +60,28 @@ class MegatronAdamW:
 
     def step(self, learning_rate: float) -> float | None:
         """Clip, and update the parameters; returns the norm of all stages' gradients before clipping, or None where
-        fp16 gradients overflowed and nothing was updated."""
+        it is no number and nothing was updated."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
             group["betas"] = (self._config.beta1, self._config.beta2)  # the config's, also after a resume
             group["eps"] = self._config.epsilon
             group["weight_decay"] = self._config.weight_decay * group["wd_mult"]
-        updated, gradient_norm, _ = self._optimizer.step()
+        gradient_norm = self._update()
         self._optimizer.zero_grad()
-        return float(gradient_norm) if updated else None
+        return gradient_norm
+
+    def _update(self) -> float | None:
+        """megatron-core's own step, but for gradients that are no numbers: those it would go along with."""
+        if self._optimizer.prepare_grads():
+            return None
+        gradient_norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(gradient_norm):
+            return None
+        for optimizer in self._optimizer.chained_optimizers:
+            if not optimizer.is_stub_optimizer and (parameters := optimizer.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=gradient_norm)
+        self._optimizer.step_with_ready_grads()
+        return gradient_norm
 
     def sharded_state_dict(self, model_state: ShardedStateDict, *, is_loading: bool = False) -> dict[str, Any]:
         """Moments, and fp32 copies, sharded as the parameters in `model_state` are; the same whether data ranks share

@@ -37,6 +37,11 @@ def test_means_per_token_over_batches_then_from_zero_again(mesh: Mesh) -> None:
     assert meter.read("train", {2: 0.5, 4: 1.0})["train/exit_4/loss"] == 1.0
 
 
+def test_without_a_batch_there_is_no_loss(mesh: Mesh) -> None:
+    """A loss of 0.0 would be taken for one."""
+    assert ExitMeter([2], mesh).read("train", {2: 1.0}) == {"train/unmasked_tokens": 0.0}
+
+
 def test_a_batch_without_tokens_is_no_division_by_zero(mesh: Mesh) -> None:
     meter = ExitMeter([2], mesh)
     meter.add({2: _loss(0.0, 0.0)}, num_tokens=0)

@@ -9,24 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.runs import write_small_dataset
+from helpers.long_run import has_iteration, read_losses, write_long_run
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT_S = 120
 TRAIN_ITERS = 120
-
-CONFIG = """\
-runs: {folder}/runs
-device: cpu
-model: {{num_layers: 4, hidden_size: 32, num_attention_heads: 2, ffn_hidden_size: 64}}
-exits: {{layers: [1, 2], weight_schedule: {{warmup_iters: 4}}}}
-parallel: {{pipeline: 2}}
-data: {{dataset: {folder}/words, folder: {folder}/data, sequence_length: 32}}
-training: {{train_iters: {iters}, global_batch_size: 8, micro_batch_size: 1, eval_interval: 30, eval_iters: 1}}
-optimizer: {{lr: 1e-2}}
-checkpoint: {{interval: 25}}
-logging: {{interval: 7}}
-"""
 
 
 class StartedRun:
@@ -55,16 +42,15 @@ class StartedRun:
 
     def wait_for_iteration(self, iteration: int) -> None:
         """Until the record has an iteration."""
-        path = self.folder / "metrics.jsonl"
-        self.wait_for(lambda: path.exists() and f'"iteration": {iteration},' in path.read_text())
+        self.wait_for(lambda: has_iteration(self.folder, iteration))
 
     def losses(self) -> list[dict[str, float]]:
         """What the record says of losses, which nothing may change; not of times."""
-        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [
-            {name: of[name] for name in of if name == "iteration" or name.startswith(("train/", "val/"))}
-            for of in records
-        ]
+        return read_losses(self.folder)
+
+    def fault(self, attempt: int) -> dict:
+        """What an attempt found wrong with its ranks."""
+        return json.loads((self.folder / f"attempts/{attempt}/fault_0.json").read_text())
 
     def outcome(self, attempt: int) -> dict:
         """What an attempt left."""
@@ -84,11 +70,7 @@ class StartedRun:
 
 @pytest.fixture(scope="session")
 def long_run_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("long")
-    write_small_dataset(folder)
-    path = folder / "long.yaml"
-    path.write_text(CONFIG.format(folder=folder, iters=TRAIN_ITERS))
-    return path
+    return write_long_run(tmp_path_factory.mktemp("long"), train_iters=TRAIN_ITERS)
 
 
 @pytest.fixture(scope="session")
