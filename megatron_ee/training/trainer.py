@@ -94,7 +94,11 @@ class Trainer:
                     batch = self.loader.batch(self.progress.consumed_samples)
                 with self.tracer.step(iteration + 1) as watches:
                     gradient_norm = self.train_step(batch, iteration, watches=watches)
-            self._check(gradient_norm, iteration)
+            try:
+                self._check(gradient_norm, iteration)
+            except DivergedError:
+                self.saving.settle()  # what was begun is from before
+                raise
             consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
             if self._is_due(self.config.logging.interval):
@@ -103,7 +107,7 @@ class Trainer:
                 self._log(self.evaluator.evaluate(self._weights(iteration)))
             if self._is_due(self.config.checkpoint.interval):
                 with self.throughput.phase("checkpoint"):
-                    self.saving.start(self._state, self._description())
+                    self.start_saving()
         self.saving.settle()
         if self.progress.iteration == training.train_iters:
             self.save()  # once more, if that has failed
@@ -131,6 +135,10 @@ class Trainer:
             gradient_norm = self.optimizer.step(self.learning_rate(iteration))
         self.meter.add(step.losses, tokens.regular)
         return gradient_norm
+
+    def start_saving(self) -> None:
+        """Begin a checkpoint of this moment, which `saving` completes; see there for what may go wrong."""
+        self.saving.start(self._state, self._description())
 
     def save(self) -> Path:
         """Write a checkpoint of this moment, unless there is one; returns its step folder.
