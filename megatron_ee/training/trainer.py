@@ -35,7 +35,7 @@ from megatron_ee.training.operations.heartbeat import Heartbeat
 from megatron_ee.training.operations.roll_call import call_roll
 from megatron_ee.training.operations.run_lock import RunLock
 from megatron_ee.training.operations.saving import Saving
-from megatron_ee.training.operations.skipping import SkippedSteps
+from megatron_ee.training.operations.skipping import DivergedError, SkippedSteps
 from megatron_ee.training.operations.stopping import StopRequests
 from megatron_ee.training.operations.watchdog import watch_over
 from megatron_ee.training.operations.whereabouts import Whereabouts
@@ -122,7 +122,7 @@ class Trainer:
                 self._log(self.evaluator.evaluate(self._weights(iteration), watches=[self.whereabouts]))
             if self._is_due(self.config.checkpoint.interval) and not self._is_diverging:
                 with self.timer.phase("checkpoint"):
-                    self.saving.start(self._state, self._description())
+                    self.start_saving()
         self.saving.settle()
         if self.progress.iteration == training.train_iters:
             self.save()  # once more, if that has failed
@@ -174,6 +174,10 @@ class Trainer:
             self.meter.add(step.losses, tokens.regular)
             self.alarms.note(step.losses, tokens.regular)
         return gradient_norm
+
+    def start_saving(self) -> None:
+        """Begin a checkpoint of this moment, which `saving` completes; see there for what may go wrong."""
+        self.saving.start(self._state, self._description())
 
     def save(self) -> Path:
         """Write a checkpoint of this moment, unless there is one; returns its step folder.
@@ -244,13 +248,17 @@ class Trainer:
         if self.optimizer.loss_scale > 1:
             self.skipped.count_overflow()
             return
-        self.skipped.count_nonfinite(
-            iteration + 1,
-            batch,
-            first_sample=self.progress.consumed_samples,
-            losses=means,
-            folder=self.attempt.folder if self.attempt else None,
-        )
+        try:
+            self.skipped.count_nonfinite(
+                iteration + 1,
+                batch,
+                first_sample=self.progress.consumed_samples,
+                losses=means,
+                folder=self.attempt.folder if self.attempt else None,
+            )
+        except DivergedError:
+            self.saving.settle()  # what was begun is from before
+            raise
 
     @property
     def _is_diverging(self) -> bool:

@@ -19,6 +19,7 @@ from megatron_ee.checkpoint.staging import Staging
 from megatron_ee.config import Config
 from megatron_ee.device import Device, choose_device
 from megatron_ee.training.build import build_trainer
+from megatron_ee.training.operations.skipping import DivergedError
 from megatron_ee.training.trainer import Trainer
 
 
@@ -63,7 +64,7 @@ def _save_while_training(config: Config) -> None:
     vars(writing)["_write_item"] = wait_and_write
     try:
         trainer.train(until=1)
-        trainer.saving.start(trainer._state, trainer._description())
+        trainer.start_saving()
         before = [parameter.detach().clone() for parameter in trainer.stage.parameters()]
         trainer.train_step(trainer.loader.batch(trainer.progress.consumed_samples), 1)
         after = list(trainer.stage.parameters())
@@ -120,6 +121,39 @@ def test_a_rank_that_fails_fails_the_save_on_all(folder: Path, ranks: RankPool) 
     for raised, saves_again in ranks.run(2, _fail_on_rank_one, config):
         assert raised.endswith("step_00000001 cannot be written: rank 1: [Errno 5] Input/output error")
         assert saves_again
+
+
+def _diverge_while_saving(config: Config) -> bool:
+    """Whether the save was under way when the run diverged."""
+    trainer, write_item = _build(config), writing._write_item
+    has_diverged = threading.Event()
+
+    def write_at_last(*args: Any) -> Any:
+        assert has_diverged.wait(60)
+        return write_item(*args)
+
+    def diverge(*args: Any) -> float:
+        has_diverged.set()
+        return float("nan")
+
+    trainer.train(until=1)
+    vars(writing)["_write_item"] = write_at_last
+    trainer.start_saving()
+    was_pending = trainer.saving.is_pending
+    trainer.optimizer.step = diverge  # type: ignore[method-assign]
+    try:
+        with pytest.raises(DivergedError):
+            trainer.train()
+    finally:
+        vars(writing)["_write_item"] = write_item
+    return was_pending
+
+
+def test_a_run_that_diverges_keeps_the_save_under_way(folder: Path, ranks: RankPool) -> None:
+    config = run_config(folder, name="diverged", parallel={"pipeline": 2})
+    assert ranks.run(2, _diverge_while_saving, config) == [True, True]
+    run = folder / "runs/diverged"
+    assert newest_checkpoint(run) == step_folder(run, 1)
 
 
 class _Heard(logging.Handler):
