@@ -45,6 +45,8 @@ if [[ -z ${PYTHON-} ]]; then
   PYTHON=python3
   if [[ -x $root/.venv/bin/python ]]; then PYTHON=$root/.venv/bin/python; fi
 fi
+shutdown_timeout=${SHUTDOWN_TIMEOUT:-120}
+[[ $shutdown_timeout =~ ^[1-9][0-9]*$ ]] || fail "SHUTDOWN_TIMEOUT: $shutdown_timeout is not a number of seconds"
 nnodes=${NNODES:-1}
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES: $nnodes is not a number of nodes"
 
@@ -79,14 +81,14 @@ nproc=${NPROC_PER_NODE:-$(default_nproc)}
 "$PYTHON" -m megatron_ee.config --world-size $((nproc * nnodes)) "$@" >/dev/null || exit
 
 launch=(--nproc-per-node "$nproc" --nnodes "$nnodes")
-# An older torchrun hands on SIGTERM, but knows no SIGUSR1 and waits 30 seconds at most.
+# An older torchrun knows neither and listens to SIGTERM, SIGINT and SIGHUP always: see start_ranks.
 if "$PYTHON" -c '
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 folder = Path(find_spec("torch").submodule_search_locations[0])  # without an import, which takes seconds
 sys.exit("--signals-to-handle" not in (folder / "distributed" / "run.py").read_text())'; then
-  launch+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}")
+  launch+=(--signals-to-handle SIGQUIT --shutdown-timeout "$shutdown_timeout")
 fi
 if ((nnodes == 1)); then
   launch+=(--standalone)
@@ -104,32 +106,101 @@ source "$root/scripts/env.sh" "$tensor"
 max_restarts=${MAX_RESTARTS:-0}
 [[ $max_restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS: $max_restarts is not a number of restarts"
 
-newest_attempt() { "$PYTHON" -m megatron_ee.training.operations.attempts "$run"; }
+# Deaf, like all that is started here: what ends train.sh's group or its whole tree shall leave it its senses.
+newest_attempt() {
+  (trap '' TERM INT HUP USR1 && exec "$PYTHON" -m megatron_ee.training.operations.attempts "$run")
+}
 
-told='' # the signal that asks for the end
+told='' # the first signal that asks for the end
 torchrun=''
 for signal in TERM INT HUP USR1; do
   # shellcheck disable=SC2064  # the signal of this round
-  trap "told=$signal; [[ -z \$torchrun ]] || kill -$signal \$torchrun 2>/dev/null || true" "$signal"
+  trap "hear $signal" "$signal"
 done
 
-# Start all ranks of this node, and take their own word for how it went: torchrun ends with 1 after any signal.
+# Start all ranks of this node, and take their own word for how it went.
 start_ranks() {
   local before attempt outcome
   read -r before _ < <(newest_attempt)
+  # Deaf: told again while its ranks save, torchrun would leave them, and they end with it. They are told from here.
   # In the background, because bash answers no signal while it waits for a program in the foreground.
-  "$PYTHON" -m torch.distributed.run "${launch[@]}" "$root/pretrain_ee.py" "$@" &
+  (trap '' TERM INT HUP USR1 && exec "$PYTHON" -m torch.distributed.run "${launch[@]}" "$root/pretrain_ee.py" "$@") &
   torchrun=$!
-  [[ -z $told ]] || kill "-$told" "$torchrun" || true # it came while there was nobody to hand it to
+  [[ -z $told ]] || stop_ranks # it came while there was nobody to tell
   status=0
   wait "$torchrun" || status=$?
   while kill -0 "$torchrun" 2>/dev/null; do # a signal has ended the wait, not the ranks
-    status=0
-    wait "$torchrun" || status=$?
+    wait "$torchrun" || true
   done
+  if [[ -n $told ]]; then
+    status=0
+    wait "$torchrun" || status=$? # its own, which bash remembers
+  fi
   torchrun=''
   read -r attempt outcome < <(newest_attempt)
-  if ((attempt > before)) && [[ $outcome != - ]]; then status=$outcome; fi
+  if ((attempt > before)); then
+    if [[ $outcome != - ]]; then status=$outcome; fi
+  elif [[ -n $told && $status == 137 ]]; then
+    echo "train.sh: SIG$told came before there was anything to save" >&2
+    status=75
+  fi
+}
+
+# shellcheck disable=SC2329  # traps invoke it
+hear() {
+  if [[ -z $told ]]; then
+    told=$1
+    [[ -z $torchrun ]] || stop_ranks
+  fi
+}
+
+# Tell each rank of this node once, when it listens, and see to it that they end in time.
+stop_ranks() {
+  local already=' ' deadline=$((SECONDS + shutdown_timeout)) rank ranks
+  while kill -0 "$torchrun" 2>/dev/null; do
+    list_ranks
+    for rank in "${ranks[@]}"; do
+      if [[ $already != *" $rank "* ]] && listens "$rank"; then
+        tell "$rank"
+        already+="$rank "
+      fi
+    done
+    # without ranks there is nothing to wait for, unless they have just ended
+    if [[ $already == ' ' && ${#ranks[@]} == 0 ]] || ((SECONDS >= deadline)); then
+      kill -KILL "$torchrun" 2>/dev/null || true
+    fi
+    sleep 0.1 || true
+  done
+}
+
+# What a rank understands: see megatron_ee/training/operations/stopping.py.
+tell() {
+  case $told in
+    HUP) kill -TERM "$1" ;;
+    INT) if catches "$1" 2; then kill -INT "$1"; fi ;; # else Ctrl-C has reached it already, and a second one ends it
+    *) kill "-$told" "$1" ;;
+  esac || true
+}
+
+listens() { catches "$1" 10; } # SIGUSR1
+
+# torchrun's children, into `ranks`. By bash alone, here and below: another program might be ended by the same signal.
+list_ranks() {
+  if [[ ! -d /proc/self ]]; then
+    read -ra ranks < <(pgrep -P "$torchrun" | tr '\n' ' ') || true
+  else
+    read -ra ranks <"/proc/$torchrun/task/$torchrun/children" || true # no end of line
+  fi 2>/dev/null
+}
+
+# Whether a process has a handler for a signal, by its number on Linux; elsewhere it is taken to have.
+catches() {
+  local field value caught=0
+  if [[ ! -d /proc/self ]]; then return 0; fi
+  while read -r field value; do
+    if [[ $field == SigCgt: ]]; then caught=0x$value; fi
+  done 2>/dev/null <"/proc/$1/status"
+  ((caught >> ($2 - 1) & 1))
 }
 
 # Not torchrun's own --max-restarts: its ranks would meet the addresses that those before them left in its store.

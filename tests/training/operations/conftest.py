@@ -17,16 +17,16 @@ TRAIN_ITERS = 120
 
 
 class StartedRun:
-    """A run in its own processes."""
+    """A run in its own processes; in a group of their own, if asked for, as those of a terminal or of a job are."""
 
-    def __init__(self, config: Path, name: str, *overrides: str, **environment: str) -> None:
+    def __init__(self, config: Path, name: str, *overrides: str, own_group: bool = False, **environment: str) -> None:
         self.folder = config.parent / "runs" / name
         settings = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
         command = [str(ROOT / "scripts/train.sh"), str(config), f"name={name}", *overrides]
         # a file: a pipe stays open as long as whatever a killed rank has left behind
         self._log = config.parent / f"{name}.log"
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(command, env=settings, stderr=log)
+            self.process = subprocess.Popen(command, env=settings, stderr=log, start_new_session=own_group)
 
     def end(self) -> tuple[int, str]:
         """Wait for it; returns its exit status, and what it said."""
@@ -76,7 +76,7 @@ def long_run_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def start_run(long_run_config: Path) -> Callable[..., StartedRun]:
     """Starts a run by its name, with overrides, and with environment variables by keyword."""
-    return lambda name, *overrides, **environment: StartedRun(long_run_config, name, *overrides, **environment)
+    return lambda name, *overrides, **settings: StartedRun(long_run_config, name, *overrides, **settings)
 
 
 @pytest.fixture(scope="session")

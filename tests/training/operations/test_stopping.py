@@ -106,3 +106,48 @@ def test_a_killed_torchrun_leaves_no_ranks_behind(start_run: Callable[..., Any])
     status, _ = run.end()
     assert status == 128 + signal.SIGKILL
     assert run.ranks() == []
+
+
+@pytest.mark.parametrize("who", ["train.sh", "all"])
+def test_a_run_that_is_told_again_and_again_still_saves(start_run: Callable[..., Any], who: str) -> None:
+    """SLURM tells a job before its limit and again at it; and it may tell every process of it."""
+    run = start_run(f"told-{who}", own_group=True)
+    run.wait_for_iteration(7)
+    for number in [signal.SIGUSR1, *[signal.SIGTERM] * 20]:
+        try:
+            if who == "all":
+                os.killpg(run.process.pid, number)
+            else:
+                run.process.send_signal(number)
+        except ProcessLookupError:
+            break
+        time.sleep(0.03)
+    status, said = run.end()
+    assert status == STOPPED, said
+    outcome = run.outcome(1)
+    assert (run.folder / f"checkpoints/step_{outcome['iteration']:08d}/format.json").exists()
+    assert "Traceback" not in said
+
+
+def test_ctrl_c_reaches_all_processes_and_saves_once(start_run: Callable[..., Any]) -> None:
+    run = start_run("ctrl-c", own_group=True)
+    run.wait_for_iteration(7)
+    os.killpg(run.process.pid, signal.SIGINT)
+    status, said = run.end()
+    assert status == STOPPED, said
+    assert run.outcome(1)["reason"] == "SIGINT"
+
+
+def test_a_run_that_is_told_before_it_has_ranks_wants_to_be_started_again(start_run: Callable[..., Any]) -> None:
+    run = start_run("early")
+    run.wait_for(lambda: b"distributed.run" in _children_s_command_lines(run.process.pid))
+    run.process.send_signal(signal.SIGUSR1)
+    status, said = run.end()
+    assert status == STOPPED, said
+    assert "SIGUSR1 came before there was anything to save" in said
+    assert not (run.folder / "attempts").exists()
+
+
+def _children_s_command_lines(parent: int) -> bytes:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return b" ".join(line.read_bytes() for pid in children if (line := Path(f"/proc/{pid}/cmdline")).exists())
