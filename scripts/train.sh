@@ -61,8 +61,6 @@ config = yaml.safe_load(sys.stdin)
 parallel = config["parallel"]
 tensor = parallel["tensor"]
 print(config["name"], config["device"], tensor, tensor * parallel["pipeline"], parallel["data"])' <<<"$config")
-run=$("$PYTHON" -c 'import sys, yaml; config = yaml.safe_load(sys.stdin); print(config["runs"] + "/" + config["name"])' \
-  <<<"$config")
 
 default_nproc() {
   local gpus=0 wanted
@@ -81,7 +79,7 @@ nproc=${NPROC_PER_NODE:-$(default_nproc)}
 "$PYTHON" -m megatron_ee.config --world-size $((nproc * nnodes)) "$@" >/dev/null || exit
 
 launch=(--nproc-per-node "$nproc" --nnodes "$nnodes")
-# An older torchrun knows neither and listens to SIGTERM, SIGINT and SIGHUP always: see start_ranks.
+# An older torchrun knows neither, and listens to SIGTERM, SIGINT and SIGHUP always.
 if "$PYTHON" -c '
 import sys
 from importlib.util import find_spec
@@ -106,101 +104,71 @@ source "$root/scripts/env.sh" "$tensor"
 max_restarts=${MAX_RESTARTS:-0}
 [[ $max_restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS: $max_restarts is not a number of restarts"
 
-# Deaf, like all that is started here: what ends train.sh's group or its whole tree shall leave it its senses.
-newest_attempt() {
-  (trap '' TERM INT HUP USR1 && exec "$PYTHON" -m megatron_ee.training.operations.attempts "$run")
-}
+status_file=$(mktemp)
+trap 'rm -f "$status_file"' EXIT
 
+# No trap does more: bash gets confused where one meets another.
 told='' # the first signal that asks for the end
-torchrun=''
-for signal in TERM INT HUP USR1; do
-  # shellcheck disable=SC2064  # the signal of this round
-  trap "hear $signal" "$signal"
-done
+num_interrupts=0
+trap 'told=${told:-TERM}' TERM
+trap 'told=${told:-HUP}' HUP
+trap 'told=${told:-USR1}' USR1
+trap 'told=${told:-INT} num_interrupts=$((num_interrupts + 1))' INT
 
-# Start all ranks of this node, and take their own word for how it went.
+# Start all ranks of this node, and take their own word for how it went: torchrun ends with 1, whatever they had to say.
 start_ranks() {
-  local before attempt outcome
-  read -r before _ < <(newest_attempt)
-  # Deaf: told again while its ranks save, torchrun would leave them, and they end with it. They are told from here.
-  # In the background, because bash answers no signal while it waits for a program in the foreground.
-  (trap '' TERM INT HUP USR1 && exec "$PYTHON" -m torch.distributed.run "${launch[@]}" "$root/pretrain_ee.py" "$@") &
+  local deadline='' signal=TERM
+  has_no_ranks=false
+  : >"$status_file"
+  # Deaf, because torchrun that is told twice, by SLURM and by this script say, leaves its ranks while they save.
+  (trap '' TERM INT HUP USR1 && EXIT_STATUS_FILE=$status_file exec "$PYTHON" -m torch.distributed.run "${launch[@]}" \
+    "$root/pretrain_ee.py" "$@") &
   torchrun=$!
-  [[ -z $told ]] || stop_ranks # it came while there was nobody to tell
-  status=0
-  wait "$torchrun" || status=$?
-  while kill -0 "$torchrun" 2>/dev/null; do # a signal has ended the wait, not the ranks
-    wait "$torchrun" || true
+  while kill -0 "$torchrun" 2>/dev/null; do
+    if [[ -n $told ]]; then stop_ranks; fi
+    sleep 0.5 || true # the same signal may end it
   done
-  if [[ -n $told ]]; then
-    status=0
-    wait "$torchrun" || status=$? # its own, which bash remembers
-  fi
-  torchrun=''
-  read -r attempt outcome < <(newest_attempt)
-  if ((attempt > before)); then
-    if [[ $outcome != - ]]; then status=$outcome; fi
-  elif [[ -n $told && $status == 137 ]]; then
+  status=0
+  wait "$torchrun" || status=$? # its own, which bash remembers
+  if [[ -s $status_file ]]; then
+    read -r status <"$status_file"
+  elif $has_no_ranks; then
     echo "train.sh: SIG$told came before there was anything to save" >&2
     status=75
   fi
 }
 
-# shellcheck disable=SC2329  # traps invoke it
-hear() {
-  if [[ -z $told ]]; then
-    told=$1
-    [[ -z $torchrun ]] || stop_ranks
+# Tell the ranks to stop. Called again and again: one that has just been started may not listen yet.
+stop_ranks() {
+  local ranks=()
+  if [[ -z $deadline ]]; then
+    deadline=$((SECONDS + shutdown_timeout))
+    echo "train.sh: SIG$told: the ranks finish their step, save, and stop; Ctrl-C twice ends them at once" >&2
+  fi
+  list_ranks
+  if ((${#ranks[@]} == 0)); then
+    has_no_ranks=true
+    kill -KILL "$torchrun" 2>/dev/null || true
+  elif ((num_interrupts > 1)); then
+    kill -KILL "$torchrun" 2>/dev/null || true # and they end with it
+  elif ((SECONDS >= deadline)); then
+    echo "train.sh: the ranks have not ended within SHUTDOWN_TIMEOUT=$shutdown_timeout seconds" >&2
+    kill -KILL "$torchrun" 2>/dev/null || true
+  else
+    # A second SIGINT would end ranks that Ctrl-C has reached already, and a SIGTERM those that outlive another one.
+    if [[ $told != TERM ]]; then signal=USR1; fi
+    kill "-$signal" "${ranks[@]}" 2>/dev/null || true
+    signal=USR1
   fi
 }
 
-# Tell each rank of this node once, when it listens, and see to it that they end in time.
-stop_ranks() {
-  local already=' ' deadline=$((SECONDS + shutdown_timeout)) rank ranks
-  while kill -0 "$torchrun" 2>/dev/null; do
-    list_ranks
-    for rank in "${ranks[@]}"; do
-      if [[ $already != *" $rank "* ]] && listens "$rank"; then
-        tell "$rank"
-        already+="$rank "
-      fi
-    done
-    # without ranks there is nothing to wait for, unless they have just ended
-    if [[ $already == ' ' && ${#ranks[@]} == 0 ]] || ((SECONDS >= deadline)); then
-      kill -KILL "$torchrun" 2>/dev/null || true
-    fi
-    sleep 0.1 || true
-  done
-}
-
-# What a rank understands: see megatron_ee/training/operations/stopping.py.
-tell() {
-  case $told in
-    HUP) kill -TERM "$1" ;;
-    INT) if catches "$1" 2; then kill -INT "$1"; fi ;; # else Ctrl-C has reached it already, and a second one ends it
-    *) kill "-$told" "$1" ;;
-  esac || true
-}
-
-listens() { catches "$1" 10; } # SIGUSR1
-
-# torchrun's children, into `ranks`. By bash alone, here and below: another program might be ended by the same signal.
+# torchrun's children, into `ranks`.
 list_ranks() {
-  if [[ ! -d /proc/self ]]; then
-    read -ra ranks < <(pgrep -P "$torchrun" | tr '\n' ' ') || true
-  else
+  if [[ -d /proc/self ]]; then
     read -ra ranks <"/proc/$torchrun/task/$torchrun/children" || true # no end of line
+  else
+    read -ra ranks < <(pgrep -P "$torchrun" | tr '\n' ' ') || true
   fi 2>/dev/null
-}
-
-# Whether a process has a handler for a signal, by its number on Linux; elsewhere it is taken to have.
-catches() {
-  local field value caught=0
-  if [[ ! -d /proc/self ]]; then return 0; fi
-  while read -r field value; do
-    if [[ $field == SigCgt: ]]; then caught=0x$value; fi
-  done 2>/dev/null <"/proc/$1/status"
-  ((caught >> ($2 - 1) & 1))
 }
 
 # Not torchrun's own --max-restarts: its ranks would meet the addresses that those before them left in its store.

@@ -48,6 +48,7 @@ def main() -> int:
         if _is_first_of_node():
             print(error, file=sys.stderr)
         status = REFUSED
+    stop_requests.ignore()
     if _is_first_of_node() and (path := os.environ.get("EXIT_STATUS_FILE")):
         Path(path).write_text(f"{status}\n")
     return COMPLETE if status == STOPPED and _is_under_torchrun() else status

@@ -167,12 +167,12 @@ class Trainer:
             self.gradients.reduce(tokens.gradient_factor)
         with self.timer.phase("optimizer"):
             gradient_norm = self.optimizer.step(self.learning_rate(iteration))
-        if gradient_norm is None:
+        if gradient_norm is None or not math.isfinite(gradient_norm):
             self._skip(batch, iteration, step.losses, tokens.regular)
-        else:
-            self.skipped.in_a_row = 0
-            self.meter.add(step.losses, tokens.regular)
-            self.alarms.note(step.losses, tokens.regular)
+            return None
+        self.skipped.in_a_row = 0
+        self.meter.add(step.losses, tokens.regular)
+        self.alarms.note(step.losses, tokens.regular)
         return gradient_norm
 
     def start_saving(self) -> None:

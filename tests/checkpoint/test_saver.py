@@ -134,7 +134,7 @@ def _diverge_while_saving(config: Config) -> bool:
 
     def diverge(*args: Any) -> float:
         has_diverged.set()
-        return float("nan")
+        return float("nan")  # as a plug-in's optimizer might
 
     trainer.train(until=1)
     vars(writing)["_write_item"] = write_at_last
@@ -150,7 +150,7 @@ def _diverge_while_saving(config: Config) -> bool:
 
 
 def test_a_run_that_diverges_keeps_the_save_under_way(folder: Path, ranks: RankPool) -> None:
-    config = run_config(folder, name="diverged", parallel={"pipeline": 2})
+    config = run_config(folder, name="diverged", parallel={"pipeline": 2}, faults={"max_nonfinite": 1})
     assert ranks.run(2, _diverge_while_saving, config) == [True, True]
     run = folder / "runs/diverged"
     assert newest_checkpoint(run) == step_folder(run, 1)

@@ -1,15 +1,7 @@
-"""Each start of a run leaves a folder of its own: RUN/attempts/3/, with the config, the environment and the outcome.
+"""Each start of a run leaves a folder of its own: RUN/attempts/3/, with the config, the environment and the outcome."""
 
-    python -m megatron_ee.training.operations.attempts RUN
-
-prints the number of the newest (0: none) and the exit status that its outcome asks for (-: it has not ended, or was
-killed). scripts/train.sh goes by it: torchrun ends with 1 after any signal, whatever its ranks had to say.
-"""
-
-import argparse
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,32 +50,9 @@ def open_attempt(run_folder: Path, *, config: str, environment: dict[str, Any]) 
     return attempt
 
 
-def newest_outcome(run_folder: Path) -> tuple[int, int | None]:
-    """The newest attempt's number (0: none), and its exit status if it has ended by itself."""
-    number = _newest(run_folder)
-    try:
-        status = json.loads((run_folder / "attempts" / str(number) / _OUTCOME).read_text())["exit_status"]
-    except FileNotFoundError:
-        return number, None
-    return number, int(status)
-
-
 def _newest(run_folder: Path) -> int:
     return max((int(path.name) for path in (run_folder / "attempts").glob("*") if path.name.isdecimal()), default=0)
 
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def main() -> int:
-    """Print the newest attempt of a run's folder."""
-    parser = argparse.ArgumentParser(description="Print a run's newest attempt, and the exit status it asks for.")
-    parser.add_argument("run", type=Path, help="the run's folder")
-    number, status = newest_outcome(parser.parse_args().run)
-    print(number, "-" if status is None else status)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

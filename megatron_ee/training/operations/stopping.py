@@ -53,6 +53,12 @@ class StopRequests:
         for number in SIGNALS:
             signal.signal(number, self._take)
 
+    @staticmethod
+    def ignore() -> None:
+        """Once there is nothing left to stop: while Python ends, a signal that it has a handler for would kill it."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def end_with_siblings(self) -> None:
         """From here on, a SIGTERM that comes because another rank of this node is gone ends this one, after its
         `last_words`: torchrun sends it, and the step can never be finished. That is looked for in a thread, because a
@@ -81,7 +87,7 @@ class StopRequests:
         return int(time.monotonic() - self._started >= 60 * self.exit_duration)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._reason = REASONS.index(signal.Signals(number).name)
+        self._reason = self._reason or REASONS.index(signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -135,7 +135,21 @@ def test_ctrl_c_reaches_all_processes_and_saves_once(start_run: Callable[..., An
     os.killpg(run.process.pid, signal.SIGINT)
     status, said = run.end()
     assert status == STOPPED, said
-    assert run.outcome(1)["reason"] == "SIGINT"
+    assert "train.sh: SIGINT: the ranks finish their step, save, and stop" in said
+    assert run.outcome(1)["iteration"] >= 7
+
+
+def test_ctrl_c_twice_ends_all_at_once(start_run: Callable[..., Any]) -> None:
+    run = start_run("ctrl-c-twice", "training.train_iters=100000", own_group=True)
+    run.wait_for_iteration(7)
+    for rank in run.ranks():
+        os.kill(rank, signal.SIGSTOP)  # nothing that it would hear
+    for _ in range(2):
+        os.killpg(run.process.pid, signal.SIGINT)
+        time.sleep(0.7)
+    status, said = run.end()
+    assert status == 128 + signal.SIGKILL, said
+    assert run.ranks() == []
 
 
 def test_a_run_that_is_told_before_it_has_ranks_wants_to_be_started_again(start_run: Callable[..., Any]) -> None:
