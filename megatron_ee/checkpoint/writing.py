@@ -19,7 +19,7 @@ from torch.utils.serialization import config
 NUM_SHARD_FILES = 2
 """Files of a rank, written at the same time: while the disk takes one, the other is hashed."""
 
-_CHUNK = 2**24
+_CHUNK = 2**22
 _BYTES_BETWEEN_SYNCS = 2**26
 
 Item = tuple[WriteItem, torch.Tensor | BytesIO]

@@ -10,6 +10,7 @@ from helpers.models import whole_model
 from helpers.runs import Records
 from helpers.tiny import VOCAB_SIZE
 
+from megatron_ee.checkpoint.staging import Staging
 from megatron_ee.config import Config, ExitParams, ParallelConfig
 from megatron_ee.device import Device, choose_device
 from megatron_ee.inference.decoder import Decoder
@@ -42,6 +43,22 @@ def engine_problem(name: DeviceName) -> str | None:
     except (ImportError, OSError) as error:  # OSError: built for another CUDA
         return f"Transformer Engine: {error}"
     return None if name == "cuda" else "Transformer Engine needs CUDA"
+
+
+def copy_to_host(name: DeviceName) -> list[bool]:
+    """Whether each copy holds what its original did before that changed, and whether their memory is page-locked."""
+    device, generator = device_of(name), torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in ((512, 1024), (3,), (65, 7))]
+    values.append(values[0].bfloat16().T)
+    originals = [value.to(device.torch, copy=True) for value in values]
+    staging, answers = Staging(device), []
+    for _ in range(2):  # the second time to memory that was used before
+        copies = staging.copy(originals)
+        for original in originals:
+            original.add_(1)
+        answers += [torch.equal(copy, value) for copy, value in zip(copies, values, strict=True)]
+        values = [original.cpu().clone() for original in originals]
+    return [*answers, copies[0].is_pinned() == (name == "cuda")]
 
 
 def train_on(

@@ -57,6 +57,11 @@ def test_a_run_validates_saves_and_goes_on(folder: Path, place: Place) -> None:
     assert whole["figures"][6]["train/exit_8/loss"] < whole["figures"][1]["train/exit_8/loss"]
 
 
+def test_copies_for_a_checkpoint_hold_what_there_was(place: Place) -> None:
+    (answers,) = place.run(1, cases.copy_to_host)
+    assert all(answers), answers
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_checkpoint_is_the_same_on_the_cpu(folder: Path, place: Place, cpu_place: Place, precision: str) -> None:
     name = f"{place.device}-{precision}"
