@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-multigpu bench-gpu bench-train lint format check-wheel clean
+.PHONY: help install demo test test-slow test-gpu test-multigpu bench-gpu bench-train bench-io lint format check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ bench-gpu: $(INSTALLED) ## measure training and decoding on one GPU, into runs/b
 
 bench-train: $(INSTALLED) ## measure pipelines, memory and speed of training on CPUs, into runs/bench/train.json (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/bench_train.py
+
+bench-io: $(INSTALLED) ## measure checkpoints beside the bare disk, data and start-up, into runs/bench/io.json (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/bench_io.py
 
 lint: $(INSTALLED) ## check style, spelling, types, shell scripts and the Dockerfile
 	$(BIN)/ruff check

@@ -22,7 +22,8 @@
 #
 # Paths in the config are relative to where you call this from. SIGTERM, SIGUSR1 and Ctrl-C let all ranks finish their
 # step, save, and stop. Exit status: 0, the run is at its end; 75, it saved and stopped before, start it again to go on;
-# 2, something in the config has to change; anything else is a failure.
+# 2, something has to change: in the config, or on a disk that has no room for the last checkpoint; anything else is a
+# failure.
 
 set -euo pipefail
 

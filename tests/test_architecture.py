@@ -81,6 +81,7 @@ WITHOUT_TORCH = [
     PACKAGE / "training/lr_schedule.py",
     PACKAGE / "training/operations/attempts.py",
     PACKAGE / "training/operations/heartbeat.py",
+    PACKAGE / "training/operations/run_lock.py",
     PACKAGE / "training/operations/stopping.py",
     PACKAGE / "training/operations/watchdog.py",
     PACKAGE / "training/operations/whereabouts.py",

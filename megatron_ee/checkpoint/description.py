@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError, sync_folder
+from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError, DamagedError, sync_folder
 from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
 VERSION = 4
@@ -73,26 +73,46 @@ def write_description(folder: Path, description: Description) -> None:
 def read_description(folder: Path) -> Description:
     """
     Raises:
-        CheckpointError: the file is of another format version, or is damaged.
+        CheckpointError: the file is of another format version, or cannot be read.
+        DamagedError: it is not what was saved.
     """
     path = folder / FORMAT_FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        if content["version"] != VERSION:
-            raise CheckpointError(f"{path}: format version {content['version']}; this release reads {VERSION}")
-        return Description(
-            model=ModelConfig.model_validate(content["model"]),
-            exits=ExitsConfig.model_validate(content["exits"]),
-            precision=_precision(content["precision"]),
-            tokenizer=content["tokenizer"],
-            vocab_size=content["vocab_size"],
-            progress=Progress(content["iteration"], content["consumed_samples"]),
-            files=content["files"],
-        )
+        content: Any = json.loads(path.read_bytes())
+        if type(version := content["version"]) is int and version != VERSION:
+            raise CheckpointError(
+                f"{path}: format version {version}; this release reads {VERSION}. Take the release that wrote it, or "
+                f"another run name to begin anew"
+            )
+        description = _parse(content)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path} is damaged ({error})") from error
+    if description.hash != content["hash"] or any(Path(name).name != name for name in description.files):
+        raise DamagedError(f"{path} is damaged (its list of files is not what was saved)")
+    return description
+
+
+def _parse(content: Mapping[str, Any]) -> Description:
+    """
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: something is missing, or no such thing.
+    """
+    files: Mapping[str, str] = {str(name): str(digest) for name, digest in content["files"].items()}
+    if content["version"] != VERSION:
+        raise ValueError(f"version {content['version']!r}")
+    return Description(
+        model=ModelConfig.model_validate(content["model"]),
+        exits=ExitsConfig.model_validate(content["exits"]),
+        precision=_precision(content["precision"]),
+        tokenizer=content["tokenizer"],
+        vocab_size=content["vocab_size"],
+        progress=Progress(content["iteration"], content["consumed_samples"]),
+        files=files,
+    )
 
 
 def _precision(name: Any) -> Precision:

@@ -1,5 +1,7 @@
 """Where checkpoints are: RUN/checkpoints/step_00001000/, and `latest`, a link to the newest whole one."""
 
+import itertools
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +12,10 @@ FORMAT_FILE = "format.json"
 
 class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, or of another model."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was saved: files are missing, incomplete or changed."""
 
 
 def step_folder(run: Path, iteration: int) -> Path:
@@ -54,11 +60,30 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def link_latest(folder: Path) -> None:
-    """Point `latest` at a step folder, in one step. Only one process of a run does it."""
+    """Point `latest` at a step folder, in one step. Only one process of a run does it. People go by it, and no program
+    does: where it cannot be made, that is a warning."""
     aside = folder.parent / ".latest"
-    aside.unlink(missing_ok=True)  # a killed one's
-    aside.symlink_to(folder.name)
-    aside.replace(folder.parent / "latest")
+    try:
+        aside.unlink(missing_ok=True)  # a killed one's
+        aside.symlink_to(folder.name)
+        aside.replace(folder.parent / "latest")
+    except OSError as error:
+        logging.getLogger("megatron_ee").warning("`latest` cannot be made to point at %s: %s", folder, error)
+
+
+def set_aside(folder: Path) -> str:
+    """Rename a damaged step folder, so that it is no checkpoint any more; returns the new name.
+
+    Raises:
+        OSError: it stays.
+    """
+    name = first = f"damaged_{folder.name}"
+    for number in itertools.count(2):
+        if not folder.with_name(name).exists():
+            break
+        name = f"{first}.{number}"
+    folder.rename(folder.with_name(name))
+    return name
 
 
 def sync_folder(folder: Path) -> None:

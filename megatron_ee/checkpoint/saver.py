@@ -1,7 +1,6 @@
 """Saves a run's checkpoints: a moment for a copy, and the rest while training goes on."""
 
 import json
-import logging
 import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,6 @@ _BACKENDS = {
 """What megatron-core reads by."""
 
 _POLL_S = 0.2
-_PREPARED, _WHOLE, _FAILED = range(3)
 
 
 class SaveError(UserError):
@@ -93,7 +91,7 @@ class Saver:
         """
         assert self._pending is None, "a save is under way"
         folder = step_folder(self._run, description.progress.iteration)
-        if self._prepare(folder) == _WHOLE:
+        if not self._mesh.from_main(lambda: self._prepare(folder)):
             return
         self._pending = _Pending(folder, description, self._begin_to_write(folder, state(), copies=copies))
 
@@ -108,25 +106,22 @@ class Saver:
             return None
         while self._mesh.max_over_ranks(int(not pending.wait(_POLL_S))):
             pass  # one that waits in a collective operation for a slow disk would run into its time limit
-        outcomes: list[Written | str] | None = [""] * self._mesh.world_size if self._mesh.is_main else None
-        dist.gather_object(pending.outcome(), outcomes)
-        self._raise_on_all("" if outcomes is None else self._complete(pending, outcomes))
+        outcomes: list[Written | str] = [""] * self._mesh.world_size
+        dist.gather_object(pending.outcome(), outcomes if self._mesh.is_main else None)
+        self._mesh.from_main(lambda: self._complete(pending, outcomes))
         return pending.folder
 
-    def _prepare(self, folder: Path) -> int:
-        """An empty folder, made by the main rank; no other looks: file systems show changes sooner or later."""
-        state, problem = _PREPARED, ""
-        if self._mesh.is_main:
-            try:
-                state = _WHOLE if is_whole(folder) else _PREPARED
-                if state == _PREPARED:
-                    _make_empty(folder)
-            except OSError as error:
-                state, problem = _FAILED, f"{folder} cannot be made: {error}"
-        state = self._mesh.max_over_ranks(state)
-        if state == _FAILED:
-            self._raise_on_all(problem)
-        return state
+    def _prepare(self, folder: Path) -> bool:
+        """Make an empty folder; False if it is a checkpoint already. The main rank's: others may see it later."""
+        try:
+            if is_whole(folder):
+                return False
+            if folder.exists():
+                shutil.rmtree(folder)  # what a killed save left
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise SaveError(f"{folder} cannot be made: {error}") from error
+        return True
 
     def _begin_to_write(self, folder: Path, state: ShardedStateDict, *, copies: bool) -> BackgroundWriting | str:
         share = self._plans.share(state)
@@ -141,8 +136,8 @@ class Saver:
         tensors = iter(self._staging.copy([data for _, data in items if not isinstance(data, BytesIO)]))
         return [(item, data if isinstance(data, BytesIO) else next(tensors)) for item, data in items]
 
-    def _complete(self, pending: _Pending, outcomes: Sequence[Written | str]) -> str:
-        """The last steps, which only the main rank does; returns what went wrong."""
+    def _complete(self, pending: _Pending, outcomes: Sequence[Written | str]) -> None:
+        """The last steps, which only the main rank does."""
         folder = pending.folder
         problems = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         if not problems:
@@ -155,12 +150,8 @@ class Saver:
                 problems = [str(error)]
         if problems:
             shutil.rmtree(folder, ignore_errors=True)
-            return f"{folder} cannot be written: {'; '.join(problems)}"
-        try:
-            link_latest(folder)
-        except OSError as error:  # nothing but people goes by it
-            logging.getLogger("megatron_ee").warning("`latest` cannot be made to point at %s: %s", folder, error)
-        return ""
+            raise SaveError(f"{folder} cannot be written: {'; '.join(problems)}")
+        link_latest(folder)
 
     def _write_metadata(self, folder: Path, parts: Sequence[Written]) -> dict[str, str]:
         """Where each shard lies; returns the digests of all files."""
@@ -171,19 +162,3 @@ class Saver:
         digests[".metadata"] = write_file(folder / ".metadata", pickle.dumps(metadata))
         digests["metadata.json"] = write_file(folder / "metadata.json", json.dumps(_BACKENDS).encode())
         return digests
-
-    def _raise_on_all(self, problem: str) -> None:
-        """
-        Args:
-            problem: the main rank's; empty for none.
-        """
-        problems = [problem]
-        dist.broadcast_object_list(problems, src=0)
-        if problems[0]:
-            raise SaveError(problems[0])
-
-
-def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)  # what a killed save left
-    folder.mkdir(parents=True)

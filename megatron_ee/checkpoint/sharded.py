@@ -1,12 +1,15 @@
 """Sharded checkpoints through megatron-core: whatever layout wrote them, any layout reads them."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ee.checkpoint.description import Description, read_description
 from megatron_ee.checkpoint.folders import CheckpointError
+from megatron_ee.checkpoint.unpickling import check_pickles
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
 
@@ -21,12 +24,18 @@ def load_checkpoint(folder: Path, state: ShardedStateDict) -> dict:
     """Read what `state` asks for; every rank calls it.
 
     Raises:
-        CheckpointError: the checkpoint holds another model.
+        CheckpointError: the checkpoint holds another model, or pickles that could run any code, or is damaged.
     """
+    check_pickles(folder)
     try:
         return dist_checkpointing.load(state, str(folder))
     except dist_checkpointing.core.CheckpointingException as error:
         raise CheckpointError(f"{folder} doesn't fit this model: {error}") from error
+    except (CheckpointException, OSError, EOFError, UnpicklingError, RuntimeError) as error:
+        # what torch raises for files that are not what they were, which are found before where checkpoint.verify is on
+        causes = error.failures.values() if isinstance(error, CheckpointException) else ()
+        cause = next((str(cause) for cause, _ in causes), str(error))
+        raise CheckpointError(f"{folder} cannot be loaded: {cause}") from error
 
 
 def load_stage(folder: Path, stage: Stage, mesh: Mesh) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_ee.checkpoint.description import Description, read_description
+from megatron_ee.checkpoint.description import Description
 from megatron_ee.checkpoint.folders import CheckpointError
 from megatron_ee.checkpoint.sharded import load_stage
+from megatron_ee.checkpoint.verify import verify
 from megatron_ee.config import Config, ParallelConfig
 from megatron_ee.device import Device
 from megatron_ee.inference.decoder import Decoder
@@ -73,10 +74,10 @@ def load_engine(folder: Path, config: Config, device: Device) -> Engine:
     """Open a step folder, whatever layout wrote it, on this one process.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged, or of another format version.
     """
-    description = read_description(folder)
     mesh = open_mesh(ParallelConfig(), device)
+    description = verify(folder, mesh, reads_all=config.checkpoint.verify)
     (chunks,) = place(description.model, description.exits, ParallelConfig())
     stage = Stage(
         description.model,

@@ -4,10 +4,11 @@ Ranks are numbered as megatron-core does: pipeline stage outermost, then data-pa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ee.config import ParallelConfig
 from megatron_ee.device import Device
+from megatron_ee.errors import UserError
 from megatron_ee.parallel.world import data_parallel_size
 
 TIMEOUT = timedelta(minutes=30)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +89,32 @@ class Mesh:
 
     def max_over_ranks(self, value: int) -> int:
         """The largest of all ranks' values: what the ranks agree on where each may know something."""
-        return self.maxima_over_ranks(value)[0]
-
-    def maxima_over_ranks(self, *values: int) -> list[int]:
-        """The largest of each, in one go."""
-        largest = torch.tensor(values, device=self.device.torch)
+        largest = torch.tensor(value, device=self.device.torch)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return [int(value) for value in largest.tolist()]
+        return int(largest)
 
     def gather(self, value: str) -> list[str]:
         """All ranks' values, by rank."""
         values = [""] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, work: Callable[[], Result]) -> Result:
+        """What a function returns on the main rank, which alone calls it; on every rank. It has to be picklable.
+
+        Raises:
+            UserError: the function raised it, on the main rank; here on all.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return cast(Result, outcome[0])
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ee.config import open_config
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 def main() -> int:
     """Returns the exit status: 2 when the user has to change something, 75 when the run wants to be started again.
 
-    Under torchrun that one is 0, because torchrun takes any other for a failure; it stands in the attempt's outcome.
+    Under torchrun that one is 0, because torchrun takes any other for a failure, and ends with 1 itself whatever its
+    ranks have ended with. What they have is left in the file that the variable EXIT_STATUS_FILE names, if it does;
+    scripts/train.sh goes by that.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file of the run")
@@ -42,14 +45,20 @@ def main() -> int:
 
             status = _train(build_trainer(config, device, stop_requests))
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _is_first_of_node():
             print(error, file=sys.stderr)
-        return REFUSED
-    return COMPLETE if _is_under_torchrun() else status
+        status = REFUSED
+    if _is_first_of_node() and (path := os.environ.get("EXIT_STATUS_FILE")):
+        Path(path).write_text(f"{status}\n")
+    return COMPLETE if status == STOPPED and _is_under_torchrun() else status
 
 
 def _is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _is_first_of_node() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _train(trainer: "Trainer") -> int:

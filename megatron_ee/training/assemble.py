@@ -27,6 +27,7 @@ from megatron_ee.training.observation.phases import PhaseTimer
 from megatron_ee.training.observation.profiler import Profiler
 from megatron_ee.training.observation.throughput import Throughput
 from megatron_ee.training.observation.tracer import Tracer
+from megatron_ee.training.operations.alarms import Alarms
 from megatron_ee.training.operations.saving import Saving
 from megatron_ee.training.operations.skipping import SkippedSteps
 from megatron_ee.training.optimizers import BACKENDS, Backend
@@ -72,6 +73,7 @@ def assemble_trainer(
         plan=plan,
         meter=ExitMeter(all_exits(config), mesh),
         skipped=SkippedSteps(mesh, config.faults.max_nonfinite),
+        alarms=Alarms(config.faults, mesh, final_exit=config.model.num_layers),
         timer=PhaseTimer(mesh, plan if config.parallel.schedule != MEGATRON else None),
         throughput=Throughput(config, mesh, vocab_size=vocab_size),
         tracer=Tracer(config.logging.trace_iterations, plan, mesh, run_folder_of(config) / "traces"),

@@ -7,7 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Progress, read_description
-from megatron_ee.checkpoint.folders import link_latest, newest_checkpoint
+from megatron_ee.checkpoint.folders import newest_checkpoint
+from megatron_ee.checkpoint.resume import checkpoint_to_resume
 from megatron_ee.config import Config, to_yaml
 from megatron_ee.data.dataset import open_datasets
 from megatron_ee.device import Device
@@ -27,7 +28,8 @@ from megatron_ee.tokenizer import open_tokenizer
 from megatron_ee.training.assemble import all_exits, assemble_trainer, run_folder_of
 from megatron_ee.training.loggers import check_loggers, open_loggers
 from megatron_ee.training.lr_schedule import DECAYS, Decay
-from megatron_ee.training.operations.attempts import Attempt, attempt_of, open_attempt
+from megatron_ee.training.operations.attempts import Attempt, open_attempt
+from megatron_ee.training.operations.run_lock import RunLock
 from megatron_ee.training.operations.stopping import StopRequests
 from megatron_ee.training.optimizers import BACKENDS, Backend
 from megatron_ee.training.planning import FILLED, plan_step, schedule_of
@@ -49,7 +51,9 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
     mesh = open_mesh(config.parallel, device, timeout=max(TIMEOUT, 2 * timedelta(seconds=config.faults.hang_timeout)))
     log = start_logging(is_main_rank=mesh.is_main)
     run_folder = run_folder_of(config)
-    checkpoint = _checkpoint_to_resume(config, run_folder)
+    lock = RunLock(run_folder)
+    mesh.from_main(lock.take_if_begun)
+    checkpoint = _checkpoint_to_resume(config, run_folder, mesh)
     tokenizer = open_tokenizer(config.data.tokenizer)
     vocab_size = resolve_vocab_size(config.model, tokenizer)
     layout = layout_of(config, vocab_size)
@@ -72,12 +76,10 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
     )
     if checkpoint is not None:
         trainer.load(checkpoint)
-        if mesh.is_main:
-            link_latest(checkpoint)  # the run may have been killed just before it did
         log.info("resumed from %s", checkpoint)
     trainer.stop_requests = stop_requests or StopRequests(config.training.exit_duration)
-    number = mesh.max_over_ranks(_begin_attempt(config, run_folder).number if mesh.is_main else 0)
-    trainer.attempt = attempt_of(run_folder, number)
+    trainer.attempt = mesh.from_main(lambda: _begin_attempt(config, run_folder, lock))
+    trainer.lock = lock
     if mesh.is_main:
         trainer.loggers = open_loggers(config, run_folder, exits=all_exits(config), start=trainer.progress.iteration)
     return trainer
@@ -122,11 +124,11 @@ def _announce(log: logging.Logger, config: Config, device: Device, layout: Layou
         )
 
 
-def _checkpoint_to_resume(config: Config, run_folder: Path) -> Path | None:
-    newest = newest_checkpoint(run_folder)
+def _checkpoint_to_resume(config: Config, run_folder: Path, mesh: Mesh) -> Path | None:
+    newest = mesh.from_main(lambda: newest_checkpoint(run_folder))
     if newest is not None and not config.checkpoint.resume:
         raise FieldError("checkpoint.resume", f"is false, but {run_folder} holds {newest.name}; take another name")
-    return newest
+    return checkpoint_to_resume(run_folder, mesh, verifies=config.checkpoint.verify)
 
 
 def _num_train_samples(config: Config, checkpoint: Path | None, plan: Plan, mesh: Mesh) -> int:
@@ -141,14 +143,14 @@ def samples_per_step(config: Config, plan: Plan, mesh: Mesh) -> int:
     return plan.num_microbatches * config.training.micro_batch_size * mesh.data_size
 
 
-def _begin_attempt(config: Config, run_folder: Path) -> Attempt:
+def _begin_attempt(config: Config, run_folder: Path, lock: RunLock) -> Attempt:
     """Leave the config that the run goes on with; one that was refused leaves the old file alone.
 
     Raises:
-        FieldError: the run's folder cannot be written.
+        FieldError: the run's folder cannot be written, or another process trains the run.
     """
+    lock.take()
     try:
-        run_folder.mkdir(parents=True, exist_ok=True)
         (run_folder / "config.yaml").write_text(to_yaml(config))
         return open_attempt(run_folder, config=to_yaml(config), environment=describe_environment())
     except OSError as error:

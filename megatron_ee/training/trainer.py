@@ -29,11 +29,14 @@ from megatron_ee.training.observation.phases import PhaseTimer
 from megatron_ee.training.observation.profiler import Profiler
 from megatron_ee.training.observation.throughput import Throughput, peak_memory
 from megatron_ee.training.observation.tracer import Tracer
+from megatron_ee.training.operations.alarms import Alarms
 from megatron_ee.training.operations.attempts import STOPPED, Attempt
 from megatron_ee.training.operations.heartbeat import Heartbeat
+from megatron_ee.training.operations.roll_call import call_roll
+from megatron_ee.training.operations.run_lock import RunLock
 from megatron_ee.training.operations.saving import Saving
-from megatron_ee.training.operations.skipping import SkippedSteps
-from megatron_ee.training.operations.stopping import REASONS, StopRequests
+from megatron_ee.training.operations.skipping import DivergedError, SkippedSteps
+from megatron_ee.training.operations.stopping import StopRequests
 from megatron_ee.training.operations.watchdog import watch_over
 from megatron_ee.training.operations.whereabouts import Whereabouts
 from megatron_ee.training.optimizers import OptimizerBackend
@@ -61,6 +64,7 @@ class Trainer:
     plan: Plan
     meter: ExitMeter
     skipped: SkippedSteps
+    alarms: Alarms
     timer: PhaseTimer
     throughput: Throughput
     tracer: Tracer
@@ -71,13 +75,14 @@ class Trainer:
     loggers: Sequence[Logger] = ()
     stop_requests: StopRequests = field(default_factory=StopRequests)
     attempt: Attempt | None = None
+    lock: RunLock | None = None
     whereabouts: Whereabouts = field(default_factory=Whereabouts)
 
     def train(self, until: int | None = None) -> str:
         """Run iterations up to `until` (default: all), logging, validating and saving on the way.
 
         Returns:
-            Why it stopped early, with a checkpoint of where it was: one of REASONS, and "" where it did not.
+            Why it stopped early, with a checkpoint of where it was: one of `stopping.REASONS`, and "" where it did not.
 
         Raises:
             SaveError: the checkpoint of where it ended or stopped could not be written.
@@ -89,14 +94,20 @@ class Trainer:
             number = iteration + 1
             self.whereabouts.enter("start", number)
             with self.timer.rank_wait():
-                stops, is_writing = self.mesh.maxima_over_ranks(self.stop_requests.reason(), self.saving.is_writing())
-            if self.saving.is_pending and not is_writing:
+                answers = call_roll(
+                    self.mesh,
+                    reason=self.stop_requests.reason(),
+                    is_writing=self.saving.is_writing(),
+                    cross_entropy=self.alarms.own_cross_entropy,
+                )
+            self.alarms.hear(iteration, answers.cross_entropy)
+            if self.saving.is_pending and not answers.is_writing:
                 with self.timer.phase("checkpoint"):
                     self.saving.settle()
-            if reason := REASONS[stops]:
+            if answers.reason:
                 if iteration > start:
                     self.save()
-                return reason
+                return answers.reason
             with self.tracer.step(number) as recorders, self.profiler.step(number) as ranges, self.timer.step():
                 with self.timer.phase("data"):
                     batch = self.loader.batch(self.progress.consumed_samples)
@@ -111,7 +122,7 @@ class Trainer:
                 self._log(self.evaluator.evaluate(self._weights(iteration), watches=[self.whereabouts]))
             if self._is_due(self.config.checkpoint.interval) and not self._is_diverging:
                 with self.timer.phase("checkpoint"):
-                    self.saving.start(self._state, self._description())
+                    self.start_saving()
         self.saving.settle()
         if self.progress.iteration == training.train_iters:
             self.save()  # once more, if that has failed
@@ -161,7 +172,12 @@ class Trainer:
         else:
             self.skipped.in_a_row = 0
             self.meter.add(step.losses, tokens.regular)
+            self.alarms.note(step.losses, tokens.regular)
         return gradient_norm
+
+    def start_saving(self) -> None:
+        """Begin a checkpoint of this moment, which `saving` completes; see there for what may go wrong."""
+        self.saving.start(self._state, self._description())
 
     def save(self) -> Path:
         """Write a checkpoint of this moment, unless there is one; returns its step folder.
@@ -205,6 +221,8 @@ class Trainer:
         self.whereabouts.enter("close")
         for logger in self.loggers:
             logger.close()
+        if self.lock is not None:
+            self.lock.release()
         close_mesh()
 
     def _state(self) -> dict:
@@ -230,13 +248,17 @@ class Trainer:
         if self.optimizer.loss_scale > 1:
             self.skipped.count_overflow()
             return
-        self.skipped.count_nonfinite(
-            iteration + 1,
-            batch,
-            first_sample=self.progress.consumed_samples,
-            losses=means,
-            folder=self.attempt.folder if self.attempt else None,
-        )
+        try:
+            self.skipped.count_nonfinite(
+                iteration + 1,
+                batch,
+                first_sample=self.progress.consumed_samples,
+                losses=means,
+                folder=self.attempt.folder if self.attempt else None,
+            )
+        except DivergedError:
+            self.saving.settle()  # what was begun is from before
+            raise
 
     @property
     def _is_diverging(self) -> bool:
@@ -264,10 +286,10 @@ class Trainer:
                 "train/tokens": progress.consumed_samples * config.data.sequence_length,
                 **self.throughput.figures(times.step_s, steps_left=config.training.train_iters - progress.iteration),
                 **times.figures(),
+                **self.alarms.compare(progress.iteration, times.busy_s, num_stages=self.mesh.pipeline_size),
                 **peak_memory(self.mesh),
             }
         )
-
         self.skipped.since_record = 0
 
     def _log(self, figures: Figures) -> None:

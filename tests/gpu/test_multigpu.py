@@ -117,6 +117,15 @@ def test_a_recorded_step_ends(folder: Path, place: Place) -> None:
     assert min(place.run(2, cases.recorded_spans, config)) >= 2 * num_microbatches, "each has an F and a B"
 
 
+def test_phases_of_two_stages_sum_to_the_step(folder: Path, place: Place) -> None:
+    config = first_step_config(folder, name=f"{place.device}-timed", parallel={"pipeline": 2})
+    figures = place.run(2, cases.train_on, config)[0]["figures"]
+    phases = {name: seconds for name, seconds in figures[6].items() if name.startswith("time/")}
+    assert min(phases.values()) > 0
+    assert 0.95 < sum(phases.values()) / figures[6]["perf/iter_time_s"] < 1.001
+    assert 0 < figures[1]["pipeline/planned_bubble_fraction"] < figures[1]["pipeline/bubble_fraction"] < 1
+
+
 def _steps(folder: Path, place: Place, layout: Layout) -> Steps:
     """Figures of two steps: overlapped sums begin in the second."""
     name = f"{place.device}-{layout.name}".replace(" ", "-").replace(",", "")

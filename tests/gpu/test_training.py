@@ -1,5 +1,7 @@
 """Training on one GPU against the same run in fp32 on the CPU."""
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +93,24 @@ def test_exits_take_hardly_more_memory_than_they_must(folder: Path, place: Place
     assert heads > 0
     ratio = (having["peak"] - heads - cases.allowance_for_exits(config)) / without["peak"]
     assert ratio <= 1.10
+
+
+def test_phases_of_a_step_sum_to_it(folder: Path, place: Place) -> None:
+    """On a GPU they are read from events on its stream, for which no step waits."""
+    (result,) = place.run(1, cases.train_on, run_config(folder, name=f"{place.device}-timed"))
+    for iteration in (3, 4, 5):
+        figures = result["figures"][iteration]
+        phases = {name: seconds for name, seconds in figures.items() if name.startswith("time/")}
+        assert {f"time/{phase}_s" for phase in ("data", "forward", "exits", "backward", "optimizer")} < phases.keys()
+        assert min(phases.values()) > 0
+    assert 0.95 < sum(phases.values()) / figures["perf/iter_time_s"] < 1.001
+
+
+def test_a_profile_has_the_plans_actions_and_kernels(folder: Path, place: Place) -> None:
+    config = run_config(folder, name=f"{place.device}-profiled", logging={"profile": {"start": 2, "iterations": 2}})
+    place.run(1, cases.train_on, config, 4)
+    with gzip.open(folder / "runs" / config.name / "profiles/step_00000002-rank_0.json.gz") as file:
+        events = [event for event in json.load(file)["traceEvents"] if "cat" in event]
+    marked = [event["name"] for event in events if event["cat"] == "user_annotation"]
+    assert [marked.count(action) for action in ("F0@0", "X0@0", "B3@0")] == [2, 2, 2]
+    assert ("kernel" in {event["cat"] for event in events}) == (place.device == "cuda")

@@ -83,8 +83,8 @@ def _while_training_goes_on() -> None:
 
 
 PREPARE_DEATH: dict[str, Callable[[], None]] = {
-    "no-folder": lambda: _before(saver, "_make_empty"),
-    "empty-folder": lambda: _after(saver, "_make_empty"),
+    "no-folder": lambda: _before(saver.Saver, "_prepare"),
+    "empty-folder": lambda: _after(saver.Saver, "_prepare"),
     "staged": lambda: _after(staging.Staging, "copy"),
     "half-a-shard": lambda: _after(writing, "_write_item"),
     "while-training": _while_training_goes_on,

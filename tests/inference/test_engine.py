@@ -9,7 +9,7 @@ from helpers.runs import WORDS, run_config, train
 from helpers.tokenizers import write_bpe, write_bpe_folder
 
 from megatron_ee.checkpoint.folders import newest_checkpoint
-from megatron_ee.config import Config
+from megatron_ee.config import CheckpointConfig, Config
 from megatron_ee.data.indexed import write_indexed
 from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
@@ -92,5 +92,8 @@ def test_a_checkpoint_whose_tokenizer_was_exchanged_is_refused(tmp_path: Path, r
     step = newest_checkpoint(tmp_path / "runs/tiny")
     assert step is not None
     write_bpe(step / "tokenizer.json", 319)
-    with pytest.raises(AssertionError, match=f"holds tokenizer hf-[0-9a-f]+, not {tokenizer.name}"):
+    with pytest.raises(AssertionError, match=r"tokenizer\.json is not what was saved"):
         ranks.run(1, _decode, step, config)
+    unverified = config.model_copy(update={"checkpoint": CheckpointConfig(verify=False)})
+    with pytest.raises(AssertionError, match=f"holds tokenizer hf-[0-9a-f]+, not {tokenizer.name}"):
+        ranks.run(1, _decode, step, unverified)

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.disks import small_disk
 
 from megatron_ee.config import LoggingConfig
 from megatron_ee.errors import UserError
-from megatron_ee.training.loggers import Console, JsonLines, check_loggers
+from megatron_ee.training.loggers import Console, JsonLines, TensorBoard, check_loggers
 
 TRAINING = {
     "train/loss": 3.5,
@@ -60,6 +61,51 @@ def test_a_record_that_goes_on_where_it_ended_is_left_alone(tmp_path: Path) -> N
     before = path.stat()
     JsonLines(path, start=2).close()
     assert path.stat().st_ino == before.st_ino and path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_full_disk_loses_no_line_and_tears_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron_ee"), "propagate", True)
+    with small_disk(tmp_path, megabytes=1) as disk:
+        path = disk.path / "run" / "metrics.jsonl"
+        logger = JsonLines(path, start=0)
+        disk.fill()
+        for iteration in range(1, 10):  # the disk gives room by pages: some line is torn
+            logger.log(iteration, {"train/loss": iteration, "padding": "x" * 1000})
+        assert caplog.text.count("cannot be written: No space left on device") == 1, "said once"
+        assert path.read_bytes().count(b"\n") < 9 and not path.read_bytes().endswith(b"\n"), "a line is torn, for now"
+        disk.free()
+        logger.log(10, {"train/loss": 10})
+        assert [line["train/loss"] for line in _lines(path)] == list(range(1, 11))
+        disk.fill()
+        logger.log(11, {"padding": "x" * 10000})
+        logger.close()
+    assert "the last 1 lines are lost" in caplog.text
+
+
+def test_a_read_only_disk_loses_no_line(tmp_path: Path) -> None:
+    with small_disk(tmp_path, megabytes=1) as disk:
+        path = disk.path / "metrics.jsonl"
+        logger = JsonLines(path, start=0)
+        for iteration, allowed in enumerate([True, False, False, True], 1):
+            disk.allow_writing(allowed=allowed)
+            logger.log(iteration, {})
+        assert [line["iteration"] for line in _lines(path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboard's own thread
+def test_tensorboard_gives_up_on_a_full_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron_ee"), "propagate", True)
+    with small_disk(tmp_path, megabytes=1) as disk:
+        logger = TensorBoard(disk.path / "tensorboard", start=0)
+        disk.fill()
+        for iteration in range(1, 400):
+            logger.log(iteration, TRAINING)
+        logger.close()
+    assert caplog.text.count("tensorboard: going on without") == 1
 
 
 def test_console_prints_one_plain_line_with_every_exit(

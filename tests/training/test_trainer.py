@@ -11,6 +11,7 @@ from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import FieldError, UserError
 from megatron_ee.training.build import _begin_attempt, build_trainer
+from megatron_ee.training.operations.run_lock import RunLock
 
 
 @pytest.fixture
@@ -73,8 +74,9 @@ def test_a_batch_that_is_masked_altogether_changes_no_gradient(folder: Path, ran
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = run_config(tmp_path, runs=str(tmp_path / "file"))
+    folder = tmp_path / "file" / config.name
     with pytest.raises(FieldError, match=r"^runs: .*/file/tiny cannot be written: Not a directory$"):
-        _begin_attempt(config, Path(config.runs) / config.name)
+        _begin_attempt(config, folder, RunLock(folder))
 
 
 def test_layernorms_are_not_recomputed_without_transformer_engine(folder: Path, ranks: RankPool) -> None:

@@ -6,12 +6,14 @@ All get the same figures under the same names:
     train/exit_<layer>/{loss,ppl,accuracy,weight}   every exit's, whatever stage computed it; the last is final
     train/unmasked_tokens                       what those are means over: the tokens since the last record
     train/{lr,grad_norm,tokens}                 tokens: all that the run has been through
-    train/{skipped,loss_scale}                  fp16: steps since the last record whose gradients overflowed
-    perf/{tokens_per_s,iter_time_s,seconds_left}
+    train/{skipped,loss_scale}                  steps since the last record whose gradients were no numbers, and which
+                                                updated nothing: overflows of fp16's loss scale, or worse
+    perf/{tokens_per_s,iter_time_s,seconds_left}   by the mean over ranks of a step, rank_wait included
     perf/{tokens_per_s_per_gpu,tflops_per_gpu,mfu}  on GPUs
+    perf/slowest_rank_ratio                     of the ranks with the same work: see `alarms`
     time/{rank_wait,data,prepare,forward,exits,backward,weights,p2p_wait,grad_sync,optimizer,checkpoint}_s   see
                                                 `phases`; with megatron-core's schedules forward_backward for five
-    pipeline/{bubble_fraction,planned_bubble_fraction}   idle, and what would be with messages that take no time
+    pipeline/{bubble_fraction,planned_bubble_fraction}   idle; the plan's at the speed measured, now and then
     pipeline/stage_<n>_busy_s                   each stage's work in a step
     memory/{peak_gib,stage_<n>_peak_gib}        the fullest rank of all, and of each stage (from 0)
     val/loss, val/exit_<layer>/*                as for training

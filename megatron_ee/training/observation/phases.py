@@ -2,17 +2,17 @@
 
 Everything within a step belongs to a phase:
 
-    rank_wait   until the slowest rank has ended the step before, with what it saved, wrote and logged
+    rank_wait   until the slowest rank has ended the step before, and has logged it
     data        the batch
     prepare     its tokens counted, gradients set to zero
     forward, exits, backward, weights   F, X, B and W of the plan; B with what it computes again, and with sums of
                 gradients as far as it starts them
-    p2p_wait    the rest of the pipeline's time: this stage waits for its neighbours, or hands over to them
+    p2p_wait    the rest of the pipeline's time: the stage waits for its neighbours, or hands over to them
     grad_sync   the sums of gradients, or what is left of them where they overlap B
     optimizer   the norm, clipping and the update
 
 megatron-core's schedules show no actions: there, `forward_backward` is all of the pipeline's time. `checkpoint` comes
-between steps.
+between steps, and lasts until all ranks have saved.
 
 Times are the device's, and nothing is synchronised for their sake: on CUDA an F lasts as long as its kernels on the
 stream, and a wait as long as the stream stood still. They are read a step later, when they have passed.
@@ -33,6 +33,7 @@ from megatron_ee.parallel.pipeline.runtime import ActionWatch
 from megatron_ee.training.observation.step_times import PHASE_OF, PHASES, PlannedBubble, RankTimes, StepTimes
 
 _STEP, _PIPELINE = "step", "pipeline"
+_BETWEEN_STEPS = ("rank_wait", "checkpoint")
 _MOST_UNREAD = 2  # steps; whoever adds a third waits for the first
 
 
@@ -71,15 +72,16 @@ class PhaseTimer:
         self._planned_bubble = PlannedBubble(plan) if plan and mesh.is_main and mesh.pipeline_size > 1 else None
         self._marks, self._unread = _Marks(), deque[_Marks]()
         self._sums = self._zero()
-        self._has_begun = False
+        self._has_begun = self._is_stepping = False
         self.tell: Callable[[str], None] = lambda phase: None
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around everything that a training step needs."""
-        self._has_begun = True
+        self._has_begun = self._is_stepping = True
         with self._span(_STEP):
             yield
+        self._is_stepping = False
         self._unread.append(self._marks)
         self._marks = _Marks()
         while self._unread and (len(self._unread) > _MOST_UNREAD or self._has_passed(self._unread[0])):
@@ -87,13 +89,15 @@ class PhaseTimer:
 
     @contextmanager
     def rank_wait(self) -> Iterator[None]:
-        """Around the wait for all ranks before a step. The first doesn't count: some ranks take longer to be built."""
-        with self.phase("rank_wait") if self._has_begun else nullcontext():
+        """Around the wait for all ranks before a step. After a phase between steps it is a part of that one: the main
+        rank has more to save. The first doesn't count: some ranks take longer to be built."""
+        name = self._marks.spans[-1][0] if self._marks.spans else "rank_wait"
+        with self.phase(name) if self._has_begun else nullcontext():
             yield
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around a part of a step, or what comes between steps. In a profile it is a range of this name."""
+        """Around a part of a step, or `checkpoint`. In a profile it is a range of this name."""
         self.tell(name)
         with record_function(name), self._span(name):
             yield
@@ -102,7 +106,7 @@ class PhaseTimer:
     def pipeline(self) -> Iterator[Sequence[ActionWatch]]:
         """Around the run of the plan; gives what has to watch it."""
         with self.phase(_PIPELINE):
-            yield (self,) if self._actions else ()
+            yield (self,) if self._actions and self._is_stepping else ()
 
     def begin(self, action: Action) -> None:
         self._marks.actions.append(self._clock.mark())
@@ -125,6 +129,9 @@ class PhaseTimer:
 
     @contextmanager
     def _span(self, name: str) -> Iterator[None]:
+        if not (self._is_stepping or name in _BETWEEN_STEPS):
+            yield  # a part of a step on its own, as benches run them
+            return
         begin = self._clock.mark()
         yield
         self._marks.spans.append((name, begin, self._clock.mark()))
@@ -159,7 +166,7 @@ class PhaseTimer:
             if action.kind in PHASE_OF:
                 seconds[PHASE_OF[action.kind]] += of_action
         rest = seconds[_PIPELINE] - sum(seconds[phase] for phase in PHASE_OF.values())
-        seconds["p2p_wait" if self._actions else "forward_backward"] = rest
+        seconds["p2p_wait" if self._actions else "forward_backward"] = max(0.0, rest)  # events are rounded
         phases = tuple(seconds[phase] for phase in PHASES)
         return RankTimes(phases, step=seconds[_STEP] + seconds["rank_wait"], makespan=sums.makespan)
 

@@ -1,5 +1,6 @@
 """What the phases of all ranks come to: means per step, each stage's work, and the pipeline's idle time."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ PHASES = (
 )
 """See `phases`."""
 
-_MOST_OF_THE_TIME = 0.005  # that simulating a plan may take
+_SHARE_OF_SIMULATION = 0.005  # of the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class StepTimes:
     """What it comes to.
 
     Attributes:
-        step_s: of a step: the mean over ranks, which begin and end it together.
+        step_s: of a step, the wait before it included; the mean over ranks.
         phases_s: means over ranks, per step but for `checkpoint`, which is of the one just before. What no rank has
             done is left out.
         num_stages: of the pipeline.
@@ -53,7 +54,7 @@ class StepTimes:
         bubble_fraction: `Timeline.bubble_fraction` of the steps as they ran: the mean over pipelines of the share of
             stages x makespan in which a stage is at no work. A makespan is that of the stage that takes longest from
             its first action to the end of its last work. None where there is one stage, or no actions are shown.
-        planned_bubble_fraction: see `PlannedBubble`; on the main rank.
+        planned_bubble_fraction: see `PlannedBubble`; on the main rank, and not every time where steps are short.
     """
 
     step_s: float
@@ -96,30 +97,30 @@ class StepTimes:
 
 class PlannedBubble:
     """The bubble that the plan has with durations as measured: what it would be if no stage ever waited for more than
-    the work of others."""
+    the work of others. A plan of many actions takes long to simulate, some 10 us each; it is done so seldom that it
+    takes half a percent of the time at most."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._fraction: float | None = None
-        self._unsimulated_s = self._took_s = 0.0
+        self._saved_s = math.inf  # time that may be spent on it
 
-    def fraction(self, durations_s: Sequence[Sequence[float]], *, elapsed_s: float) -> float:
-        """`Timeline.bubble_fraction`. A plan of many actions takes long to simulate, some 10 us each: where that is
-        more than half a percent of the time since the last one, the last one's is given again.
+    def fraction(self, durations_s: Sequence[Sequence[float]], *, elapsed_s: float) -> float | None:
+        """`Timeline.bubble_fraction`, or None where it is not time yet.
 
         Args:
             durations_s: of `plan.actions`.
             elapsed_s: since the last call.
         """
-        self._unsimulated_s += elapsed_s
-        if self._fraction is None or self._took_s <= _MOST_OF_THE_TIME * self._unsimulated_s:
-            started = time.perf_counter()
-            durations = dict[Action, float]()
-            for actions, of_stage in zip(self._plan.actions, durations_s, strict=True):
-                durations.update(zip(actions, of_stage, strict=False))  # stages with fewer actions are padded
-            self._fraction = simulate(self._plan, durations.__getitem__).bubble_fraction
-            self._took_s, self._unsimulated_s = time.perf_counter() - started, 0.0
-        return self._fraction
+        self._saved_s += _SHARE_OF_SIMULATION * elapsed_s
+        if self._saved_s < 0:
+            return None
+        started = time.perf_counter()
+        durations = dict[Action, float]()
+        for actions, of_stage in zip(self._plan.actions, durations_s, strict=True):
+            durations.update(zip(actions, of_stage, strict=False))  # stages with fewer actions are padded
+        fraction = simulate(self._plan, durations.__getitem__).bubble_fraction
+        self._saved_s = started - time.perf_counter()
+        return fraction
 
 
 def _bubble_fraction(ranks: Sequence[RankTimes], num_stages: int) -> float | None:

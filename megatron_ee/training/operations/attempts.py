@@ -50,17 +50,12 @@ def open_attempt(run_folder: Path, *, config: str, environment: dict[str, Any]) 
     Raises:
         OSError: it cannot be written.
     """
-    attempt = attempt_of(run_folder, _newest(run_folder) + 1)
+    attempt = Attempt(run_folder / "attempts" / str(_newest(run_folder) + 1))
     attempt.folder.mkdir(parents=True)
     (attempt.folder / "config.yaml").write_text(config)
     about = {"started": _now(), "process": os.getpid(), **environment}
     (attempt.folder / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
     return attempt
-
-
-def attempt_of(run_folder: Path, number: int) -> Attempt:
-    """A start of a run by its number, for the processes that have not opened it."""
-    return Attempt(run_folder / "attempts" / str(number))
 
 
 def newest_outcome(run_folder: Path) -> tuple[int, int | None]:

@@ -244,9 +244,9 @@ def _message(finding: Finding, ranks: list[str], now: float) -> str:
     about = finding.about
     who = about.describe(now) if about is not None else finding.detail
     heads = {
-        "died": f"a rank has died: {who}",
-        "hung": f"a rank hangs: {who}",
-        "failed": f"a rank has failed: {who}: {finding.detail}",
-        "elsewhere": f"the job has a fault on another machine: {who}",
+        "died": f"fault: a rank has died: {who}",
+        "hung": f"fault: a rank hangs: {who}",
+        "failed": f"fault: a rank has failed: {who}: {finding.detail}",
+        "elsewhere": f"fault: the job has a fault on another machine: {who}",
     }
-    return "\n".join([f"fault: {heads[finding.fault]}", *(f"  {line}" for line in ranks)])
+    return "\n".join([heads[finding.fault], *(f"  {line}" for line in ranks)])

@@ -1,0 +1,83 @@
+"""Every command of the pages on operations is run as it stands there, in a folder that looks like the repository."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+COMMANDS = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+QUOTED = re.compile(r"^\*\*`([^`]+)`\*\*", re.MULTILINE)
+
+# The demo's config, with a model that is trained in a second.
+CONFIG = """\
+name: demo
+model: {num_layers: 4, hidden_size: 32, num_attention_heads: 2, ffn_hidden_size: 64}
+exits: {layers: [1, 2], weight_schedule: {warmup_iters: 4}}
+parallel: {pipeline: 2}
+data: {sequence_length: 32}
+training: {train_iters: 8, global_batch_size: 16, micro_batch_size: 1, eval_iters: 1}
+checkpoint: {interval: 4}
+logging: {interval: 2}
+"""
+
+SBATCH = """#!/bin/sh
+echo "$@" >> submitted
+"""
+
+
+def _commands(page: Path) -> list[str]:
+    return [line for block in COMMANDS.findall(page.read_text()) for line in block.splitlines() if line]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.iterdir():
+        if path.name not in ("configs", "runs", ".git"):
+            (folder / path.name).symlink_to(path)
+    (folder / "configs/train").mkdir(parents=True)
+    (folder / "configs/train/demo.yaml").write_text(CONFIG)
+    (folder / "bin").mkdir()
+    (folder / "bin/sbatch").write_text(SBATCH)  # what a real one does with it: tests/slurm
+    (folder / "bin/sbatch").chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _commands(page)], ids=lambda page: page.stem)
+def test_every_command_does_what_it_should(page: Path, checkout: Path) -> None:
+    path = f"{checkout / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    for command in _commands(page):
+        ran = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert ran.returncode == 0, f"{command}\n{ran.stdout}\n{ran.stderr}"
+
+
+def test_what_they_submit_is_a_job_and_an_array(checkout: Path) -> None:
+    """After the commands of the page on operations."""
+    if not (checkout / "submitted").exists():
+        pytest.skip("the commands were not run")
+    job, array = (checkout / "submitted").read_text().splitlines()
+    assert "--nodes=4 --gpus-per-node=8 --time=12:00:00" in job
+    assert "--array=1-2%1" in array
+
+
+def test_quoted_messages_are_those_of_the_code() -> None:
+    sources = [*(ROOT / "megatron_ee").rglob("*.py"), *(ROOT / "scripts").iterdir()]
+    code = "\n".join(path.read_text() for path in sources)
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = [part.strip() for message in QUOTED.findall(page) for part in message.split("…") if part.strip()]
+    assert len(quoted) > 10
+    assert [part for part in quoted if part not in code] == []
