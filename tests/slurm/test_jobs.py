@@ -108,7 +108,7 @@ def test_a_job_is_not_queued_again_beyond_its_limit(runs: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "option", "reason"),
-    [("timed", "--signal=B:USR1@40", "SIGUSR1"), ("late", "--signal=B:WINCH@40", "SIGTERM")],
+    [("timed", "--signal=B:USR1@40", "SIGUSR1"), ("late", "--signal=B:CONT@40", "SIGTERM")],
     ids=["with a word before it", "without one"],
 )
 def test_a_real_time_limit_saves_and_queues_again(runs: Any, name: str, option: str, reason: str) -> None:
