@@ -184,6 +184,7 @@ def _train_in_trouble(config: Config, disk: SmallDisk, trouble: str, until: int)
     main = trainer.mesh.is_main
     logging.getLogger("megatron_ee").addHandler(heard)
     trainer.train(until=2)
+    trainer.lock.release()  # a disk with an open file refuses to become read-only, if it is asked
     trainer.mesh.from_main(lambda: _begin(disk, trouble))
     try:
         trainer.train(until)
