@@ -48,6 +48,7 @@ def checkpoint_measures(folder: Path, *, small: bool) -> list[Measure]:
     rounds = [
         ("save_over_raw_write", 0.85, take_turns(sizes.rounds, bench.save, bench.raw_write)),
         ("load_over_raw_read", 0.85, take_turns(sizes.rounds, bench.load, bench.raw_read)),
+        ("unverified_load_over_raw_read", 0.85, take_turns(sizes.rounds, bench.unverified_load, bench.raw_read)),
         ("blocking_over_memory_copy", 1.5, take_turns(sizes.rounds, bench.memory_copy, bench.blocking)),
     ]
     close_mesh()
@@ -88,8 +89,11 @@ class _Bench:
 
     def load(self) -> float:
         """From a disk that nobody has read yet, with verification, to a trainer that could go on."""
-        _forget(self._newest().iterdir())
-        return _seconds(self._resume)
+        return self._load(verifies=True)
+
+    def unverified_load(self) -> float:
+        """Likewise, with `checkpoint.verify: false`."""
+        return self._load(verifies=False)
 
     def raw_read(self) -> float:
         """As many bytes, likewise."""
@@ -120,10 +124,14 @@ class _Bench:
         assert folder is not None, "nothing is saved"
         return folder
 
-    def _resume(self) -> None:
+    def _load(self, *, verifies: bool) -> float:
+        _forget(self._newest().iterdir())
+        return _seconds(lambda: self._resume(verifies=verifies))
+
+    def _resume(self, *, verifies: bool) -> None:
         from megatron_ee.checkpoint.resume import checkpoint_to_resume
 
-        folder = checkpoint_to_resume(self._trainer.run_folder, self._trainer.mesh, verifies=True)
+        folder = checkpoint_to_resume(self._trainer.run_folder, self._trainer.mesh, verifies=verifies)
         assert folder is not None, "nothing is saved"
         self._trainer.load(folder)
 

@@ -13,7 +13,7 @@ from megatron_ee.checkpoint.folders import CheckpointError, DamagedError
 from megatron_ee.parallel.mesh import Mesh
 
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-_NUM_THREADS = 2
+_NUM_THREADS = 4
 
 
 def verify(folder: Path, mesh: Mesh, *, reads_all: bool) -> Description:

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
 
-NUM_SHARD_FILES = 2
-"""Files of a rank, written at the same time: while the disk takes one, the other is hashed."""
+NUM_SHARD_FILES = 3
+"""Files of a rank, written at the same time: while the disk takes one, others are hashed."""
 
 _CHUNK = 2**22
 _BYTES_BETWEEN_SYNCS = 2**26

@@ -9,7 +9,12 @@ import pytest
 
 TOOL = Path(__file__).parents[2] / "tools/bench_io.py"
 MEASURES = {
-    "checkpoint": ["save_over_raw_write", "load_over_raw_read", "blocking_over_memory_copy"],
+    "checkpoint": [
+        "save_over_raw_write",
+        "load_over_raw_read",
+        "unverified_load_over_raw_read",
+        "blocking_over_memory_copy",
+    ],
     "start": ["data_over_step", "first_step_beyond_imports_s"],
 }
 
