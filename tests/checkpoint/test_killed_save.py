@@ -197,7 +197,7 @@ def undisturbed_stages(two_stages: Path, ranks: RankPool) -> Undisturbed:
     "reached",
     [
         pytest.param(lambda step: step.is_dir(), id="folder", marks=pytest.mark.slow),
-        pytest.param(lambda step: any(step.glob("__*")), id="first-shard"),
+        pytest.param(lambda step: any(step.glob("__*")), id="first-shard", marks=pytest.mark.slow),
         pytest.param(lambda step: (step / ".metadata").exists(), id="all-shards", marks=pytest.mark.slow),
     ],
 )

@@ -32,6 +32,7 @@ POLL_S = 1.0
 _SHOW_STACK = signal.SIGUSR2
 _STACKS_S = 0.5  # what the ranks get for showing them
 _LAST_WORDS_S = 10.0
+_DYING_S = 2.0
 _ASLEEP_S = 10.0  # so long without a look: this machine, or the whole job, was suspended
 
 Fault = Literal["died", "hung", "failed", "elsewhere"]
@@ -80,6 +81,14 @@ class Watchdog:
         """Look once; ends this process where something is wrong."""
         if (finding := self.find()) is not None:
             self.end(finding)
+
+    def look_for_the_lost(self) -> None:
+        """Before this rank says that it has failed: a message that cannot come fails too, and then it is the lost rank
+        that has to be named. Its connections close a moment before it is seen to be gone."""
+        deadline = time.monotonic() + _DYING_S
+        while time.monotonic() < deadline:
+            self.look()
+            time.sleep(0.05)
 
     def end(self, finding: Finding) -> None:
         """Say what is wrong, if nobody on this machine has yet, and end its ranks, this one last."""
@@ -203,7 +212,7 @@ def watch_over(
     except UserError:  # all ranks raise it, or this one ends the job
         raise
     except Exception as error:
-        watchdog.look()  # a message that cannot come fails too, and it is the lost rank that has to be named
+        watchdog.look_for_the_lost()
         watchdog.tell_failure(error, whereabouts)
         raise
     finally:

@@ -78,6 +78,7 @@ def test_a_run_stops_by_itself_before_its_limit(start_run: Callable[..., Any]) -
     assert run.outcome(1)["reason"] == "exit_duration"
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(
     start_run: Callable[..., Any], undisturbed: Losses
 ) -> None:
@@ -108,7 +109,7 @@ def test_a_killed_torchrun_leaves_no_ranks_behind(start_run: Callable[..., Any])
     assert run.ranks() == []
 
 
-@pytest.mark.parametrize("who", ["train.sh", "all"])
+@pytest.mark.parametrize("who", [pytest.param("train.sh", marks=pytest.mark.slow), "all"])
 def test_a_run_that_is_told_again_and_again_still_saves(start_run: Callable[..., Any], who: str) -> None:
     """SLURM tells a job before its limit and again at it; and it may tell every process of it."""
     run = start_run(f"told-{who}", own_group=True)
@@ -129,6 +130,7 @@ def test_a_run_that_is_told_again_and_again_still_saves(start_run: Callable[...,
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_all_processes_and_saves_once(start_run: Callable[..., Any]) -> None:
     run = start_run("ctrl-c", own_group=True)
     run.wait_for_iteration(7)
