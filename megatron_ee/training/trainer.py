@@ -114,15 +114,7 @@ class Trainer:
                 gradient_norm = self.train_step(batch, iteration, watches=(*recorders, *ranges))
             consumed = self.progress.consumed_samples + self.loader.samples_per_batch
             self.progress = Progress(iteration + 1, consumed)
-            self.whereabouts.enter("log")
-            if self._is_due(self.config.logging.interval):
-                self._log_training(iteration, gradient_norm)
-            if self.evaluator and self._is_due(training.eval_interval):
-                self.whereabouts.enter("validation")
-                self._log(self.evaluator.evaluate(self._weights(iteration), watches=[self.whereabouts]))
-            if self._is_due(self.config.checkpoint.interval) and not self._is_diverging:
-                with self.timer.phase("checkpoint"):
-                    self.start_saving()
+            self._do_what_is_due(iteration, gradient_norm)
         self.saving.settle()
         if self.progress.iteration == training.train_iters:
             self.save()  # once more, if that has failed
@@ -237,6 +229,18 @@ class Trainer:
 
     def _description(self) -> Description:
         return replace(self.description, progress=self.progress)
+
+    def _do_what_is_due(self, iteration: int, gradient_norm: float | None) -> None:
+        """Log, validate, and begin to save, each at its interval."""
+        self.whereabouts.enter("log")
+        if self._is_due(self.config.logging.interval):
+            self._log_training(iteration, gradient_norm)
+        if self.evaluator and self._is_due(self.config.training.eval_interval):
+            self.whereabouts.enter("validation")
+            self._log(self.evaluator.evaluate(self._weights(iteration), watches=[self.whereabouts]))
+        if self._is_due(self.config.checkpoint.interval) and not self._is_diverging:
+            with self.timer.phase("checkpoint"):
+                self.start_saving()
 
     def _skip(self, batch: Batch, iteration: int, losses: Mapping[int, ExitLoss], num_tokens: float) -> None:
         """The optimizer has updated nothing. All ranks are here; losses that are no numbers stay out of the means."""
