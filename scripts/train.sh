@@ -146,9 +146,11 @@ stop_ranks() {
     echo "train.sh: SIG$told: the ranks finish their step, save, and stop; Ctrl-C twice ends them at once" >&2
   fi
   list_ranks
-  if ((${#ranks[@]} == 0)); then
-    has_no_ranks=true
-    kill -KILL "$torchrun" 2>/dev/null || true
+  if ((${#ranks[@]} == 0 && SECONDS < deadline)); then
+    if [[ ! -s $status_file ]]; then # else they have just ended
+      has_no_ranks=true
+      kill -KILL "$torchrun" 2>/dev/null || true
+    fi
   elif ((num_interrupts > 1)); then
     kill -KILL "$torchrun" 2>/dev/null || true # and they end with it
   elif ((SECONDS >= deadline)); then

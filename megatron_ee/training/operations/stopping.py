@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""SLURM's and torchrun's end, what SLURM's --signal is usually told to send, and Ctrl-C."""
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+"""What SLURM's --signal is usually told to send, SLURM's and torchrun's end, and Ctrl-C. Of several the last counts:
+scripts/train.sh follows up every signal with SIGUSR1."""
 
 REASONS = ("", "exit_duration", *(number.name for number in SIGNALS))
 """What a stop is called, by the number that ranks agree on."""
@@ -87,7 +88,7 @@ class StopRequests:
         return int(time.monotonic() - self._started >= 60 * self.exit_duration)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._reason = self._reason or REASONS.index(signal.Signals(number).name)
+        self._reason = max(self._reason, REASONS.index(signal.Signals(number).name))
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 

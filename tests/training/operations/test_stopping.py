@@ -35,6 +35,15 @@ def test_a_signal_leaves_word(number: signal.Signals) -> None:
 
 
 @pytest.mark.usefixtures("handlers")
+def test_what_train_sh_says_after_a_signal_does_not_hide_it() -> None:
+    requests = StopRequests()
+    requests.listen()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    assert REASONS[requests.reason()] == "SIGTERM"
+
+
+@pytest.mark.usefixtures("handlers")
 def test_a_second_ctrl_c_is_the_usual_end() -> None:
     StopRequests().listen()
     os.kill(os.getpid(), signal.SIGINT)
