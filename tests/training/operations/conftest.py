@@ -22,7 +22,8 @@ class StartedRun:
     def __init__(self, config: Path, name: str, *overrides: str, own_group: bool = False, **environment: str) -> None:
         self.folder = config.parent / "runs" / name
         settings = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-        command = [str(ROOT / "scripts/train.sh"), str(config), f"name={name}", *overrides]
+        hears_all = ["env", "--default-signal=INT"]  # tests that run in the background of a shell would pass it on deaf
+        command = [*hears_all, str(ROOT / "scripts/train.sh"), str(config), f"name={name}", *overrides]
         # a file: a pipe stays open as long as whatever a killed rank has left behind
         self._log = config.parent / f"{name}.log"
         with self._log.open("w") as log:
