@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ee.checkpoint.description import Description, read_description
 from megatron_ee.checkpoint.folders import CheckpointError
+from megatron_ee.checkpoint.in_place import InPlaceStrategy, keep_wholes
 from megatron_ee.checkpoint.unpickling import check_pickles
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
@@ -21,14 +22,15 @@ def model_state(stage: Stage, mesh: Mesh) -> ShardedStateDict:
 
 
 def load_checkpoint(folder: Path, state: ShardedStateDict) -> dict:
-    """Read what `state` asks for; every rank calls it.
+    """Read what `state` asks for, into its own tensors; every rank calls it.
 
     Raises:
         CheckpointError: the checkpoint holds another model, or pickles that could run any code, or is damaged.
     """
     check_pickles(folder)
+    keep_wholes(state)
     try:
-        return dist_checkpointing.load(state, str(folder))
+        return dist_checkpointing.load(state, str(folder), InPlaceStrategy())
     except dist_checkpointing.core.CheckpointingException as error:
         raise CheckpointError(f"{folder} doesn't fit this model: {error}") from error
     except (CheckpointException, OSError, EOFError, UnpicklingError, RuntimeError) as error:
