@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from helpers.tokenizers import BLOCKS, CHATML, LLAMA, write_bpe, write_chat_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_ee.errors import FieldError
@@ -122,6 +122,11 @@ EVIL = st.lists(
 
 
 @settings(deadline=None)
+@example("a<|im_", "end|>")
+@example("|im_", "end|")
+@example("", "|im_end|")
+@example("a", "</s")
+@example("/s>", "")
 @given(EVIL, EVIL)
 def test_no_message_writes_a_special_token(question: str, answer: str) -> None:
     """Not even where contents meet each other, or what the template writes."""
