@@ -69,7 +69,7 @@ class ChatSamples:
     ) -> None:
         self._conversations, self._chosen = conversations, chosen
         self._sequence_length, self._fill, self._num_samples = sequence_length, fill, num_samples
-        self._lengths = conversations.lengths[chosen]
+        self._lengths, self._packs = conversations.lengths[chosen], packs
 
         def pack_epoch(epoch: int) -> Packing:
             if not packs:
@@ -95,10 +95,15 @@ class ChatSamples:
             parts = [values[start + offset :][:size] for start, size in zip(starts, lengths, strict=True)]
             return np.concatenate([*parts, end])
 
-        return {
+        sample = {
             "tokens": torch.from_numpy(join(of_tokens, 0, filling).astype(np.int64)),
             "labels": torch.from_numpy(join(of_tokens, 1, filling).astype(np.int64)),
             "loss_mask": torch.from_numpy(join(of_learned, 1, np.zeros(left)).astype(np.float32)),
+        }
+        if not self._packs:
+            return sample  # what is after the only conversation is seen by nothing that counts
+        return {
+            **sample,
             "positions": torch.from_numpy(np.concatenate([np.arange(size) for size in sizes])),
             "documents": torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)),
         }

@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
     Attributes:
         store: past keys and values; None: causal self-attention within the sequence.
-        mask_B1SS: boolean, true where a query sees a position; None: every position up to its own. Not with a store.
+        mask_B1SS: added to a query's scores; None: it sees every position up to its own. Not with a store.
     """
 
     rotation: Rotation
@@ -44,19 +44,22 @@ class Launch(NamedTuple):
     mask_B1SS: torch.Tensor | None = None
 
 
-def mask_within_documents(documents_BS: torch.Tensor) -> torch.Tensor:
+def mask_within_documents(documents_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """mask_B1SS of sequences that hold several documents: a query sees what is not after it, of its own document.
 
-    It is made once for all layers of a launch, and costs S^2 bytes a sequence. A mask keeps torch from the fastest
-    kernels of a GPU, which take lengths of documents instead (torch.nn.attention.varlen): `CoreAttention` is the place
-    to call them.
+    It is S^2 numbers a sequence, made once for all layers of a launch: 0 where a query sees a position, minus infinity
+    elsewhere. (Of a boolean one torch would make these numbers in each layer, and keep them until its backward.) A mask
+    keeps torch from the fastest kernels of a GPU, which take lengths of documents instead (torch.nn.attention.varlen):
+    `CoreAttention` is the place to call them.
 
     Args:
         documents_BS: integers; positions of one document have the same.
+        dtype: of the queries.
     """
     length = documents_BS.shape[1]
     past_SS = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
-    return (documents_BS[:, None, :, None] == documents_BS[:, None, None, :]) & past_SS
+    sees_B1SS = (documents_BS[:, None, :, None] == documents_BS[:, None, None, :]) & past_SS
+    return torch.zeros(sees_B1SS.shape, dtype=dtype, device=sees_B1SS.device).masked_fill_(~sees_B1SS, -torch.inf)
 
 
 class AttentionContext:

@@ -280,7 +280,7 @@ class Stage(MegatronModule):
         self, positions: torch.Tensor, documents_BS: torch.Tensor | None, store: KeyValueStore | None
     ) -> Launch:
         model, dtype = self.model, self.config.params_dtype
-        mask_B1SS = None if documents_BS is None else mask_within_documents(documents_BS)
+        mask_B1SS = None if documents_BS is None else mask_within_documents(documents_BS, dtype)
         return Launch(rotation_at(positions, model.head_dim, model.rope_theta, dtype), store, mask_B1SS)
 
     def _run_layer(self, layer: int, x_SBH: torch.Tensor, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
