@@ -50,6 +50,7 @@ DOORS = {
         *(f"config/{name}.py" for name in ("fields", "inference", "logging", "model", "operations", "parallel")),
         *(f"config/{name}.py" for name in ("schema", "training", "loader", "explain", "errors", "__main__")),
     },
+    "jinja2": {"tokenizer/chat.py"},
     "pydantic_core": {"config/explain.py"},
     "yaml": {"config/loader.py", "config/dialect.py"},
     "tokenizers": {"tokenizer/huggingface.py"},

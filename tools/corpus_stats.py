@@ -26,6 +26,9 @@ def main() -> int:
 def show(config: Config) -> None:
     """Print a block of figures for each dataset of the blend; most runs have one."""
     choose_device("cpu")
+    if config.data.format == "messages":
+        show_conversations(config)
+        return
     from megatron_ee.data.corpus import bigram_cross_entropy
     from megatron_ee.data.dataset import check_sources, sources_of, write_built_in
     from megatron_ee.data.indexed import read_tokens
@@ -44,6 +47,22 @@ def show(config: Config) -> None:
         print(f"documents: {len(index.lengths):,}")
         print(f"tokens: {len(tokens):,}")
         print(f"{unit}-bigram cross-entropy: {bigram_cross_entropy(tokens):.4f} nats")
+
+
+def show_conversations(config: Config) -> None:
+    """Print a block of figures for each file of conversations."""
+    from megatron_ee.data.chat_samples import open_conversations
+    from megatron_ee.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    for name in ("dataset", "validation"):
+        if getattr(config.data, name) is not None:
+            conversations = open_conversations(config.data, name, tokenizer)
+            print(f"{name}: {conversations.path}")
+            print(f"conversations: {len(conversations):,}")
+            print(f"tokens: {len(conversations.tokens):,}")
+            print(f"learned: {conversations.learned.mean():.1%}")
+            print(f"longest: {conversations.lengths.max() + 1:,}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def problems_of(config: "Config") -> Problems:
     yield from _split_problems(config)
     yield from _schedule_problems(config)
     yield from _layout_problems(config)
+    yield from _data_problems(config)
     yield from _training_problems(config)
     yield from _name_problems(config)
 
@@ -127,6 +128,26 @@ def _layout_problems(config: "Config") -> Problems:
 def _count_parts(config: "Config") -> str:
     stages, chunks = config.parallel.pipeline, config.parallel.chunks
     return f"{stages} stage{'s' * (stages > 1)}" + (f" x {chunks} chunks" if chunks > 1 else "")
+
+
+def _data_problems(config: "Config") -> Problems:
+    data = config.data
+    if data.format == "documents":
+        if data.validation is not None:
+            yield (
+                "data.validation",
+                "needs data.format messages: of documents, data.split says which are for validation",
+            )
+        for name, default in (("chat_template", "default"), ("packing", True)):
+            value = getattr(data, name)
+            if value != default:
+                yield f"data.{name}", f"{value!r} needs data.format messages, not documents"
+        return
+    for name, path in (("dataset", data.dataset), ("validation", data.validation)):
+        if isinstance(path, tuple):
+            yield f"data.{name}", "format messages takes one .jsonl, not a list"
+        elif path is not None and not path.removesuffix(".gz").endswith((".jsonl", ".json")):
+            yield f"data.{name}", f"{path!r} must be a .jsonl or .jsonl.gz of conversations for format messages"
 
 
 def _training_problems(config: "Config") -> Problems:

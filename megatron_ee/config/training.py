@@ -31,13 +31,28 @@ class BlendEntry(Section):
 class DataConfig(Section):
     """Token sequences for training, validation and test."""
 
+    format: Literal["documents", "messages"] = Field(
+        "documents", description="documents: text, indexed; messages: conversations in a .jsonl, of which answers count"
+    )
     dataset: str | Annotated[tuple[BlendEntry, ...], Field(min_length=1), BeforeValidator(list_as_tuple)] = Field(
         "python-stdlib",
-        description="python-stdlib (built in), the path prefix of a .bin/.idx pair, or a weighted list of such",
+        description="python-stdlib (built in), the path prefix of a .bin/.idx pair, or a weighted list of such; for "
+        'messages a .jsonl (or .jsonl.gz) with {"messages": [{"role": ..., "content": ...}, ...]} a line',
+    )
+    validation: str | None = Field(
+        None, description="messages: a .jsonl of conversations for validation; default: split's share of the dataset"
+    )
+    chat_template: str = Field("default", description="messages: default (the tokenizer's own), or a Jinja file")
+    packing: bool = Field(
+        True, description="messages: several conversations a sequence, unseen by each other; false: one each, padded"
     )
     tokenizer: str = Field("bytes", description="bytes, a tokenizer.json, or the folder of a Hugging Face tokenizer")
     sequence_length: PositiveInt = 1024
-    split: Split = Field((90.0, 5.0, 5.0), description="shares of the documents for training, validation and test")
+    split: Split = Field(
+        (90.0, 5.0, 5.0),
+        description="shares of the documents or conversations for training, validation and test; all are for training "
+        "where there is a file for validation",
+    )
     folder: str = Field("runs/data", description="where the built-in dataset and index caches are kept")
 
 

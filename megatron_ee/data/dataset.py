@@ -1,4 +1,5 @@
-"""Training and validation sequences through megatron-core's GPTDataset, of one dataset or a weighted blend."""
+"""Training and validation sequences: of conversations, or of documents through megatron-core's GPTDataset, from one
+dataset or a weighted blend."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_ee.config import Config, DataConfig
+from megatron_ee.data.chat_samples import open_chat_samples
 from megatron_ee.data.corpus import corpus_prefix, write_corpus
 from megatron_ee.data.index_cache import index_cache
 from megatron_ee.data.indexed import DatasetError, Index, bin_path, read_index, read_meta
@@ -56,15 +58,17 @@ def open_datasets(
 
     Raises:
         FieldError: no .bin/.idx pair where the config says, one that is damaged or of another tokenizer, or a split
-            without documents for its samples.
+            without documents for its samples; for conversations, see `open_chat_samples`.
     """
-    sources = sources_of(config.data, tokenizer)
-    write_built_in(sources, tokenizer, mesh)
-    indices = check_sources(sources, config, tokenizer)
     training = config.training
     if num_train_samples is None:
         num_train_samples = training.train_iters * training.global_batch_size
     num_samples = [num_train_samples, training.eval_iters * training.global_batch_size]
+    if config.data.format == "messages":
+        return Datasets(*open_chat_samples(config, tokenizer, mesh, num_samples))
+    sources = sources_of(config.data, tokenizer)
+    write_built_in(sources, tokenizer, mesh)
+    indices = check_sources(sources, config, tokenizer)
     recipe = _recipe(config, sources, num_samples, tokenizer)
     for split, bounds in enumerate(recipe.split_matrix):
         if split < len(num_samples) and num_samples[split]:

@@ -11,7 +11,10 @@ from megatron_ee.parallel.world import count_microbatches
 
 
 class SampleSource(Protocol):
-    """A map-style dataset: sample number -> tensors `tokens`, `labels`, `loss_mask` of one sequence."""
+    """A map-style dataset: sample number -> tensors `tokens`, `labels`, `loss_mask` of one sequence.
+
+    Where sequences hold several documents that don't see each other, also `positions` and `documents`; see `Batch`.
+    """
 
     def __len__(self) -> int: ...
 
@@ -54,4 +57,5 @@ class BatchLoader:
             rows = torch.stack([sample[name] for sample in samples])
             return rows.view(count, size, -1).to(self._mesh.device.torch)
 
-        return Batch(stack("tokens"), stack("labels"), stack("loss_mask"))
+        packed = {f"{name}_MBS": stack(name) for name in ("positions", "documents") if name in samples[0]}
+        return Batch(stack("tokens"), stack("labels"), stack("loss_mask"), **packed)

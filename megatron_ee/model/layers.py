@@ -124,8 +124,10 @@ def transformer_config(
     they are, for `initialize` to fill by name.
 
     Args:
-        recomputed_modules: parts of a layer that its backward computes again: core_attn, mlp, layernorm.
+        recomputed_modules: parts of a layer that its backward computes again: core_attn, mlp, layernorm. The first is
+            not left to megatron-core, whose way knows of one launch only; see `AttentionContext.recomputes`.
     """
+    recomputed_modules = tuple(module for module in recomputed_modules if module != "core_attn")
 
     def leave(weight: torch.Tensor) -> torch.Tensor:
         return weight

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ee.config import ExitsConfig, ModelConfig
 from megatron_ee.device import Device
-from megatron_ee.model.attention import KeyValueStore, Launch
+from megatron_ee.model.attention import KeyValueStore, Launch, mask_within_documents
 from megatron_ee.model.deferred_weights import collect_products, deferring
 from megatron_ee.model.exit_head import ExitHead, enter_projection, make_projection
 from megatron_ee.model.layers import (
@@ -83,6 +83,7 @@ class Stage(MegatronModule):
         self.tp_group = groups.tp
         parts = layer_parts(device)
         self._attention = parts.context
+        self._attention.recomputes = "core_attn" in recompute.modules
         has_embedding = any(chunk.has_embedding for chunk in chunks)
         self.embedding = self._make_embedding(vocab_size) if has_embedding else None
         self.layers = self._make_layers(deferring(parts) if defer_weight_gradients else parts)
@@ -125,6 +126,7 @@ class Stage(MegatronModule):
         start: int,
         stop: int,
         *,
+        documents_BS: torch.Tensor | None = None,
         store: KeyValueStore | None = None,
     ) -> tuple[torch.Tensor, dict[Tap, torch.Tensor]]:
         """Run layers `start + 1` to `stop`: the one forward path of training, evaluation and decoding.
@@ -132,13 +134,15 @@ class Stage(MegatronModule):
         Args:
             positions: int64 [S] of all positions, or [S, B] where sequences are at different ones.
             start: number of layers that x has been through.
+            documents_BS: which document of its sequence each of all positions is of: none is seen from another. None:
+                a sequence is one.
             store: past keys and values, for decoding; None: causal attention within x.
 
         Returns:
             The output [S, B, H], and the hidden state at each exit passed. An exit on a chunk's input is passed when
             `start` is where the chunk begins.
         """
-        launch = self._launch(positions, store)
+        launch = self._launch(positions, documents_BS, store)
         taps = {}
         if any(start == chunk.start and start in chunk.exits for chunk in self.chunks):
             taps[Tap(start)] = x_SBH
@@ -165,13 +169,14 @@ class Stage(MegatronModule):
         layer: int,
         positions: torch.Tensor,
         *,
+        documents_BS: torch.Tensor | None = None,
         store: KeyValueStore | None = None,
     ) -> torch.Tensor:
         """What the exit's projection takes, [S, B, H], from the hidden state at its tap; other arguments as those of
         `run_layers`."""
         head = self.head(layer)
         if head.attends:
-            self._attention.launch = self._launch(positions, store)
+            self._attention.launch = self._launch(positions, documents_BS, store)
         return head.features(hidden_SBH)
 
     def project(self, features_SBH: torch.Tensor, layer: int) -> torch.Tensor:
@@ -271,9 +276,12 @@ class Stage(MegatronModule):
             }
         )
 
-    def _launch(self, positions: torch.Tensor, store: KeyValueStore | None) -> Launch:
+    def _launch(
+        self, positions: torch.Tensor, documents_BS: torch.Tensor | None, store: KeyValueStore | None
+    ) -> Launch:
         model, dtype = self.model, self.config.params_dtype
-        return Launch(rotation_at(positions, model.head_dim, model.rope_theta, dtype), store)
+        mask_B1SS = None if documents_BS is None else mask_within_documents(documents_BS, dtype)
+        return Launch(rotation_at(positions, model.head_dim, model.rope_theta, dtype), store, mask_B1SS)
 
     def _run_layer(self, layer: int, x_SBH: torch.Tensor, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
         def run(x_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -188,6 +188,8 @@ def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: in
     gradients = len(own_exits) * hidden
     waits = not exits.release and parallel.schedule != "megatron"
     of_microbatch = (num_layers * kept_of_layer + gradients * waits) / len(chunks) + 2 * hidden
+    if config.data.format == "messages" and config.data.packing:
+        of_microbatch += config.data.sequence_length  # the mask between documents
     in_passing = max(whole_layer - kept_of_layer, gradients * (not waits))
     if own_exits:
         in_passing = max(in_passing, *(_head_activations(config, exits.head_of(layer)) for layer in own_exits))

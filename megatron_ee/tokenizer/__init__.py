@@ -8,8 +8,18 @@ from typing import Protocol
 from megatron_ee.errors import FieldError, UserError
 from megatron_ee.tokenizer.byte import ByteTokenizer
 from megatron_ee.tokenizer.huggingface import NO_PAD, open_huggingface, train_bpe
+from megatron_ee.tokenizer.special import SpecialToken
 
-__all__ = ["BYTES", "NO_PAD", "ByteTokenizer", "Tokenizer", "open_tokenizer", "padded_vocab_size", "train_bpe"]
+__all__ = [
+    "BYTES",
+    "NO_PAD",
+    "ByteTokenizer",
+    "SpecialToken",
+    "Tokenizer",
+    "open_tokenizer",
+    "padded_vocab_size",
+    "train_bpe",
+]
 
 BYTES = ByteTokenizer.name
 
@@ -22,15 +32,25 @@ class Tokenizer(Protocol):
         vocab_size: above every token id.
         eod: ends a document. It never comes out of a text, whatever the text says.
         pad: fills a sequence and is never learned; NO_PAD, which is no token, where the tokenizer has none of its own.
+        special_tokens: spelling -> token, of those that never come out of a text; a chat template writes them.
+        named_tokens: role -> spelling, as in eos_token: what a chat template calls them.
+        chat_template: how it writes conversations, a Jinja program (see `chat`); None where it doesn't say.
     """
 
     name: str
     vocab_size: int
     eod: int
     pad: int
+    special_tokens: Mapping[str, SpecialToken]
+    named_tokens: Mapping[str, str]
+    chat_template: str | None
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens, with nothing added before or after."""
+        ...
+
+    def encode_within(self, text: str) -> list[int]:
+        """The tokens of a text that comes after others: `encode`, without what a tokenizer does to a first word."""
         ...
 
     def pieces(self, text: str) -> Iterator[str]:

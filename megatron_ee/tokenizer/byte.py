@@ -2,6 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 
+from megatron_ee.tokenizer.special import SpecialToken
+
+_EOD = "<|endoftext|>"  # as templates spell it
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}:\n{{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+"""Each message is its role on a line, its content, and the end-of-document token; nothing stands between messages."""
+
 
 class ByteTokenizer:
     """One token a byte of UTF-8, and two specials."""
@@ -10,10 +20,16 @@ class ByteTokenizer:
     vocab_size = 258
     eod = 256
     pad = 257
+    special_tokens: Mapping[str, SpecialToken] = {_EOD: SpecialToken(eod)}
+    named_tokens: Mapping[str, str] = {"eos_token": _EOD}
+    chat_template: str | None = CHAT_TEMPLATE
 
     def encode(self, text: str) -> list[int]:
         """The text's UTF-8 bytes."""
         return list(text.encode())
+
+    def encode_within(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def pieces(self, text: str, size: int = 1 << 16) -> Iterator[str]:
         """Any cut will do."""

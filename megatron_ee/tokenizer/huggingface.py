@@ -4,16 +4,22 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from megatron_ee.errors import UserError
+from megatron_ee.tokenizer.special import SpecialToken
 
 NO_PAD = -1  # megatron-core masks labels that equal the pad id, so it must be no token where there is none to mask
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+_ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_ANCHOR = "\U0010fff0"  # a private character; a text that has it is encoded as if nothing were before it
 
 # Names of the end-of-document token, for a tokenizer whose settings don't say.
 _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
@@ -31,7 +37,7 @@ class HuggingFaceTokenizer:
     def __init__(self, files: Mapping[str, bytes], *, where: str, piece_size: int = 1 << 16) -> None:
         """
         Args:
-            files: contents of tokenizer.json and of what there is of SETTINGS_FILES.
+            files: contents of tokenizer.json and of what there is of SETTINGS_FILES and CHAT_TEMPLATE_FILE.
             where: the tokenizer's path, for messages.
             piece_size: long texts are cut near every so many characters, where that changes nothing.
 
@@ -42,6 +48,7 @@ class HuggingFaceTokenizer:
         try:
             self._library = _import_tokenizers(where).Tokenizer.from_buffer(files[TOKENIZER_FILE])
             settings = _read_settings(files)
+            self.chat_template = _read_chat_template(files)
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exceptions
@@ -56,7 +63,13 @@ class HuggingFaceTokenizer:
         self.pad = NO_PAD if pad == self.eod else pad
         self.vocab_size = max(vocabulary.values()) + 1
         self.name = f"hf-{hashlib.sha256(files[TOKENIZER_FILE] + eod_name.encode()).hexdigest()[:16]}"
-        self._can_cut = _can_cut(json.loads(files[TOKENIZER_FILE]))
+        definition = json.loads(files[TOKENIZER_FILE])
+        self._can_cut = _can_cut(definition)
+        self.named_tokens: Mapping[str, str] = {"eos_token": eod_name} | {
+            role: name for role, name in settings.items() if name in vocabulary
+        }
+        named = {name: SpecialToken(vocabulary[name]) for name in self.named_tokens.values()}
+        self.special_tokens: Mapping[str, SpecialToken] = named | _special_tokens(definition)
         # decoders treat the first token of a text in their own ways, so ours always come after this one
         self._before = self.encode("a")
         self._text_before = self._library.decode(self._before)
@@ -68,6 +81,24 @@ class HuggingFaceTokenizer:
             # of a batch of one: the library has no other call that leaves out positions and strings
             tokens += self._library.encode_batch_fast([piece], add_special_tokens=False)[0].ids
         return tokens
+
+    def encode_within(self, text: str) -> list[int]:
+        """The tokens of a text that comes after others: here after one that nothing joins."""
+        if _ANCHOR in text:
+            return self.encode(text)
+        ids: list[int] = self._anchored.encode_batch_fast([_ANCHOR + text], add_special_tokens=False)[0].ids
+        return ids[1:]
+
+    @cached_property
+    def _anchored(self) -> Any:
+        """The tokenizer with one more token, which it splits a text at as it does at special tokens."""
+        library = _import_tokenizers("")
+        anchored = library.Tokenizer.from_buffer(self._files[TOKENIZER_FILE])
+        anchored.no_truncation()
+        anchored.no_padding()
+        anchored.encode_special_tokens = True
+        anchored.add_tokens([library.AddedToken(_ANCHOR, normalized=False, special=False)])
+        return anchored
 
     def pieces(self, text: str) -> Iterator[str]:
         """Cut between words where the tokenizer never looks over a word's end; else the text as it is."""
@@ -94,7 +125,7 @@ def open_huggingface(path: Path) -> HuggingFaceTokenizer:
     try:
         if path.is_file():
             return HuggingFaceTokenizer({TOKENIZER_FILE: path.read_bytes()}, where=where)
-        names = (TOKENIZER_FILE, *SETTINGS_FILES)
+        names = (TOKENIZER_FILE, *SETTINGS_FILES, CHAT_TEMPLATE_FILE)
         files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from error
@@ -141,15 +172,33 @@ def _can_cut(definition: Mapping[str, Any]) -> bool:
     return by_words and not (splitter.get("add_prefix_space", True) or definition.get("normalizer") or has_own_words)
 
 
+def _special_tokens(definition: Mapping[str, Any]) -> dict[str, SpecialToken]:
+    return {
+        token["content"]: SpecialToken(token["id"], token.get("lstrip", False), token.get("rstrip", False))
+        for token in definition.get("added_tokens", ())
+        if token.get("special")
+    }
+
+
 def _read_settings(files: Mapping[str, bytes]) -> dict[str, str]:
     """Role -> name of the special tokens that the settings files name; the first file that names a role wins."""
     settings: dict[str, str] = {}
     for name in SETTINGS_FILES:
         for role, token in json.loads(files.get(name, b"{}")).items():
             spelled = token.get("content") if isinstance(token, dict) else token
-            if role in ("eos_token", "pad_token") and isinstance(spelled, str):
+            if role in _ROLES and isinstance(spelled, str):
                 settings.setdefault(role, spelled)
     return settings
+
+
+def _read_chat_template(files: Mapping[str, bytes]) -> str | None:
+    """From its own file, or from the settings; of several with names there, the one that is called default."""
+    if CHAT_TEMPLATE_FILE in files:
+        return files[CHAT_TEMPLATE_FILE].decode()
+    template = json.loads(files.get(SETTINGS_FILES[0], b"{}")).get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
 
 
 def _end_of_document(vocabulary: Mapping[str, int], settings: Mapping[str, str], where: str) -> str:
@@ -179,10 +228,10 @@ def _convert(folder: Path, where: str) -> dict[str, bytes]:
     if not hasattr(tokenizer, "backend_tokenizer"):
         kind = type(tokenizer).__name__
         raise UserError(f"{where}: {kind} has no form as a {TOKENIZER_FILE}, which is what can be used here")
-    roles = {"eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
+    settings = {name: getattr(tokenizer, name, None) for name in (*_ROLES, "chat_template")}
     return {
         TOKENIZER_FILE: tokenizer.backend_tokenizer.to_str().encode(),
-        SETTINGS_FILES[0]: json.dumps({role: name for role, name in roles.items() if name}).encode(),
+        SETTINGS_FILES[0]: json.dumps({name: value for name, value in settings.items() if value}).encode(),
     }
 
 

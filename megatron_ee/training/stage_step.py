@@ -66,7 +66,6 @@ class StageStep:
             }
         kinds = {action.kind for actions in plan.actions for action in actions}
         assert Kind.B not in kinds or (Kind.W in kinds) == (stage.weight_products is not None), "B leaves W its share"
-        self._positions = torch.arange(batch.tokens_MBS.shape[2], device=batch.tokens_MBS.device)
         self.losses: dict[int, ExitLoss] = {}  # by exit, over regular micro-batches
 
     def forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor:
@@ -78,7 +77,8 @@ class StageStep:
             else:
                 x_SBH = received.requires_grad_(is_trained)
             chunk = self._stage.chunks[action.chunk]
-            y_SBH, taps = self._stage.run_layers(x_SBH, self._positions, chunk.start, chunk.stop)
+            positions, documents_BS = self._batch.places_of(action.microbatch)
+            y_SBH, taps = self._stage.run_layers(x_SBH, positions, chunk.start, chunk.stop, documents_BS=documents_BS)
         if is_trained or self._weights is None:
             self._live[action.chunk, action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps)
         return y_SBH
@@ -149,9 +149,10 @@ class StageStep:
     def _exit_loss(self, hidden_SBH: torch.Tensor, tap: Tap, action: Action) -> ProjectedLoss:
         fill = self._plan.fill_of(action.microbatch)
         weight = self._weights[tap.layer] if self._weights is not None else 0.0
+        positions, documents_BS = self._batch.places_of(action.microbatch)
         loss = exit_loss(
             self._stage,
-            self._stage.exit_features(hidden_SBH, tap.layer, self._positions),
+            self._stage.exit_features(hidden_SBH, tap.layer, positions, documents_BS=documents_BS),
             tap.layer,
             self._batch.labels_MBS[action.microbatch],
             self._batch.mask_MBS[action.microbatch],

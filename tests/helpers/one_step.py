@@ -12,7 +12,7 @@ from helpers import reference
 from helpers.shards import pieces_of, whole
 from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, RandomSamples
 from megatron_ee.config import Config
-from megatron_ee.data.loader import BatchLoader
+from megatron_ee.data.loader import BatchLoader, SampleSource
 from megatron_ee.device import choose_device
 from megatron_ee.parallel.chunks import Layout
 from megatron_ee.parallel.layout import layout_of
@@ -33,13 +33,18 @@ BATCH_SIZE = 8
 
 
 def one_step(
-    config: Config, fills: Sequence[Fill] | None = None, repeats: int = 1, frozen_stage: int | None = None
+    config: Config,
+    fills: Sequence[Fill] | None = None,
+    repeats: int = 1,
+    frozen_stage: int | None = None,
+    source: SampleSource | None = None,
 ) -> dict[str, Any]:
     """On each rank: a step on the first global batch, then the optimizer's.
 
     Args:
         fills: of schedule filled-1f1b; None: those that the planner chooses.
         repeats: how often the gradients are computed; overlapped sums begin in the second time.
+        source: of the samples; None: `RandomSamples`.
     """
     mesh = open_mesh(config.parallel, choose_device("cpu"))
     layout = layout_of(config, VOCAB_SIZE)
@@ -47,16 +52,21 @@ def one_step(
     stage.requires_grad_(mesh.pipeline_rank != frozen_stage)
     parameters = pieces_of(stage, lambda parameter: parameter)
     buffers = StageGradients(stage, mesh, config.parallel)
-    num_microbatches = BATCH_SIZE // mesh.data_size
+    size = config.training.micro_batch_size
+    num_microbatches = BATCH_SIZE // (mesh.data_size * size)
     plan = plan_step(config, layout, VOCAB_SIZE, num_microbatches, fills=fills)
     loader = BatchLoader(
-        RandomSamples(), mesh, global_batch_size=BATCH_SIZE, micro_batch_size=1, num_fills=len(plan.fills)
+        source or RandomSamples(),
+        mesh,
+        global_batch_size=BATCH_SIZE,
+        micro_batch_size=config.training.micro_batch_size,
+        num_fills=len(plan.fills),
     )
     batch = loader.batch(0)
     tokens = count_tokens(batch, plan, mesh)
     weights = loss_weights(config.exits, config.model.num_layers, 0)
     positions = SEQUENCE_LENGTH // (config.parallel.tensor if config.parallel.sequence else 1)
-    message = MessageSpec((positions, 1, config.model.hidden_size), torch.float32, mesh.device.torch)
+    message = MessageSpec((positions, size, config.model.hidden_size), torch.float32, mesh.device.torch)
     runtime = build_runtime(config, mesh, message, stage, buffers)
     syncs = _count_syncs(buffers)
     for _ in range(repeats):

@@ -99,3 +99,26 @@ def test_corpus_stats_describes_each_dataset_of_a_blend(tmp_path: Path) -> None:
         "tokens: 4",
         "byte-bigram cross-entropy: 0.0000 nats",
     ]
+
+
+def test_conversations_are_made_from_the_corpus_and_described(tmp_path: Path) -> None:
+    done = _tool("make_conversations.py", tmp_path, "--count", 40)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{tmp_path}/train.jsonl: 38 conversations",
+        f"{tmp_path}/valid.jsonl: 2 conversations",
+    ]
+    for line in (tmp_path / "train.jsonl").read_text().splitlines():
+        question, answer = json.loads(line)["messages"]
+        assert question["role"] == "user" and question["content"].startswith("Complete this function:\n\ndef ")
+        assert answer["role"] == "assistant" and answer["content"].strip()
+    data = [f"data.dataset={tmp_path}/train.jsonl", f"data.validation={tmp_path}/valid.jsonl"]
+    folder = f"data.folder={tmp_path}/data"
+    done = _tool("corpus_stats.py", _config(tmp_path), "data.format=messages", *data, folder)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [f"dataset: {tmp_path}/train.jsonl", "conversations: 38"]
+    assert lines[5:7] == [f"validation: {tmp_path}/valid.jsonl", "conversations: 2"]
+    done = _tool("corpus_stats.py", _config(tmp_path), "data.format=messages", f"data.dataset={tmp_path}/none.jsonl")
+    message = f"data.dataset: {tmp_path}/none.jsonl: cannot be read (No such file or directory)"
+    assert (done.returncode, done.stderr.splitlines()) == (2, [message])
