@@ -39,6 +39,13 @@ class Launch(NamedTuple):
     rotation: Rotation
     store: KeyValueStore | None = None
 
+    def of_rows(self, rows_K: torch.Tensor) -> "Launch":
+        """The launch of some of the sequences only; not with a store."""
+        assert self.store is None, "layers are skipped in training only"
+        if self.rotation.cosine.shape[1] == 1:  # all sequences are at the same positions
+            return self
+        return Launch(Rotation(*(part.index_select(1, rows_K) for part in self.rotation)))
+
 
 class AttentionContext:
     """Tells attentions which launch they are part of: megatron-core's layers between hand nothing through.
