@@ -86,4 +86,5 @@ def layerskip_weights(
     total = sum(scales.values())
     if not total:
         return {num_layers: 1.0}  # a model of one layer
-    return {exit_: scale / total for exit_, scale in scales.items() if scale}
+    weights = {exit_: scale / total for exit_, scale in scales.items()}
+    return {exit_: weight for exit_, weight in weights.items() if weight}
