@@ -42,13 +42,17 @@ DOORS = {
         "checkpoint/saver.py",
         "checkpoint/sharded.py",
         "training/gradients.py",
+        "training/overlap.py",
         "training/megatron_runtime.py",
         "training/optimizers/adam_state.py",
         "training/optimizers/megatron.py",
     },
     "pydantic": {
-        *(f"config/{name}.py" for name in ("fields", "inference", "logging", "model", "operations", "parallel")),
-        *(f"config/{name}.py" for name in ("schema", "training", "loader", "explain", "errors", "__main__")),
+        *(f"config/{name}.py" for name in ("fields", "inference", "layerskip", "logging", "model", "operations")),
+        *(
+            f"config/{name}.py"
+            for name in ("parallel", "schema", "training", "loader", "explain", "errors", "__main__")
+        ),
     },
     "jinja2": {"tokenizer/chat.py"},
     "pydantic_core": {"config/explain.py"},
@@ -80,6 +84,7 @@ WITHOUT_TORCH = [
     PACKAGE / "checkpoint/folders.py",
     PACKAGE / "checkpoint/description.py",
     PACKAGE / "checkpoint/prune.py",
+    PACKAGE / "training/curriculum.py",
     PACKAGE / "training/loss_weights.py",
     PACKAGE / "training/lr_schedule.py",
     PACKAGE / "training/operations/attempts.py",

@@ -68,6 +68,7 @@ def _shape(description: Description) -> dict[str, object]:
         "exits.head": _in_short(tuple(map(description.exits.head_of, layers))),
         "exits.projection": _in_short(tuple(map(description.exits.projection_of, layers))),
     }
+    exits["exits.norm"] = description.exits.norm
     model["training.precision"] = description.precision
     return {**model, **exits, "tokenizer": description.tokenizer, "vocab_size": description.vocab_size}
 

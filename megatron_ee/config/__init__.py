@@ -2,6 +2,7 @@
 
 from megatron_ee.config.errors import ConfigError
 from megatron_ee.config.inference import ExitParams, InferenceConfig, ServingConfig
+from megatron_ee.config.layerskip import LayerDropoutConfig, LayerSkipConfig
 from megatron_ee.config.loader import load_config, open_config, to_yaml
 from megatron_ee.config.logging import LoggingConfig, ProfileConfig, WandbConfig
 from megatron_ee.config.model import ExitsConfig, HeadKind, ModelConfig, Precision, WeightScheduleConfig
@@ -21,6 +22,8 @@ __all__ = [
     "FaultsConfig",
     "HeadKind",
     "InferenceConfig",
+    "LayerDropoutConfig",
+    "LayerSkipConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_ee.errors import did_you_mean
 
 if TYPE_CHECKING:
+    from megatron_ee.config.model import ExitsConfig
     from megatron_ee.config.schema import Config
 
 Problems = Iterator[tuple[str, str]]
@@ -37,6 +38,26 @@ def problems_of(config: "Config") -> Problems:
     yield from _data_problems(config)
     yield from _training_problems(config)
     yield from _name_problems(config)
+
+
+def exits_problems(exits: "ExitsConfig") -> Problems:
+    """What LayerSkip's recipe does not go with, within the section `exits`."""
+    others = {exits.head} if isinstance(exits.head, str) else set(exits.head)
+    others -= {"norm"}
+    if exits.norm == "shared" and others:
+        yield "norm", f"shared needs exits that are no more than a norm, not head {' or '.join(sorted(others))}"
+    if (recipe := exits.layerskip) is None:
+        return
+    if not exits.layers:
+        yield "layerskip", "needs exits, but exits.layers is empty"
+    if exits.weights:
+        yield "weights", "is what exits.layerskip replaces: leave it out"
+    if exits.weight_schedule != type(exits.weight_schedule)():
+        yield "weight_schedule", "is what exits.layerskip replaces: leave it out"
+    if recipe.curriculum == "rotational" and recipe.rotation is None:
+        yield "layerskip.rotation", "null, but curriculum rotational needs a number of layers"
+    if recipe.curriculum != "rotational" and recipe.rotation is not None:
+        yield "layerskip.rotation", f"{recipe.rotation} is for curriculum rotational, not {recipe.curriculum}"
 
 
 def _exit_problems(config: "Config") -> Problems:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_ee.config.checks import InvalidFieldsError
+from megatron_ee.config.checks import InvalidFieldsError, exits_problems
 from megatron_ee.config.fields import (
     Layers,
     NonNegativeFloat,
@@ -15,6 +15,7 @@ from megatron_ee.config.fields import (
     Weights,
     list_as_tuple,
 )
+from megatron_ee.config.layerskip import LayerSkipConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 HeadKind = Literal["norm", "mlp", "block"]
@@ -79,7 +80,9 @@ class WeightScheduleConfig(Section):
 class ExitsConfig(Section):
     """Early exits: where they are, what their loss weighs, and what their heads own."""
 
-    layers: Layers = Field((), description="ascending; each is the number of layers run before the exit")
+    layers: Layers = Field(
+        (), description="ascending; each is the number of layers run before the exit; all: every layer below the last"
+    )
     weights: Weights = Field((), description="target loss weight of each exit; default: layer / num_layers")
     weight_schedule: WeightScheduleConfig = WeightScheduleConfig()
     head: HeadKind | HeadKinds = Field(
@@ -89,6 +92,12 @@ class ExitsConfig(Section):
     )
     projection: Projection | Projections = Field(
         "shared", description="shared: the final output's weight; own: the exit's; one for all exits, or a list"
+    )
+    norm: Literal["own", "shared"] = Field(
+        "own", description="own: each exit's; shared: the final output's norm, for exits that are no more than a norm"
+    )
+    layerskip: LayerSkipConfig | None = Field(
+        None, description="loss weights by LayerSkip's recipe, instead of `weights` and `weight_schedule`"
     )
     release: bool = Field(
         False, description="run an exit's loss just before its backward: less memory, and less of it is hidden"
@@ -111,6 +120,7 @@ class ExitsConfig(Section):
             for name, count in listed.items()
             if count != len(self.layers)
         ]
+        problems += exits_problems(self)
         if problems:
             raise InvalidFieldsError(problems)
         return self

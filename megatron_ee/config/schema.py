@@ -4,7 +4,7 @@ Layers are counted from 1, and "exit layer E" always means the number of layers 
 exit after the last layer: it has loss weight 1 and is never listed.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -38,12 +38,23 @@ class Config(Section):
     inference: InferenceConfig = InferenceConfig()
     serving: ServingConfig = ServingConfig()
 
+    @field_validator("exits", mode="before")
+    @classmethod
+    def _list_all_layers(cls, exits: Any, info: ValidationInfo) -> Any:
+        """`layers: all`, as the list that it stands for."""
+        if not isinstance(exits, dict) or exits.get("layers") != "all":
+            return exits
+        model = info.data.get("model")
+        if model is None:  # invalid itself: of the exits only that is looked at which goes with any number of them
+            return {name: value for name, value in exits.items() if name != "layers" and not isinstance(value, list)}
+        return {**exits, "layers": list(range(1, model.num_layers))}
+
     @field_validator("exits")
     @classmethod
     def _fill_exit_weights(cls, exits: ExitsConfig, info: ValidationInfo) -> ExitsConfig:
         """Default weights grow with depth: 0.25 at a quarter of the layers, 0.5 at half of them."""
         model = info.data.get("model")  # absent when it is itself invalid
-        if model is None or exits.weights:
+        if model is None or exits.weights or exits.layerskip is not None:
             return exits
         return exits.model_copy(update={"weights": tuple(layer / model.num_layers for layer in exits.layers)})
 

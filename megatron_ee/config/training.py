@@ -14,6 +14,7 @@ from megatron_ee.config.fields import (
     Split,
     list_as_tuple,
 )
+from megatron_ee.config.layerskip import LayerDropoutConfig
 from megatron_ee.config.model import Precision
 
 RecomputeModules = Annotated[
@@ -69,6 +70,7 @@ class TrainingConfig(Section):
         "none", description="what the backward computes again instead of keeping it: `recompute_modules`, or all layers"
     )
     recompute_modules: RecomputeModules = Field(("core_attn",), description="of each layer, for selective")
+    layer_dropout: LayerDropoutConfig | None = Field(None, description="of whole layers, for each sample by itself")
     eval_interval: NonNegativeInt = Field(0, description="iterations between validations; 0: only at the end")
     eval_iters: NonNegativeInt = Field(10, description="global batches per validation; 0: no validation")
     exit_duration: PositiveFloat | None = Field(

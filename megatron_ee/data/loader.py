@@ -46,12 +46,17 @@ class BatchLoader:
         """Samples that a step draws from the source, over all ranks, fills included."""
         return (self.num_microbatches + self.num_fills) * self._micro_batch_size * self._mesh.data_size
 
-    def batch(self, first_sample: int) -> Batch:
-        """This rank's share of the global batch that begins at a sample number, and of the fills after it."""
+    def sample_numbers(self, first_sample: int) -> list[range]:
+        """The samples of each of this rank's micro-batches, fills included, in the global batch that begins there."""
         size, data_size, data_rank = self._micro_batch_size, self._mesh.data_size, self._mesh.data_rank
         count = self.num_microbatches + self.num_fills
         starts = (first_sample + (m * data_size + data_rank) * size for m in range(count))
-        samples = [self._source[start + row] for start in starts for row in range(size)]
+        return [range(start, start + size) for start in starts]
+
+    def batch(self, first_sample: int) -> Batch:
+        """This rank's share of the global batch that begins at a sample number, and of the fills after it."""
+        size, count = self._micro_batch_size, self.num_microbatches + self.num_fills
+        samples = [self._source[number] for numbers in self.sample_numbers(first_sample) for number in numbers]
 
         def stack(name: str) -> torch.Tensor:
             rows = torch.stack([sample[name] for sample in samples])

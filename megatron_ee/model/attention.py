@@ -43,6 +43,15 @@ class Launch(NamedTuple):
     store: KeyValueStore | None = None
     mask_B1SS: torch.Tensor | None = None
 
+    def of_rows(self, rows_K: torch.Tensor) -> "Launch":
+        """The launch of some of the sequences only; not with a store."""
+        assert self.store is None, "layers are skipped in training only"
+        mask_K1SS = None if self.mask_B1SS is None else self.mask_B1SS.index_select(0, rows_K)
+        if self.rotation.cosine.shape[1] == 1:  # all sequences are at the same positions
+            return self._replace(mask_B1SS=mask_K1SS)
+        rotation = Rotation(*(part.index_select(1, rows_K) for part in self.rotation))
+        return Launch(rotation, mask_B1SS=mask_K1SS)
+
 
 def mask_within_documents(documents_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """mask_B1SS of sequences that hold several documents: a query sees what is not after it, of its own document.

@@ -27,6 +27,7 @@ class ExitHead(MegatronModule):
     Args:
         layer: the number of layers run before the exit.
         owns_projection: whether it has a projection of its own, `output`.
+        owns_norm: False where its features are not normed yet: the stage has the norm then.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class ExitHead(MegatronModule):
         kind: HeadKind,
         vocab_size: int,
         owns_projection: bool,
+        owns_norm: bool = True,
     ) -> None:
         super().__init__(config)
         self.kind, self.tp_group = kind, groups.tp
@@ -53,7 +55,7 @@ class ExitHead(MegatronModule):
             self.block = build_module(
                 layer_spec(parts), config=config, layer_number=config.num_layers + layer, pg_collection=groups
             )
-        self.norm = norm()
+        self.norm = norm() if owns_norm else None
         self.output = make_projection(config, groups, vocab_size) if owns_projection else None
 
     @property
@@ -62,13 +64,13 @@ class ExitHead(MegatronModule):
         return self.kind == "block"
 
     def features(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        """What the projection takes: [S, B, H], normed. A block attends as layers do."""
+        """What the projection takes: [S, B, H], normed if the norm is the exit's own. A block attends as layers do."""
         if self.kind == "mlp":
             branch_SBH, _ = self.mlp(self.pre_mlp_layernorm(hidden_SBH))
             hidden_SBH = hidden_SBH + branch_SBH
         elif self.kind == "block":
             hidden_SBH, _ = self.block(hidden_SBH)
-        return self.norm(hidden_SBH)
+        return hidden_SBH if self.norm is None else self.norm(hidden_SBH)
 
 
 def make_projection(

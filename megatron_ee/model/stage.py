@@ -5,6 +5,7 @@ V, and with sequence parallelism hidden states are its share of S.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from megatron_ee.device import Device
 from megatron_ee.model.attention import KeyValueStore, Launch, mask_within_documents
 from megatron_ee.model.deferred_weights import collect_products, deferring
 from megatron_ee.model.exit_head import ExitHead, enter_projection, make_projection
+from megatron_ee.model.layer_drop import KeptRows, run_kept
 from megatron_ee.model.layers import (
     NOTHING_RECOMPUTED,
     LayerParts,
@@ -47,7 +49,8 @@ class Stage(MegatronModule):
 
     Layers keep their global numbers, so a parameter has the same name on whatever stage it is: `embedding.*`,
     `layers.7.*`, `exits.6.norm.*`. The projection that the final output and other exits share is `output`, on each
-    stage that needs it; one that is tied to the embedding is borrowed from it where the stage has it.
+    stage that needs it; one that is tied to the embedding is borrowed from it where the stage has it. A norm that all
+    exits share is `norm`, likewise.
 
     Args:
         chunks: the parts of the model that this stage holds: one, or several where the schedule goes round the stages.
@@ -91,6 +94,9 @@ class Stage(MegatronModule):
         own_exits = [layer for chunk in chunks for layer in chunk.exits]
         self.has_final_exit = model.num_layers in own_exits
         self.exits = self._make_exits(own_exits, exits, parts, vocab_size)
+        self.norm: torch.nn.Module | None = None
+        if exits.norm == "shared" and own_exits:
+            self.norm = parts.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
         self.output: ColumnParallelLinear | None = None
         if any(exits.projection_of(layer) == "shared" for layer in own_exits):
             borrows = model.tie_embeddings and has_embedding
@@ -105,6 +111,13 @@ class Stage(MegatronModule):
         if self.model.tie_embeddings and self.embedding is not None:
             return self.embedding.weight
         return self.output.weight if self.output is not None else None
+
+    @property
+    def shared_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """This stage's copies of what several stages may hold, under names that all stages give them."""
+        norm = self.norm.weight if self.norm is not None else None
+        copies = {"output": self.shared_weight, "norm": norm}
+        return {name: copy for name, copy in copies.items() if isinstance(copy, torch.nn.Parameter)}
 
     @property
     def attention_numbers(self) -> list[int]:
@@ -128,6 +141,7 @@ class Stage(MegatronModule):
         *,
         documents_BS: torch.Tensor | None = None,
         store: KeyValueStore | None = None,
+        kept: KeptRows | None = None,
     ) -> tuple[torch.Tensor, dict[Tap, torch.Tensor]]:
         """Run layers `start + 1` to `stop`: the one forward path of training, evaluation and decoding.
 
@@ -137,6 +151,7 @@ class Stage(MegatronModule):
             documents_BS: which document of its sequence each of all positions is of: none is seen from another. None:
                 a sequence is one.
             store: past keys and values, for decoding; None: causal attention within x.
+            kept: which sequences run a layer, in training with layer dropout.
 
         Returns:
             The output [S, B, H], and the hidden state at each exit passed. An exit on a chunk's input is passed when
@@ -147,10 +162,12 @@ class Stage(MegatronModule):
         if any(start == chunk.start and start in chunk.exits for chunk in self.chunks):
             taps[Tap(start)] = x_SBH
         for layer in range(start + 1, stop + 1):
-            x_SBH, after_attention_SBH = self._run_layer(layer, x_SBH, launch)
-            if str(layer) in self.exits:
-                tap = self.tap_of(layer)
-                taps[tap] = x_SBH if tap.site == "output" else after_attention_SBH
+            tap = self.tap_of(layer) if str(layer) in self.exits else None
+            shows_attention = tap is not None and tap.site == "attention"
+            rows_K = kept.get(layer) if kept else None
+            x_SBH, after_attention_SBH = self._run_layer(layer, x_SBH, launch, rows_K, shows_attention=shows_attention)
+            if tap is not None:
+                taps[tap] = after_attention_SBH if shows_attention else x_SBH
         return x_SBH, taps
 
     def tap_of(self, layer: int) -> Tap:
@@ -177,7 +194,8 @@ class Stage(MegatronModule):
         head = self.head(layer)
         if head.attends:
             self._attention.launch = self._launch(positions, documents_BS, store)
-        return head.features(hidden_SBH)
+        features_SBH = head.features(hidden_SBH)
+        return features_SBH if self.norm is None else self.norm(features_SBH)
 
     def project(self, features_SBH: torch.Tensor, layer: int) -> torch.Tensor:
         """logits_SBV of the features of the exit after `layer`."""
@@ -209,7 +227,8 @@ class Stage(MegatronModule):
         state = {name: entry for name, entry in state.items() if not name.endswith(_ENGINE_STATE)}
         for name, entry in state.items():
             entry.key = prefix + self.global_name(name)
-            if name.startswith("output.") and self._holds_copy:
+            is_copy = name.startswith("norm.") and not self.has_final_exit
+            if is_copy or (name.startswith("output.") and self._holds_copy):
                 _mark_as_copy(entry, self.chunks[-1])
         return {prefix + name: entry for name, entry in state.items()}
 
@@ -233,10 +252,12 @@ class Stage(MegatronModule):
     def _mark_copies(self) -> None:
         """megatron-core counts a parameter's gradient in the norm only where it is not `shared`, and gives one that is
         a `shared_embedding` a gradient bucket of its own, so that its copies are cut alike over data ranks."""
-        if self.shared_weight is not None:
-            self.shared_weight.shared_embedding = True  # type: ignore[attr-defined]
+        for parameter in self.shared_parameters.values():
+            parameter.shared_embedding = True  # type: ignore[attr-defined]
         if self.output is not None and self.output.weight is not None:
             self.output.weight.shared = self._holds_copy
+        if self.norm is not None:
+            self.norm.weight.shared = not self.has_final_exit  # type: ignore[union-attr]
 
     def _make_embedding(self, vocab_size: int) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(
@@ -271,6 +292,7 @@ class Stage(MegatronModule):
                     kind=exits.head_of(layer),
                     vocab_size=vocab_size,
                     owns_projection=exits.projection_of(layer) == "own",
+                    owns_norm=exits.norm == "own",
                 )
                 for layer in own_exits
             }
@@ -283,7 +305,15 @@ class Stage(MegatronModule):
         mask_B1SS = None if documents_BS is None else mask_within_documents(documents_BS, dtype)
         return Launch(rotation_at(positions, model.head_dim, model.rope_theta, dtype), store, mask_B1SS)
 
-    def _run_layer(self, layer: int, x_SBH: torch.Tensor, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run_layer(
+        self, layer: int, x_SBH: torch.Tensor, launch: Launch, rows_K: torch.Tensor | None, *, shows_attention: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if rows_K is None:
+            return self._run_rows(layer, x_SBH, launch)
+        run = partial(self._run_rows, layer, launch=launch.of_rows(rows_K))
+        return run_kept(run, x_SBH, rows_K, shows_attention=shows_attention)
+
+    def _run_rows(self, layer: int, x_SBH: torch.Tensor, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
         def run(x_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             self._attention.launch = launch  # also when it runs again, in a backward
             return self.layers[str(layer)](x_SBH)

@@ -173,6 +173,8 @@ def _stage_parameters(config: Config, chunks: tuple[Chunk, ...], vocab_size: int
     has_copy = own_projections < len(own_exits) and not (model.tie_embeddings and has_embedding)
     matrices = has_embedding + own_projections + has_copy
     heads = sum(head_parameters(model, exits.head_of(layer), ranks) for layer in own_exits)
+    if exits.norm == "shared" and own_exits:
+        heads -= (len(own_exits) - 1) * model.hidden_size  # one norm for all of the stage
     return num_layers * layer_parameters(model, ranks) + heads + matrices * vocab_size * model.hidden_size // ranks
 
 
@@ -243,6 +245,8 @@ def _all_parameters(config: Config, vocab_size: int) -> int:
     """Of the whole model; copies count once."""
     model, exits = config.model, config.exits
     heads = sum(head_parameters(model, exits.head_of(layer)) for layer in (*exits.layers, model.num_layers))
+    if exits.norm == "shared":
+        heads -= len(exits.layers) * model.hidden_size
     own_projections = sum(exits.projection_of(layer) == "own" for layer in exits.layers)
     matrices = 1 + (not model.tie_embeddings) + own_projections
     return model.num_layers * layer_parameters(model) + heads + matrices * vocab_size * model.hidden_size

@@ -20,6 +20,7 @@ from megatron_ee.parallel.pipeline.runtime import Runtime
 from megatron_ee.tokenizer import Tokenizer
 from megatron_ee.training.evaluate import Evaluator
 from megatron_ee.training.gradients import StageGradients
+from megatron_ee.training.layer_dropout import LayerDropout
 from megatron_ee.training.lr_schedule import DECAYS, Decay, LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
 from megatron_ee.training.observation.metrics import ExitMeter
@@ -54,7 +55,7 @@ def assemble_trainer(
         optimizer_backend, learning_rate_decay: None: the built-in ones that the config names.
     """
     stage = build_stage(config, layout, vocab_size, mesh)
-    gradients = StageGradients(stage, mesh, config.parallel)
+    gradients = StageGradients(stage, mesh, config.parallel, varies=gradients_vary(config))
     message = message_between_stages(config, mesh.device)
     backend = optimizer_backend or BACKENDS[config.optimizer.backend]
     decay = learning_rate_decay or DECAYS[config.optimizer.lr_decay]
@@ -79,6 +80,7 @@ def assemble_trainer(
         tracer=Tracer(config.logging.trace_iterations, plan, mesh, run_folder_of(config) / "traces"),
         profiler=Profiler(config.logging.profile, mesh, run_folder_of(config) / "profiles"),
         evaluator=_build_evaluator(config, datasets.valid, stage, Runtime(mesh, message), layout, mesh),
+        layer_dropout=build_layer_dropout(config),
         saving=Saving(config, run_folder_of(config), mesh, tokenizer.files()),
     )
 
@@ -112,6 +114,23 @@ def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> 
     )
     initialize(stage, config.seed)
     return stage
+
+
+def gradients_vary(config: Config) -> bool:
+    """Whether it depends on the step and the data rank which parameters get a gradient."""
+    return config.training.layer_dropout is not None or config.exits.layerskip is not None
+
+
+def build_layer_dropout(config: Config) -> LayerDropout | None:
+    training = config.training
+    if training.layer_dropout is None:
+        return None
+    return LayerDropout(
+        training.layer_dropout,
+        seed=config.seed,
+        num_layers=config.model.num_layers,
+        train_iters=training.train_iters,
+    )
 
 
 def build_runtime(

@@ -115,7 +115,8 @@ def _announce(log: logging.Logger, config: Config, device: Device, layout: Layou
         warmup, cooldown = kinds.count("warmup"), kinds.count("cooldown")
         log.info("fills: %d warm-up and %d cool-down micro-batches beside %d", warmup, cooldown, plan.num_regular)
     warmup, total = config.exits.weight_schedule.warmup_iters, config.training.train_iters
-    if config.exits.layers and config.exits.weight_schedule.shape != "constant" and warmup >= total:
+    by_schedule = config.exits.layers and config.exits.layerskip is None
+    if by_schedule and config.exits.weight_schedule.shape != "constant" and warmup >= total:
         log.warning(
             "exits.weight_schedule.warmup_iters: %d is not below training.train_iters = %d, "
             "so the exits never reach their weights",

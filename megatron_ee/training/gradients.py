@@ -3,7 +3,7 @@
 Gradients are sums, never means: every loss is divided by the global batch's token count before its backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,6 +16,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron_ee.config import ParallelConfig
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.training.overlap import OverlappingSums
 
 
 class StageGradients:
@@ -25,10 +26,12 @@ class StageGradients:
 
     Args:
         parallel: whether data ranks share the optimizer's state, and whether their sums overlap the backward.
+        varies: whether it depends on the step and the data rank which parameters get a gradient.
     """
 
-    def __init__(self, stage: Stage, mesh: Mesh, parallel: ParallelConfig) -> None:
-        self.ddp = DistributedDataParallel(
+    def __init__(self, stage: Stage, mesh: Mesh, parallel: ParallelConfig, *, varies: bool = False) -> None:
+        buffers = OverlappingSums if varies and parallel.overlap_grad_reduce else DistributedDataParallel
+        self.ddp = buffers(
             stage.config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -41,9 +44,12 @@ class StageGradients:
         )
         self._mesh, self._parallel = mesh, parallel
         self._trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-        weight = stage.shared_weight
-        self._shared_weight = weight if weight is not None and weight.requires_grad else None
-        self._shared_weight_owners = _open_group_of_owners(self._shared_weight is not None, mesh)
+        self._shared: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
+        copies = {name: copy for name, copy in stage.shared_parameters.items() if copy.requires_grad}
+        for name in ("output", "norm"):
+            owners = _open_group_of_owners(name in copies, mesh)
+            if name in copies and owners is not None:
+                self._shared.append((copies[name], owners))
         self._of_split_positions = [
             parameter for parameter in self._trained if getattr(parameter, "sequence_parallel", False)
         ]
@@ -53,13 +59,18 @@ class StageGradients:
         """A context for backwards that are not the last: a gradient computed in it is not handed over yet."""
         return self.ddp.no_sync if self._parallel.overlap_grad_reduce else nullcontext
 
+    def settle(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """They get no more gradient in this step; where sums overlap and it varies who gets one, theirs may begin."""
+        if isinstance(self.ddp, OverlappingSums):
+            self.ddp.settle(parameters)
+
     def zero(self) -> None:
         """Before a step's first backward."""
         self.ddp.zero_grad_buffer()
 
     def reduce(self, factor: float = 1.0) -> None:
         """Sum over data-parallel ranks and multiply by this stage's factor; then sum over the stages that hold a copy
-        of the shared weight; and what sees only its rank's share of the positions, over tensor-parallel ranks."""
+        of a shared weight; and what sees only its rank's share of the positions, over tensor-parallel ranks."""
         self.ddp.finish_grad_sync()
         if factor != 1.0:
             self.ddp.scale_gradients(factor)
@@ -69,8 +80,8 @@ class StageGradients:
             sizes = [parameter.numel() for parameter in self._of_split_positions]
             for parameter, summed in zip(self._of_split_positions, torch.split(together, sizes), strict=True):
                 _gradient(parameter).copy_(summed.view_as(parameter))
-        if self._shared_weight is not None:
-            dist.all_reduce(_gradient(self._shared_weight), group=self._shared_weight_owners)
+        for parameter, owners in self._shared:
+            dist.all_reduce(_gradient(parameter), group=owners)
 
     def norm(self) -> float:
         """The 2-norm over all stages; what several ranks hold counts once. After `reduce`, and where data ranks share
@@ -86,7 +97,7 @@ class StageGradients:
 
 
 def _open_group_of_owners(trains_copy: bool, mesh: Mesh) -> dist.ProcessGroup | None:
-    """The stages that train a copy of the shared weight, if any do. Collective."""
+    """The stages that train a copy of a shared weight, if any do. Collective."""
     holds = torch.zeros(mesh.world_size, device=mesh.device.torch)
     holds[mesh.rank] = trains_copy
     by_stage = mesh.sum_over_ranks(holds).view(mesh.pipeline_size, -1).amax(1).tolist()

@@ -3,7 +3,19 @@
 import math
 from collections.abc import Mapping
 
-from megatron_ee.config import ExitsConfig, WeightScheduleConfig
+from megatron_ee.config import Config, ExitsConfig, WeightScheduleConfig
+from megatron_ee.training.curriculum import layerskip_weights
+
+
+def weights_at(config: Config, iteration: int) -> Mapping[int, float]:
+    """Weight of each exit's loss at an iteration (0 is the first). Exits that are not among them have no loss then: in
+    a training step they do not run."""
+    exits, num_layers = config.exits, config.model.num_layers
+    if exits.layerskip is None:
+        return loss_weights(exits, num_layers, iteration)
+    return layerskip_weights(
+        exits.layerskip, exits.layers, num_layers, iteration=iteration, train_iters=config.training.train_iters
+    )
 
 
 def loss_weights(exits: ExitsConfig, num_layers: int, iteration: int) -> Mapping[int, float]:

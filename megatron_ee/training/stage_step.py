@@ -7,7 +7,7 @@ exit's hidden state h_e, never logits, and B starts from g at y and from d_e at 
 the gradients of the layers' matrices to it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +17,11 @@ import torch
 from megatron_ee.data.batch import Batch
 from megatron_ee.model.chunked_loss import ProjectedLoss
 from megatron_ee.model.deferred_weights import WeightProduct
+from megatron_ee.model.layer_drop import KeptRows
 from megatron_ee.model.stage import Stage, Tap
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
 from megatron_ee.training.losses import ExitLoss, StepTokens, exit_loss
+from megatron_ee.training.overlap import Settle, Settling
 
 
 @dataclass(slots=True)
@@ -36,11 +38,13 @@ class StageStep:
     """The program that a pipeline runtime runs for one batch.
 
     Args:
-        weights: exit layer -> weight of its loss, times the optimizer's loss scale. None: losses are only measured
-            (validation); the plan has no B then.
+        weights: exit layer -> weight of its loss, times the optimizer's loss scale; other exits do not run. None:
+            losses are only measured (validation), of all exits; the plan has no B then.
         chunk_rows: see `exit_loss`.
         no_sync: a context in which gradients are not handed over for their sum over data ranks, because more is to
             come; all but the last backwards run in it.
+        kept: of each micro-batch, the rows that run each layer; empty: all run all.
+        settle: is told of parameters that get no more gradient in this step, as soon as that is known.
     """
 
     def __init__(
@@ -53,10 +57,13 @@ class StageStep:
         *,
         chunk_rows: int,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+        kept: Sequence[KeptRows] = (),
+        settle: Settle | None = None,
     ) -> None:
         self._stage, self._batch, self._plan = stage, batch, plan
         self._tokens, self._weights = tokens, weights
-        self._chunk_rows, self._no_sync = chunk_rows, no_sync
+        self._chunk_rows, self._no_sync, self._kept = chunk_rows, no_sync, kept
+        self._settling = Settling(stage, plan, kept, settle) if settle is not None else None
         self._live: dict[tuple[int, int], _LiveMicrobatch] = {}  # by chunk and micro-batch
         self._products: dict[tuple[int, int], list[WeightProduct]] = {}  # that B left for W
         self._last: dict[tuple[int, Kind, int], Action] = {}  # action of a kind on a chunk of a stage
@@ -78,7 +85,12 @@ class StageStep:
                 x_SBH = received.requires_grad_(is_trained)
             chunk = self._stage.chunks[action.chunk]
             positions, documents_BS = self._batch.places_of(action.microbatch)
-            y_SBH, taps = self._stage.run_layers(x_SBH, positions, chunk.start, chunk.stop, documents_BS=documents_BS)
+            kept = self._kept[action.microbatch] if self._kept else None
+            y_SBH, taps = self._stage.run_layers(
+                x_SBH, positions, chunk.start, chunk.stop, documents_BS=documents_BS, kept=kept
+            )
+        if self._weights is not None:
+            taps = {tap: hidden_SBH for tap, hidden_SBH in taps.items() if tap.layer in self._weights}
         if is_trained or self._weights is None:
             self._live[action.chunk, action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps)
         return y_SBH
@@ -95,6 +107,7 @@ class StageStep:
                     live.tap_gradients[tap] = self._exit_gradient(hidden_SBH, tap, action)
         if self._weights is None:
             del self._live[action.chunk, action.microbatch]
+        self._settle_after(action)
 
     def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """B: the layers' backward from the output's gradient and the exits' hidden-state gradients at once."""
@@ -103,10 +116,15 @@ class StageStep:
         if gradient is not None:
             pairs.append((live.y_SBH, gradient))
         pairs = [pair for pair in pairs if pair[0].requires_grad]  # a stage may have nothing to train
+        if self._settling is not None:
+            self._settling.before(action)
         with self._sync_of(action):
             torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
         if self._stage.weight_products is not None:
             self._products[action.chunk, action.microbatch] = self._stage.weight_products.take()
+        self._settle_after(action)
+        if not pairs and live.x_SBH.requires_grad:  # a fill that turns round where no exit has a loss this time
+            return torch.zeros_like(live.x_SBH)
         return live.x_SBH.grad if live.x_SBH.is_leaf else None
 
     def weights(self, action: Action) -> None:
@@ -114,6 +132,7 @@ class StageStep:
         with self._sync_of(action):
             for product in self._products.pop((action.chunk, action.microbatch)):
                 product.add()
+        self._settle_after(action)
 
     def forward_with_exits(self, action: Action, received: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """F for a runtime that knows no X: when a backward of the output reaches an exit's hidden state, it runs the
@@ -164,6 +183,10 @@ class StageStep:
             so_far = self.losses.get(tap.layer)
             self.losses[tap.layer] = ExitLoss(*map(torch.add, so_far, own)) if so_far else own
         return loss
+
+    def _settle_after(self, action: Action) -> None:
+        if self._settling is not None:
+            self._settling.after(action)
 
     def _is_trained(self, action: Action) -> bool:
         """Whether a B of the same micro-batch comes on this stage."""

@@ -12,6 +12,7 @@ from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, mo
 from megatron_ee.config import Config
 from megatron_ee.data.batch import Batch
 from megatron_ee.data.loader import BatchLoader
+from megatron_ee.model.layer_drop import KeptRows
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh, close_mesh
 from megatron_ee.parallel.pipeline.plan import Plan
@@ -19,8 +20,9 @@ from megatron_ee.parallel.pipeline.runtime import ActionWatch, Runtime
 from megatron_ee.tokenizer import Tokenizer
 from megatron_ee.training.evaluate import Evaluator
 from megatron_ee.training.gradients import StageGradients
+from megatron_ee.training.layer_dropout import LayerDropout
 from megatron_ee.training.loggers import Figures, Logger
-from megatron_ee.training.loss_weights import loss_weights
+from megatron_ee.training.loss_weights import weights_at
 from megatron_ee.training.losses import ExitLoss, count_tokens
 from megatron_ee.training.lr_schedule import LearningRate
 from megatron_ee.training.megatron_runtime import MegatronRuntime
@@ -71,6 +73,7 @@ class Trainer:
     profiler: Profiler
     evaluator: Evaluator | None
     saving: Saving
+    layer_dropout: LayerDropout | None = None
     progress: Progress = Progress(0, 0)
     loggers: Sequence[Logger] = ()
     stop_requests: StopRequests = field(default_factory=StopRequests)
@@ -142,15 +145,17 @@ class Trainer:
         """One optimizer step on one global batch; returns the gradient norm, or None where the step was skipped."""
         with self.timer.phase("prepare"):
             tokens = count_tokens(batch, self.plan, self.mesh)
-            loss_scale = self.optimizer.loss_scale
+            loss_scale, weights = self.optimizer.loss_scale, self._weights(iteration)
             step = StageStep(
                 self.stage,
                 batch,
                 self.plan,
                 tokens,
-                {layer: weight * loss_scale for layer, weight in self._weights(iteration).items()},
+                {layer: weight * loss_scale for layer, weight in weights.items()},
                 chunk_rows=self.config.exits.loss_chunk_rows,
                 no_sync=self.gradients.no_sync,
+                kept=self._kept(iteration),
+                settle=self.gradients.settle,
             )
             self.gradients.zero()
         with self.timer.pipeline() as timers:
@@ -163,7 +168,7 @@ class Trainer:
             self._skip(batch, iteration, step.losses, tokens.regular)
             return None
         self.skipped.in_a_row = 0
-        self.meter.add(step.losses, tokens.regular)
+        self.meter.add(step.losses, tokens.regular, weights)
         self.alarms.note(step.losses, tokens.regular)
         return gradient_norm
 
@@ -245,10 +250,10 @@ class Trainer:
     def _skip(self, batch: Batch, iteration: int, losses: Mapping[int, ExitLoss], num_tokens: float) -> None:
         """The optimizer has updated nothing. All ranks are here; losses that are no numbers stay out of the means."""
         of_batch = ExitMeter(self.meter.exits, self.mesh)
-        of_batch.add(losses, num_tokens)
+        of_batch.add(losses, num_tokens, measured := self._weights(iteration))
         means = of_batch.means()
         if all(map(math.isfinite, means.values())):
-            self.meter.add(losses, num_tokens)
+            self.meter.add(losses, num_tokens, measured)
         if self.optimizer.loss_scale > 1:
             self.skipped.count_overflow()
             return
@@ -269,8 +274,16 @@ class Trainer:
         """Whether it may be the parameters that are no numbers any more; the last save is made in any case."""
         return self.skipped.in_a_row > 0 and self.progress.iteration < self.config.training.train_iters
 
+    def _kept(self, iteration: int) -> list[KeptRows]:
+        """The rows of this batch's micro-batches that run each of this stage's layers."""
+        if self.layer_dropout is None:
+            return []
+        samples_MB = self.loader.sample_numbers(self.progress.consumed_samples)
+        layers = [int(layer) for layer in self.stage.layers]
+        return self.layer_dropout.kept(samples_MB, iteration, layers, self.mesh.device.torch)
+
     def _weights(self, iteration: int) -> Mapping[int, float]:
-        return loss_weights(self.config.exits, self.config.model.num_layers, iteration)
+        return weights_at(self.config, iteration)
 
     def _is_due(self, interval: int) -> bool:
         """Every `interval` iterations (0: never), and at the end."""
@@ -285,6 +298,7 @@ class Trainer:
                 **self.meter.read("train", self._weights(iteration)),
                 "train/lr": self.learning_rate(iteration),
                 **({} if gradient_norm is None else {"train/grad_norm": gradient_norm}),
+                **(self.layer_dropout.figures(iteration) if self.layer_dropout else {}),
                 "train/skipped": self.skipped.since_record,
                 "train/loss_scale": self.optimizer.loss_scale,
                 "train/tokens": progress.consumed_samples * config.data.sequence_length,

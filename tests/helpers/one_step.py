@@ -14,14 +14,15 @@ from helpers.tiny import SEQUENCE_LENGTH, VOCAB_SIZE, RandomSamples
 from megatron_ee.config import Config
 from megatron_ee.data.loader import BatchLoader, SampleSource
 from megatron_ee.device import choose_device
+from megatron_ee.model.layer_drop import KeptRows
 from megatron_ee.parallel.chunks import Layout
 from megatron_ee.parallel.layout import layout_of
 from megatron_ee.parallel.mesh import Mesh, open_mesh
 from megatron_ee.parallel.p2p import MessageSpec
 from megatron_ee.parallel.pipeline.plan import Fill
-from megatron_ee.training.assemble import build_runtime, build_stage
+from megatron_ee.training.assemble import build_layer_dropout, build_runtime, build_stage, gradients_vary
 from megatron_ee.training.gradients import StageGradients
-from megatron_ee.training.loss_weights import loss_weights
+from megatron_ee.training.loss_weights import weights_at
 from megatron_ee.training.losses import count_tokens
 from megatron_ee.training.observation.metrics import ExitMeter
 from megatron_ee.training.optimizers.megatron import MegatronAdamW
@@ -38,6 +39,7 @@ def one_step(
     repeats: int = 1,
     frozen_stage: int | None = None,
     source: SampleSource | None = None,
+    iteration: int = 0,
 ) -> dict[str, Any]:
     """On each rank: a step on the first global batch, then the optimizer's.
 
@@ -45,33 +47,39 @@ def one_step(
         fills: of schedule filled-1f1b; None: those that the planner chooses.
         repeats: how often the gradients are computed; overlapped sums begin in the second time.
         source: of the samples; None: `RandomSamples`.
+        iteration: whose weights and probabilities of layer dropout hold, in the last of them.
     """
     mesh = open_mesh(config.parallel, choose_device("cpu"))
     layout = layout_of(config, VOCAB_SIZE)
     stage = build_stage(config, layout, VOCAB_SIZE, mesh)
     stage.requires_grad_(mesh.pipeline_rank != frozen_stage)
     parameters = pieces_of(stage, lambda parameter: parameter)
-    buffers = StageGradients(stage, mesh, config.parallel)
+    buffers = StageGradients(stage, mesh, config.parallel, varies=gradients_vary(config))
     size = config.training.micro_batch_size
     num_microbatches = BATCH_SIZE // (mesh.data_size * size)
     plan = plan_step(config, layout, VOCAB_SIZE, num_microbatches, fills=fills)
     loader = BatchLoader(
-        source or RandomSamples(),
-        mesh,
-        global_batch_size=BATCH_SIZE,
-        micro_batch_size=config.training.micro_batch_size,
-        num_fills=len(plan.fills),
+        source or RandomSamples(), mesh, global_batch_size=BATCH_SIZE, micro_batch_size=size, num_fills=len(plan.fills)
     )
     batch = loader.batch(0)
     tokens = count_tokens(batch, plan, mesh)
-    weights = loss_weights(config.exits, config.model.num_layers, 0)
     positions = SEQUENCE_LENGTH // (config.parallel.tensor if config.parallel.sequence else 1)
     message = MessageSpec((positions, size, config.model.hidden_size), torch.float32, mesh.device.torch)
     runtime = build_runtime(config, mesh, message, stage, buffers)
     syncs = _count_syncs(buffers)
-    for _ in range(repeats):
-        rows = config.exits.loss_chunk_rows
-        step = StageStep(stage, batch, plan, tokens, weights, chunk_rows=rows, no_sync=buffers.no_sync)
+    for number in range(iteration - repeats + 1, iteration + 1):
+        weights = weights_at(config, max(0, number))
+        step = StageStep(
+            stage,
+            batch,
+            plan,
+            tokens,
+            weights,
+            chunk_rows=config.exits.loss_chunk_rows,
+            no_sync=buffers.no_sync,
+            kept=_kept(config, loader.sample_numbers(0), max(0, number), [int(layer) for layer in stage.layers]),
+            settle=buffers.settle,
+        )
         buffers.zero()
         syncs.clear()
         runtime.run(plan, step)
@@ -82,7 +90,7 @@ def one_step(
     is_frozen = mesh.pipeline_rank == frozen_stage
     gradients = {} if is_frozen else pieces_of(stage, lambda parameter: parameter.main_grad)
     meter = ExitMeter([*config.exits.layers, config.model.num_layers], mesh)
-    meter.add(step.losses, tokens.regular)
+    meter.add(step.losses, tokens.regular, weights)
     figures = meter.read("train", weights)
     own_norm = None if config.parallel.distributed_optimizer else buffers.norm()
     gradient_norm = MegatronAdamW(stage, config.optimizer, mesh, buffers).step(config.optimizer.lr)
@@ -100,10 +108,20 @@ def one_step(
     }
 
 
-def assert_equals_reference(config: Config, results: Sequence[dict[str, Any]]) -> None:
+def _kept(config: Config, samples_MB: Sequence[Sequence[int]], iteration: int, layers: Sequence[int]) -> list[KeptRows]:
+    dropout = build_layer_dropout(config)
+    return dropout.kept(samples_MB, iteration, layers, torch.device("cpu")) if dropout is not None else []
+
+
+def skipped_layers(config: Config, sample: int, iteration: int) -> list[int]:
+    """What a sample skips, asked for it alone."""
+    return [int(layer) for kept in _kept(config, [[sample]], iteration, range(1, 9)) for layer in kept]
+
+
+def assert_equals_reference(config: Config, results: Sequence[dict[str, Any]], iteration: int = 0) -> None:
     """Losses, every gradient, the norm and the updated parameters are those of one process, in fp32."""
     parameters = whole(result["parameters"] for result in results)
-    losses, gradients = reference_step(config, parameters, results[0]["layout"], results[0]["fills"])
+    losses, gradients = reference_step(config, parameters, results[0]["layout"], results[0]["fills"], iteration)
     for result in results:
         for layer, loss in losses.items():
             np.testing.assert_allclose(result["figures"][f"train/exit_{layer}/loss"], loss, atol=1e-5, err_msg=layer)
@@ -123,20 +141,22 @@ def assert_equals_reference(config: Config, results: Sequence[dict[str, Any]]) -
 
 
 def reference_step(
-    config: Config, parameters: Arrays, layout: Layout, fills: Sequence[Fill]
+    config: Config, parameters: Arrays, layout: Layout, fills: Sequence[Fill], iteration: int = 0
 ) -> tuple[dict[int, float], Arrays]:
     """Each exit's loss over the regular batch, and every gradient, fills weighted as training/losses.py says."""
-    weights = loss_weights(config.exits, config.model.num_layers, 0)
-    batch = _samples(0, BATCH_SIZE)
+    weights = weights_at(config, iteration)
+    batch = _samples(config, 0, BATCH_SIZE, iteration)
     with torch.no_grad():
-        logits = reference.exit_logits(_leaves(parameters), config.model, config.exits, batch.tokens_BS)
+        logits = reference.exit_logits(
+            _leaves(parameters), config.model, config.exits, batch.tokens_BS, skipped=batch.skipped
+        )
         losses = {
             layer: reference.weighted_loss(logits, batch.labels_BS, batch.mask_BS, {layer: 1.0}).item()
             for layer in weights
         }
     gradients = {name: np.zeros_like(value) for name, value in parameters.items()}
     for stage in range(len(layout)):
-        reference_stage = _ReferenceStage(config, parameters, layout, stage)
+        reference_stage = _ReferenceStage(config, parameters, layout, stage, iteration)
         for name, gradient in reference_stage.gradients(batch, fills, weights).items():
             gradients[name] += gradient
     return losses, gradients
@@ -146,13 +166,14 @@ class _Samples(NamedTuple):
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
     mask_BS: torch.Tensor
+    skipped: list[list[int]] | None  # layers, of each sample
 
 
 class _ReferenceStage:
     """What one stage adds to the gradients: those of its own parameters, and of the shared weight by its own exits."""
 
-    def __init__(self, config: Config, parameters: Arrays, layout: Layout, stage: int) -> None:
-        self.config, self.stage = config, stage
+    def __init__(self, config: Config, parameters: Arrays, layout: Layout, stage: int, iteration: int) -> None:
+        self.config, self.stage, self.iteration = config, stage, iteration
         self.leaves = _leaves(parameters)
         self.stage_of = {layer: number for number, chunks in enumerate(layout) for c in chunks for layer in c.exits}
         self.own_layers = {layer for c in layout[stage] for layer in range(c.start + 1, c.stop + 1)}
@@ -160,7 +181,8 @@ class _ReferenceStage:
 
     def gradients(self, batch: _Samples, fills: Sequence[Fill], weights: Mapping[int, float]) -> Arrays:
         data_size = BATCH_SIZE // _num_microbatches(self.config)
-        parts = [_samples(BATCH_SIZE + i * data_size, data_size) for i in range(len(fills))]
+        firsts = range(BATCH_SIZE, BATCH_SIZE + len(fills) * data_size, data_size)
+        parts = [_samples(self.config, first, data_size, self.iteration) for first in firsts]
         counts = [float(part.mask_BS.sum()) for part in parts]
         regular = float(batch.mask_BS.sum())
         divisors = dict.fromkeys(weights, regular)
@@ -195,7 +217,13 @@ class _ReferenceStage:
         if self.stage > 0:
             leaves["embedding.weight"] = leaves["embedding.weight"].detach()
         model, exits = self.config.model, self.config.exits
-        logits = reference.exit_logits(leaves, model, exits, part.tokens_BS, shared=projections)
+        norms = None
+        if exits.norm == "shared":
+            norm = self.leaves["norm.weight"]
+            norms = {layer: norm if stage == self.stage else norm.detach() for layer, stage in self.stage_of.items()}
+        logits = reference.exit_logits(
+            leaves, model, exits, part.tokens_BS, shared=projections, norms=norms, skipped=part.skipped
+        )
         total = torch.zeros((), requires_grad=True)
         for layer, weight in weights.items():
             losses = cross_entropy(logits[layer].flatten(0, 1), part.labels_BS.flatten(), reduction="none")
@@ -204,7 +232,7 @@ class _ReferenceStage:
 
     def _is_own(self, name: str) -> bool:
         kind, number = name.split(".")[:2]
-        if name == self.shared:
+        if name == self.shared or (name == "norm.weight" and self.config.exits.norm == "shared"):
             return True  # the other stages' share of it is detached
         if kind == "layers":
             return int(number) in self.own_layers
@@ -215,12 +243,18 @@ class _ReferenceStage:
 
 def _num_microbatches(config: Config) -> int:
     assert config.parallel.data != "auto", "a case says how many data-parallel ranks it has"
-    return BATCH_SIZE // config.parallel.data
+    return BATCH_SIZE // config.parallel.data // config.training.micro_batch_size
 
 
-def _samples(first: int, count: int) -> _Samples:
-    samples = [RandomSamples()[index] for index in range(first, first + count)]
-    return _Samples(*(torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")))
+def _samples(config: Config, first: int, count: int, iteration: int) -> _Samples:
+    numbers = range(first, first + count)
+    samples = [RandomSamples()[number] for number in numbers]
+    tokens, labels, mask = (
+        torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")
+    )
+    drops = config.training.layer_dropout is not None
+    skipped = [skipped_layers(config, number, iteration) for number in numbers] if drops else None
+    return _Samples(tokens, labels, mask, skipped)
 
 
 def _leaves(parameters: Arrays) -> dict[str, torch.Tensor]:

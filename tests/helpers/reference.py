@@ -1,6 +1,6 @@
 """The model once more in plain torch, without megatron-core and without any split: the oracle of the real one."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch.nn.functional import cross_entropy, silu
@@ -17,26 +17,54 @@ def exit_logits(
     tokens_BS: torch.Tensor,
     *,
     shared: Mapping[int, torch.Tensor] | None = None,
+    norms: Mapping[int, torch.Tensor] | None = None,
+    skipped: Sequence[Collection[int]] | None = None,
 ) -> dict[int, torch.Tensor]:
     """Logits [B, S, V] of each exit, the final one under the number of layers.
 
     Args:
         shared: for each exit, what it uses as the shared projection, instead of the one in `parameters`.
+        norms: for each exit, what it uses as the shared norm, likewise.
+        skipped: the layers that each sequence skips; sequences then run one by one.
     """
+    if skipped is not None:
+        alone = [
+            _exit_logits(parameters, model, exits, tokens_S[None], shared, norms, layers)
+            for tokens_S, layers in zip(tokens_BS, skipped, strict=True)
+        ]
+        return {layer: torch.cat([logits[layer] for logits in alone]) for layer in alone[0]}
+    return _exit_logits(parameters, model, exits, tokens_BS, shared, norms, ())
+
+
+def _exit_logits(
+    parameters: Parameters,
+    model: ModelConfig,
+    exits: ExitsConfig,
+    tokens_BS: torch.Tensor,
+    shared: Mapping[int, torch.Tensor] | None,
+    norms: Mapping[int, torch.Tensor] | None,
+    skipped: Collection[int],
+) -> dict[int, torch.Tensor]:
     x = parameters["embedding.weight"][tokens_BS]
     if shared is None:
         weight = parameters["embedding.weight" if model.tie_embeddings else "output.weight"]
         shared = dict.fromkeys([*exits.layers, model.num_layers], weight)
+    if norms is None:
+        names = {layer: "norm" if exits.norm == "shared" else f"exits.{layer}.norm" for layer in exits.layers}
+        names[model.num_layers] = "norm"
+        norms = {layer: parameters[f"{name}.weight"] for layer, name in names.items()}
     logits = {}
     for layer in range(1, model.num_layers + 1):
-        after_attention = x + _attention_branch(parameters, f"layers.{layer}.", model, x)
-        x = after_attention + _mlp_branch(parameters, f"layers.{layer}.", model, after_attention)
+        after_attention = x
+        if layer not in skipped:
+            after_attention = x + _attention_branch(parameters, f"layers.{layer}.", model, x)
+            x = after_attention + _mlp_branch(parameters, f"layers.{layer}.", model, after_attention)
         if layer in exits.layers:
             features = _head(parameters, f"exits.{layer}.", model, exits.head_of(layer), x, after_attention)
             own = exits.projection_of(layer) == "own"
             projection = parameters[f"exits.{layer}.output.weight"] if own else shared[layer]
-            logits[layer] = _norm(features, parameters[f"exits.{layer}.norm.weight"], model.norm_epsilon) @ projection.T
-    logits[model.num_layers] = _norm(x, parameters["norm.weight"], model.norm_epsilon) @ shared[model.num_layers].T
+            logits[layer] = _norm(features, norms[layer], model.norm_epsilon) @ projection.T
+    logits[model.num_layers] = _norm(x, norms[model.num_layers], model.norm_epsilon) @ shared[model.num_layers].T
     return logits
 
 

@@ -32,9 +32,13 @@ class Console:
     def _losses(self, kind: str, figures: Figures) -> str:
         if f"{kind}/loss" not in figures:
             return "no loss, all steps were skipped"
-        losses = [figures[f"{kind}/exit_{layer}/loss"] for layer in self._exits]
-        exits = "".join(f"exit {layer}: {loss:.4f}  " for layer, loss in zip(self._exits, losses[:-1], strict=False))
-        return f"loss {figures[f'{kind}/loss']:.4f}  {exits}final: {losses[-1]:.4f}"
+        losses = {layer: figures.get(f"{kind}/exit_{layer}/loss") for layer in self._exits}  # None: it did not run
+        *exits, final = (
+            f"exit {layer}: {loss:.4f}" if layer != self._exits[-1] else f"final: {loss:.4f}"
+            for layer, loss in losses.items()
+            if loss is not None
+        )
+        return "  ".join((f"loss {figures[f'{kind}/loss']:.4f}", *exits, final))
 
     def close(self) -> None:
         self._bar.close()

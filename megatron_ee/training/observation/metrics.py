@@ -1,7 +1,7 @@
 """Losses of every exit, summed wherever the exit is, and read on every rank."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,17 @@ class ExitMeter:
         self.exits, self._mesh = exits, mesh
         self._sums = torch.zeros(len(exits), 2, dtype=torch.float64)
         self._num_batches, self._tokens = 0, 0.0
+        self._measured: dict[int, float] = {}  # of each exit that ran, the tokens of those batches
 
-    def add(self, losses: Mapping[int, ExitLoss], num_tokens: float) -> None:
-        """This rank's losses of one batch; `num_tokens` is the global batch's number of unmasked tokens."""
+    def add(self, losses: Mapping[int, ExitLoss], num_tokens: float, measured: Collection[int] | None = None) -> None:
+        """This rank's losses of one batch; `num_tokens` is the global batch's number of unmasked tokens.
+
+        Args:
+            measured: the exits that ran, on whatever rank; None: all.
+        """
         for row, layer in enumerate(self.exits):
+            if measured is None or layer in measured:
+                self._measured[layer] = self._measured.get(layer, 0.0) + num_tokens
             if layer in losses and self._mesh.tensor_rank == 0:  # tensor-parallel ranks have the same losses
                 self._sums[row] += torch.stack(losses[layer]).to(self._sums)
         self._num_batches += 1
@@ -33,37 +40,55 @@ class ExitMeter:
     def state(self) -> dict[str, Any]:
         """What has been added since the last read, over all ranks: it can go on in any layout. Collective."""
         sums = self._mesh.sum_over_ranks(self._sums.to(self._mesh.device.torch, copy=True))
-        return {"sums": sums.tolist(), "num_batches": self._num_batches, "tokens": self._tokens}
+        return {
+            "sums": sums.tolist(),
+            "num_batches": self._num_batches,
+            "tokens": self._tokens,
+            "measured": dict(self._measured),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave; the main rank has the sums now, and a later read finds them there."""
         if self._mesh.is_main:
             self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self._num_batches, self._tokens = state["num_batches"], state["tokens"]
+        self._measured = dict(state["measured"])
 
     def means(self) -> dict[int, float]:
-        """Each exit's loss per token, of what has been added since the last read. Collective."""
-        sums = self._mesh.sum_over_ranks(self._sums.to(self._mesh.device.torch, copy=True)).tolist()
-        return {
-            layer: cross_entropy / max(1.0, self._tokens)
-            for layer, (cross_entropy, _) in zip(self.exits, sums, strict=True)
-        }
+        """The loss per token of each exit that ran, of what has been added since the last read. Collective."""
+        return {layer: cross_entropy for layer, (cross_entropy, _) in self._means().items()}
 
     def read(self, kind: str, weights: Mapping[int, float]) -> dict[str, float]:
         """Figures per exit and the weighted loss, as means per token since the last read; without a batch since then
-        there are none. Collective."""
+        there are none. An exit has means of the batches in which it ran, and none if it never did. Collective.
+
+        Args:
+            weights: of this moment. The loss is the sum of the exits' means times these; if one that has a weight has
+                no mean, there is none.
+        """
         if not self._num_batches:
             return {f"{kind}/unmasked_tokens": 0.0}
-        sums = self._mesh.sum_over_ranks(self._sums.to(self._mesh.device.torch, copy=True)).tolist()
-        tokens = max(1.0, self._tokens)  # a batch may be masked altogether
-        figures = {f"{kind}/loss": 0.0, f"{kind}/unmasked_tokens": self._tokens}
-        for layer, (cross_entropy, correct) in zip(self.exits, sums, strict=True):
-            loss = cross_entropy / tokens
-            figures[f"{kind}/loss"] += weights[layer] * loss
+        means = self._means()
+        figures = {f"{kind}/unmasked_tokens": self._tokens}
+        if weights.keys() <= means.keys():
+            figures[f"{kind}/loss"] = sum(weight * means[layer][0] for layer, weight in weights.items())
+        for layer in self.exits:
+            figures[f"{kind}/exit_{layer}/weight"] = weights.get(layer, 0.0)
+        for layer, (loss, accuracy) in means.items():
             figures[f"{kind}/exit_{layer}/loss"] = loss
             figures[f"{kind}/exit_{layer}/ppl"] = math.exp(min(loss, 700.0))
-            figures[f"{kind}/exit_{layer}/accuracy"] = correct / tokens
-            figures[f"{kind}/exit_{layer}/weight"] = weights[layer]
+            figures[f"{kind}/exit_{layer}/accuracy"] = accuracy
         self._sums.zero_()
         self._num_batches, self._tokens = 0, 0.0
+        self._measured = {}
         return figures
+
+    def _means(self) -> dict[int, tuple[float, float]]:
+        """Loss and accuracy of each exit that ran."""
+        sums = self._mesh.sum_over_ranks(self._sums.to(self._mesh.device.torch, copy=True)).tolist()
+        tokens = {layer: max(1.0, count) for layer, count in self._measured.items()}  # batches may be masked altogether
+        return {
+            layer: (cross_entropy / tokens[layer], correct / tokens[layer])
+            for layer, (cross_entropy, correct) in zip(self.exits, sums, strict=True)
+            if layer in tokens
+        }
