@@ -32,6 +32,7 @@ DOORS = {
         "model/attention.py",
         "model/deferred_weights.py",
         "model/exit_head.py",
+        "model/gate.py",
         "model/initialize.py",
         "model/layers.py",
         "model/split_vocabulary.py",
@@ -45,7 +46,10 @@ DOORS = {
         "training/optimizers/megatron.py",
     },
     "pydantic": {
-        *(f"config/{name}.py" for name in ("fields", "inference", "logging", "model", "operations", "parallel")),
+        *(
+            f"config/{name}.py"
+            for name in ("exit_losses", "fields", "inference", "logging", "model", "operations", "parallel")
+        ),
         *(f"config/{name}.py" for name in ("schema", "training", "loader", "explain", "errors", "__main__")),
     },
     "pydantic_core": {"config/explain.py"},

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
+from megatron_ee.config.exit_checks import exit_problems
 from megatron_ee.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ BUILT_IN: Mapping[str, tuple[str, ...]] = {
     "parallel.schedule": ("1f1b", "gpipe", "interleaved", "filled-1f1b", "zero-bubble", "megatron"),
     "optimizer.backend": ("megatron",),
     "optimizer.lr_decay": ("cosine", "linear", "wsd", "constant"),
-    "inference.exit.measure": ("max_probability",),
+    "inference.exit.measure": ("max_probability", "gate"),
 }
 
 
@@ -30,27 +31,12 @@ class InvalidFieldsError(ValueError):
 
 def problems_of(config: "Config") -> Problems:
     """All that is wrong between the fields of a config whose fields are right by themselves."""
-    yield from _exit_problems(config)
+    yield from exit_problems(config)
     yield from _split_problems(config)
     yield from _schedule_problems(config)
     yield from _layout_problems(config)
     yield from _training_problems(config)
     yield from _name_problems(config)
-
-
-def _exit_problems(config: "Config") -> Problems:
-    num_layers, exits = config.model.num_layers, config.exits.layers
-    for number, layer in enumerate(exits):
-        if layer >= num_layers:
-            why = ": the last layer's exit is built in" if layer == num_layers else ""
-            yield f"exits.layers.{number}", f"{layer} must be below num_layers = {num_layers}{why}"
-    params = config.inference.exit
-    named = [(f"exits.{number}", layer) for number, layer in enumerate(params.exits or ())]
-    named += [(f"thresholds.{layer}", layer) for layer in params.thresholds]
-    for field, layer in named:
-        if layer not in exits:
-            others = f", only after {list(exits)}" if exits else ": exits.layers is empty"
-            yield f"inference.exit.{field}", f"there is no exit after layer {layer}{others}"
 
 
 def _split_problems(config: "Config") -> Problems:

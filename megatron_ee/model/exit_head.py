@@ -17,7 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ee.config import HeadKind
+from megatron_ee.config import GateKind, HeadKind
+from megatron_ee.model.gate import Gate
 from megatron_ee.model.layers import LayerParts, layer_spec, mlp_spec
 
 
@@ -27,6 +28,8 @@ class ExitHead(MegatronModule):
     Args:
         layer: the number of layers run before the exit.
         owns_projection: whether it has a projection of its own, `output`.
+        temperature: what its logits are divided by.
+        gate: what kind of gate it has.
     """
 
     def __init__(
@@ -39,9 +42,11 @@ class ExitHead(MegatronModule):
         kind: HeadKind,
         vocab_size: int,
         owns_projection: bool,
+        temperature: float = 1.0,
+        gate: GateKind = "none",
     ) -> None:
         super().__init__(config)
-        self.kind, self.tp_group = kind, groups.tp
+        self.kind, self.tp_group, self.temperature = kind, groups.tp, temperature
 
         def norm() -> torch.nn.Module:
             return parts.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
@@ -55,6 +60,7 @@ class ExitHead(MegatronModule):
             )
         self.norm = norm()
         self.output = make_projection(config, groups, vocab_size) if owns_projection else None
+        self.gate = None if gate == "none" else Gate(config, parts, groups, gate)
 
     @property
     def attends(self) -> bool:
@@ -62,7 +68,7 @@ class ExitHead(MegatronModule):
         return self.kind == "block"
 
     def features(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        """What the projection takes: [S, B, H], normed. A block attends as layers do."""
+        """[S, B, H], normed: what logits are a projection of. A block attends as layers do."""
         if self.kind == "mlp":
             branch_SBH, _ = self.mlp(self.pre_mlp_layernorm(hidden_SBH))
             hidden_SBH = hidden_SBH + branch_SBH

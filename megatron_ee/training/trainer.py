@@ -149,7 +149,8 @@ class Trainer:
                 self.plan,
                 tokens,
                 {layer: weight * loss_scale for layer, weight in self._weights(iteration).items()},
-                chunk_rows=self.config.exits.loss_chunk_rows,
+                exits=self.config.exits,
+                loss_scale=loss_scale,
                 no_sync=self.gradients.no_sync,
             )
             self.gradients.zero()

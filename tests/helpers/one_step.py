@@ -60,8 +60,7 @@ def one_step(
     runtime = build_runtime(config, mesh, message, stage, buffers)
     syncs = _count_syncs(buffers)
     for _ in range(repeats):
-        rows = config.exits.loss_chunk_rows
-        step = StageStep(stage, batch, plan, tokens, weights, chunk_rows=rows, no_sync=buffers.no_sync)
+        step = StageStep(stage, batch, plan, tokens, weights, exits=config.exits, no_sync=buffers.no_sync)
         buffers.zero()
         syncs.clear()
         runtime.run(plan, step)

@@ -1,7 +1,7 @@
 """Losses of every exit, summed wherever the exit is, and read on every rank."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,23 @@ class ExitMeter:
 
     Args:
         exits: all of the model's exits, ascending, the final one last.
+        gated: those whose gates are measured.
     """
 
-    def __init__(self, exits: Sequence[int], mesh: Mesh) -> None:
-        self.exits, self._mesh = exits, mesh
-        self._sums = torch.zeros(len(exits), 2, dtype=torch.float64)
+    def __init__(self, exits: Sequence[int], mesh: Mesh, *, gated: Collection[int] = ()) -> None:
+        self.exits, self._mesh, self._gated = exits, mesh, gated
+        self._sums = torch.zeros(len(exits), 5 if gated else 2, dtype=torch.float64)
         self._num_batches, self._tokens = 0, 0.0
 
     def add(self, losses: Mapping[int, ExitLoss], num_tokens: float) -> None:
         """This rank's losses of one batch; `num_tokens` is the global batch's number of unmasked tokens."""
         for row, layer in enumerate(self.exits):
             if layer in losses and self._mesh.tensor_rank == 0:  # tensor-parallel ranks have the same losses
-                self._sums[row] += torch.stack(losses[layer]).to(self._sums)
+                of_exit = losses[layer]
+                sums = [of_exit.cross_entropy, of_exit.correct]
+                if layer in self._gated and of_exit.gate is not None:
+                    sums += of_exit.gate
+                self._sums[row, : len(sums)] += torch.stack(sums).to(self._sums)
         self._num_batches += 1
         self._tokens += num_tokens
 
@@ -46,24 +51,27 @@ class ExitMeter:
         sums = self._mesh.sum_over_ranks(self._sums.to(self._mesh.device.torch, copy=True)).tolist()
         return {
             layer: cross_entropy / max(1.0, self._tokens)
-            for layer, (cross_entropy, _) in zip(self.exits, sums, strict=True)
+            for layer, (cross_entropy, *_) in zip(self.exits, sums, strict=True)
         }
 
     def read(self, kind: str, weights: Mapping[int, float]) -> dict[str, float]:
-        """Figures per exit and the weighted loss, as means per token since the last read; without a batch since then
-        there are none. Collective."""
+        """Figures per exit and the weighted loss (gates' loss aside), as means per token since the last read; without a
+        batch since then there are none. Collective."""
         if not self._num_batches:
             return {f"{kind}/unmasked_tokens": 0.0}
         sums = self._mesh.sum_over_ranks(self._sums.to(self._mesh.device.torch, copy=True)).tolist()
         tokens = max(1.0, self._tokens)  # a batch may be masked altogether
         figures = {f"{kind}/loss": 0.0, f"{kind}/unmasked_tokens": self._tokens}
-        for layer, (cross_entropy, correct) in zip(self.exits, sums, strict=True):
+        for layer, (cross_entropy, correct, *of_gate) in zip(self.exits, sums, strict=True):
             loss = cross_entropy / tokens
             figures[f"{kind}/loss"] += weights[layer] * loss
             figures[f"{kind}/exit_{layer}/loss"] = loss
             figures[f"{kind}/exit_{layer}/ppl"] = math.exp(min(loss, 700.0))
             figures[f"{kind}/exit_{layer}/accuracy"] = correct / tokens
             figures[f"{kind}/exit_{layer}/weight"] = weights[layer]
+            if layer in self._gated:
+                names = [f"{kind}/exit_{layer}/gate_{name}" for name in ("loss", "accuracy", "mean")]
+                figures.update(zip(names, (value / tokens for value in of_gate), strict=True))
         self._sums.zero_()
         self._num_batches, self._tokens = 0, 0.0
         return figures
