@@ -1,9 +1,10 @@
 """The model once more in plain torch, without megatron-core and without any split: the oracle of the real one."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, silu
 
 from megatron_ee.config import ExitsConfig, ModelConfig
 
@@ -23,11 +24,30 @@ def exit_logits(
     Args:
         shared: for each exit, what it uses as the shared projection, instead of the one in `parameters`.
     """
+    return exit_outputs(parameters, model, exits, tokens_BS, shared=shared).logits
+
+
+class Outputs(NamedTuple):
+    """By exit: its logits [B, S, V], and those of its gate [B, S] where it has one."""
+
+    logits: dict[int, torch.Tensor]
+    gates: dict[int, torch.Tensor]
+
+
+def exit_outputs(
+    parameters: Parameters,
+    model: ModelConfig,
+    exits: ExitsConfig,
+    tokens_BS: torch.Tensor,
+    *,
+    shared: Mapping[int, torch.Tensor] | None = None,
+) -> Outputs:
+    """Arguments as those of `exit_logits`."""
     x = parameters["embedding.weight"][tokens_BS]
     if shared is None:
         weight = parameters["embedding.weight" if model.tie_embeddings else "output.weight"]
         shared = dict.fromkeys([*exits.layers, model.num_layers], weight)
-    logits = {}
+    logits, gates = {}, {}
     for layer in range(1, model.num_layers + 1):
         after_attention = x + _attention_branch(parameters, f"layers.{layer}.", model, x)
         x = after_attention + _mlp_branch(parameters, f"layers.{layer}.", model, after_attention)
@@ -35,9 +55,40 @@ def exit_logits(
             features = _head(parameters, f"exits.{layer}.", model, exits.head_of(layer), x, after_attention)
             own = exits.projection_of(layer) == "own"
             projection = parameters[f"exits.{layer}.output.weight"] if own else shared[layer]
-            logits[layer] = _norm(features, parameters[f"exits.{layer}.norm.weight"], model.norm_epsilon) @ projection.T
+            features = _norm(features, parameters[f"exits.{layer}.norm.weight"], model.norm_epsilon)
+            logits[layer] = features @ projection.T / exits.temperature_of(layer)
+            if exits.gate_of(layer) != "none":
+                tap = after_attention if exits.head_of(layer) == "mlp" else x
+                gates[layer] = _gate(parameters, f"exits.{layer}.gate.", model, exits.gate_of(layer), tap.detach())
     logits[model.num_layers] = _norm(x, parameters["norm.weight"], model.norm_epsilon) @ shared[model.num_layers].T
-    return logits
+    return Outputs(logits, gates)
+
+
+def token_losses(
+    logits: Mapping[int, torch.Tensor], layer: int, exits: ExitsConfig, labels_BS: torch.Tensor
+) -> torch.Tensor:
+    """What an exit is trained on at each token, [B, S]: the formulas of design section 3."""
+    losses_BS = cross_entropy(logits[layer].transpose(1, 2), labels_BS, reduction="none")
+    if layer not in exits.layers:
+        return losses_BS
+    if (distillation := exits.distillation) is not None:
+        share, heat = distillation.weight, distillation.temperature
+        wanted = (logits[max(logits)].detach() / heat).softmax(-1)
+        gap = wanted.log() - (logits[layer] / heat).softmax(-1).log()
+        losses_BS = (1 - share) * losses_BS + share * heat**2 * (wanted * gap).sum(-1)
+    if exits.token_weights == "max_probability":
+        losses_BS = losses_BS * logits[layer].softmax(-1).max(-1).values.detach()
+    return losses_BS
+
+
+def gate_losses(outputs: Outputs, layer: int, exits: ExitsConfig, labels_BS: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of a gate at each token, [B, S]; a false exit costs more."""
+    logits = outputs.logits
+    wanted_BS = labels_BS if exits.gate_loss.target == "label" else logits[max(logits)].argmax(-1)
+    right_BS = (logits[layer].argmax(-1) == wanted_BS).float()
+    costs_BS = right_BS + exits.gate_loss.false_exit_cost * (1 - right_BS)
+    gates_BS = outputs.gates[layer]
+    return binary_cross_entropy_with_logits(gates_BS, right_BS, weight=costs_BS, reduction="none")
 
 
 def weighted_loss(
@@ -60,6 +111,13 @@ def _head(
         x = x + _attention_branch(parameters, f"{prefix}block.", model, x)
         return x + _mlp_branch(parameters, f"{prefix}block.", model, x)
     return x
+
+
+def _gate(parameters: Parameters, prefix: str, model: ModelConfig, kind: str, x: torch.Tensor) -> torch.Tensor:
+    x = _norm(x, parameters[f"{prefix}norm.weight"], model.norm_epsilon)
+    if kind == "mlp":
+        x = silu(x @ parameters[f"{prefix}hidden.weight"].T + parameters[f"{prefix}hidden.bias"])
+    return (x @ parameters[f"{prefix}output.weight"].T + parameters[f"{prefix}output.bias"]).squeeze(-1)
 
 
 def _attention_branch(parameters: Parameters, prefix: str, model: ModelConfig, x: torch.Tensor) -> torch.Tensor:
