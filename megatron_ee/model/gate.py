@@ -17,8 +17,7 @@ from torch.nn.utils import skip_init
 
 from megatron_ee.config import GateKind
 from megatron_ee.model.layers import LayerParts
-
-INNER_SHARE = 4  # of the hidden size, the MLP's width is one part in so many
+from megatron_ee.parallel.products import gate_width
 
 
 class Gate(torch.nn.Module):
@@ -33,7 +32,7 @@ class Gate(torch.nn.Module):
         width = config.hidden_size
         self.hidden: torch.nn.Module | None = None
         if kind == "mlp":
-            width = max(1, config.hidden_size // INNER_SHARE)
+            width = gate_width(config.hidden_size)
             self.hidden = _linear(config, config.hidden_size, width)
         self.output = _linear(config, width, 1)
         for parameter in self.parameters():
