@@ -32,6 +32,7 @@ DOORS = {
         "model/attention.py",
         "model/deferred_weights.py",
         "model/exit_head.py",
+        "model/gate.py",
         "model/initialize.py",
         "model/layers.py",
         "model/split_vocabulary.py",
@@ -48,7 +49,10 @@ DOORS = {
         "training/optimizers/megatron.py",
     },
     "pydantic": {
-        *(f"config/{name}.py" for name in ("fields", "inference", "layerskip", "logging", "model", "operations")),
+        *(
+            f"config/{name}.py"
+            for name in ("exit_losses", "fields", "inference", "layerskip", "logging", "model", "operations")
+        ),
         *(
             f"config/{name}.py"
             for name in ("parallel", "schema", "training", "loader", "explain", "errors", "__main__")

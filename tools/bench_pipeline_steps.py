@@ -170,11 +170,11 @@ class ModelStage:
         batch = self._batch(plan.num_microbatches)
         tokens = count_tokens(batch, plan, self._mesh)
         weights = loss_weights(config.exits, config.model.num_layers, 0)
-        rows, no_sync = config.exits.loss_chunk_rows, self._gradients.no_sync
+        exits, no_sync = config.exits, self._gradients.no_sync
 
         def program() -> StageStep:
             self._gradients.zero()
-            return StageStep(self._stage, batch, plan, tokens, weights, chunk_rows=rows, no_sync=no_sync)
+            return StageStep(self._stage, batch, plan, tokens, weights, exits=exits, no_sync=no_sync)
 
         return Step(self._mesh, message_between_stages(config, self._mesh.device), plan, program)
 

@@ -137,7 +137,7 @@ def measure(config: Config, vocab_size: int, device: Device) -> Seconds:
     batch = Batch(tokens_MBS, tokens_MBS, torch.ones(shape, device=device.torch))
     weights = dict.fromkeys((layer for chunk in chunks for layer in chunk.exits), 1.0)
     tokens, plan = StepTokens(tokens_MBS.numel()), plan_validation((chunks,), 1)
-    step = StageStep(stage, batch, plan, tokens, weights, chunk_rows=config.exits.loss_chunk_rows)
+    step = StageStep(stage, batch, plan, tokens, weights, exits=config.exits)
     seconds: Seconds = defaultdict(list)
     for number in range(WARM_UP + ROUNDS):
         once = _round(short.exits, stage, step, tokens_MBS[0], device)

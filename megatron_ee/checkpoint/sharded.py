@@ -67,11 +67,13 @@ def _shape(description: Description) -> dict[str, object]:
         "exits.layers": layers,
         "exits.head": _in_short(tuple(map(description.exits.head_of, layers))),
         "exits.projection": _in_short(tuple(map(description.exits.projection_of, layers))),
+        "exits.temperature": _in_short(tuple(map(description.exits.temperature_of, layers))),
+        "exits.gate": _in_short(tuple(map(description.exits.gate_of, layers))),
     }
     exits["exits.norm"] = description.exits.norm
     model["training.precision"] = description.precision
     return {**model, **exits, "tokenizer": description.tokenizer, "vocab_size": description.vocab_size}
 
 
-def _in_short(of_exits: tuple[str, ...]) -> str | tuple[str, ...]:
+def _in_short(of_exits: tuple[str, ...] | tuple[float, ...]) -> str | float | tuple[str, ...] | tuple[float, ...]:
     return of_exits[0] if len(set(of_exits)) == 1 else of_exits

@@ -1,11 +1,12 @@
 """What a run is: one typed, frozen tree, read from strict YAML. Imports nothing of ours."""
 
 from megatron_ee.config.errors import ConfigError
+from megatron_ee.config.exit_losses import DistillationConfig, GateKind, GateLossConfig, WeightScheduleConfig
 from megatron_ee.config.inference import ExitParams, InferenceConfig, ServingConfig
 from megatron_ee.config.layerskip import LayerDropoutConfig, LayerSkipConfig
 from megatron_ee.config.loader import load_config, open_config, to_yaml
 from megatron_ee.config.logging import LoggingConfig, ProfileConfig, WandbConfig
-from megatron_ee.config.model import ExitsConfig, HeadKind, ModelConfig, Precision, WeightScheduleConfig
+from megatron_ee.config.model import ExitsConfig, HeadKind, ModelConfig, Precision
 from megatron_ee.config.operations import CheckpointConfig, FaultsConfig
 from megatron_ee.config.parallel import ParallelConfig, StagePlacement
 from megatron_ee.config.schema import Config
@@ -17,9 +18,12 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistillationConfig",
     "ExitParams",
     "ExitsConfig",
     "FaultsConfig",
+    "GateKind",
+    "GateLossConfig",
     "HeadKind",
     "InferenceConfig",
     "LayerDropoutConfig",

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
+from megatron_ee.config.exit_checks import exit_problems
 from megatron_ee.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from megatron_ee.config.model import ExitsConfig
     from megatron_ee.config.schema import Config
 
 Problems = Iterator[tuple[str, str]]
@@ -17,7 +17,7 @@ BUILT_IN: Mapping[str, tuple[str, ...]] = {
     "parallel.schedule": ("1f1b", "gpipe", "interleaved", "filled-1f1b", "zero-bubble", "megatron"),
     "optimizer.backend": ("megatron",),
     "optimizer.lr_decay": ("cosine", "linear", "wsd", "constant"),
-    "inference.exit.measure": ("max_probability",),
+    "inference.exit.measure": ("max_probability", "gate"),
 }
 
 
@@ -31,48 +31,13 @@ class InvalidFieldsError(ValueError):
 
 def problems_of(config: "Config") -> Problems:
     """All that is wrong between the fields of a config whose fields are right by themselves."""
-    yield from _exit_problems(config)
+    yield from exit_problems(config)
     yield from _split_problems(config)
     yield from _schedule_problems(config)
     yield from _layout_problems(config)
     yield from _data_problems(config)
     yield from _training_problems(config)
     yield from _name_problems(config)
-
-
-def exits_problems(exits: "ExitsConfig") -> Problems:
-    """What LayerSkip's recipe does not go with, within the section `exits`."""
-    others = {exits.head} if isinstance(exits.head, str) else set(exits.head)
-    others -= {"norm"}
-    if exits.norm == "shared" and others:
-        yield "norm", f"shared needs exits that are no more than a norm, not head {' or '.join(sorted(others))}"
-    if (recipe := exits.layerskip) is None:
-        return
-    if not exits.layers:
-        yield "layerskip", "needs exits, but exits.layers is empty"
-    if exits.weights:
-        yield "weights", "is what exits.layerskip replaces: leave it out"
-    if exits.weight_schedule != type(exits.weight_schedule)():
-        yield "weight_schedule", "is what exits.layerskip replaces: leave it out"
-    if recipe.curriculum == "rotational" and recipe.rotation is None:
-        yield "layerskip.rotation", "null, but curriculum rotational needs a number of layers"
-    if recipe.curriculum != "rotational" and recipe.rotation is not None:
-        yield "layerskip.rotation", f"{recipe.rotation} is for curriculum rotational, not {recipe.curriculum}"
-
-
-def _exit_problems(config: "Config") -> Problems:
-    num_layers, exits = config.model.num_layers, config.exits.layers
-    for number, layer in enumerate(exits):
-        if layer >= num_layers:
-            why = ": the last layer's exit is built in" if layer == num_layers else ""
-            yield f"exits.layers.{number}", f"{layer} must be below num_layers = {num_layers}{why}"
-    params = config.inference.exit
-    named = [(f"exits.{number}", layer) for number, layer in enumerate(params.exits or ())]
-    named += [(f"thresholds.{layer}", layer) for layer in params.thresholds]
-    for field, layer in named:
-        if layer not in exits:
-            others = f", only after {list(exits)}" if exits else ": exits.layers is empty"
-            yield f"inference.exit.{field}", f"there is no exit after layer {layer}{others}"
 
 
 def _split_problems(config: "Config") -> Problems:

@@ -11,7 +11,10 @@ class ExitParams(Section):
     """How one request may exit; the same object in Python, in YAML and over HTTP."""
 
     mode: Literal["full", "early_exit"] = "early_exit"
-    measure: str = Field("max_probability", description="confidence of an exit: max_probability, or a plug-in's")
+    measure: str = Field(
+        "max_probability",
+        description="confidence of an exit: max_probability, gate (its own, see exits.gate), or a plug-in's",
+    )
     threshold: Probability = Field(
         0.9, description="an exit fires at this confidence; 1.0 never, 0.0 at the first exit"
     )

@@ -4,10 +4,20 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_ee.config.checks import InvalidFieldsError, exits_problems
+from megatron_ee.config.checks import InvalidFieldsError
+from megatron_ee.config.exit_checks import exits_problems
+from megatron_ee.config.exit_losses import (
+    DistillationConfig,
+    GateKind,
+    GateKinds,
+    GateLossConfig,
+    Temperatures,
+    TokenWeights,
+    WeightScheduleConfig,
+    WeightSchedules,
+)
 from megatron_ee.config.fields import (
     Layers,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -69,12 +79,15 @@ class ModelConfig(Section):
         return self
 
 
-class WeightScheduleConfig(Section):
-    """How an exit's loss weight goes from `start` to its target in `warmup_iters` iterations."""
-
-    shape: Literal["linear", "cosine", "constant"] = "linear"
-    start: NonNegativeFloat = 0.0
-    warmup_iters: NonNegativeInt = 1000
+_LISTS = {
+    "weights": "weight",
+    "weight_schedule": "schedule",
+    "head": "head",
+    "projection": "projection",
+    "temperature": "temperature",
+    "gate": "gate",
+}
+"""Fields with a value for each exit, where they are lists, and what one value is called."""
 
 
 class ExitsConfig(Section):
@@ -84,7 +97,9 @@ class ExitsConfig(Section):
         (), description="ascending; each is the number of layers run before the exit; all: every layer below the last"
     )
     weights: Weights = Field((), description="target loss weight of each exit; default: layer / num_layers")
-    weight_schedule: WeightScheduleConfig = WeightScheduleConfig()
+    weight_schedule: WeightScheduleConfig | WeightSchedules = Field(
+        WeightScheduleConfig(), description="how weights get to their targets; one for all exits, or a list"
+    )
     head: HeadKind | HeadKinds = Field(
         "norm",
         description="what an exit has before its projection: a norm; an MLP, or a whole transformer layer, and a norm; "
@@ -99,6 +114,23 @@ class ExitsConfig(Section):
     layerskip: LayerSkipConfig | None = Field(
         None, description="loss weights by LayerSkip's recipe, instead of `weights` and `weight_schedule`"
     )
+    temperature: PositiveFloat | Temperatures = Field(
+        1.0,
+        description="an exit's logits are divided by it, in training and in decoding; one for all exits, or a list. "
+        "The final output's is 1",
+    )
+    token_weights: TokenWeights = Field(
+        "none",
+        description="max_probability: an exit's loss on a token times its own highest probability there, without "
+        "gradient",
+    )
+    distillation: DistillationConfig | None = None
+    gate: GateKind | GateKinds = Field(
+        "none",
+        description="a head that learns whether its exit is right, for inference.exit.measure: gate; one for all "
+        "exits, or a list",
+    )
+    gate_loss: GateLossConfig = GateLossConfig()
     release: bool = Field(
         False, description="run an exit's loss just before its backward: less memory, and less of it is hidden"
     )
@@ -112,11 +144,11 @@ class ExitsConfig(Section):
             raise InvalidFieldsError([("layers", f"{list(self.layers)} must ascend, without duplicates")])
         listed = {
             name: len(value)
-            for name, value in (("weights", self.weights or None), ("head", self.head), ("projection", self.projection))
-            if isinstance(value, tuple)
+            for name in _LISTS
+            if isinstance(value := getattr(self, name), tuple) and (value or name != "weights")
         }
         problems = [
-            (name, f"{count} {name.removesuffix('s')}{'s' * (count != 1)}, but exits.layers has {len(self.layers)}")
+            (name, f"{count} {_LISTS[name]}{'s' * (count != 1)}, but exits.layers has {len(self.layers)}")
             for name, count in listed.items()
             if count != len(self.layers)
         ]
@@ -136,3 +168,25 @@ class ExitsConfig(Section):
         if layer not in self.layers:
             return "shared"
         return self.projection if isinstance(self.projection, str) else self.projection[self.layers.index(layer)]
+
+    def weight_schedule_of(self, layer: int) -> WeightScheduleConfig:
+        """How the loss weight of the early exit after `layer` changes over time."""
+        schedule = self.weight_schedule
+        return schedule[self.layers.index(layer)] if isinstance(schedule, tuple) else schedule
+
+    def temperature_of(self, layer: int) -> float:
+        """What the logits of the exit after `layer` are divided by; the final output's by 1."""
+        if layer not in self.layers:
+            return 1.0
+        return self.temperature[self.layers.index(layer)] if isinstance(self.temperature, tuple) else self.temperature
+
+    def gate_of(self, layer: int) -> GateKind:
+        """The gate of the exit after `layer`; the final output has none."""
+        if layer not in self.layers:
+            return "none"
+        return self.gate if isinstance(self.gate, str) else self.gate[self.layers.index(layer)]
+
+    @property
+    def gated(self) -> list[int]:
+        """The exits with a gate, ascending."""
+        return [layer for layer in self.layers if self.gate_of(layer) != "none"]

@@ -13,7 +13,7 @@ from megatron_ee.checkpoint.verify import verify
 from megatron_ee.config import Config, ParallelConfig
 from megatron_ee.device import Device
 from megatron_ee.inference.decoder import Decoder
-from megatron_ee.inference.policies import MEASURES, Measure, thresholds_of
+from megatron_ee.inference.policies import GATE, MEASURES, Measure, check_gates, thresholds_of
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.sampling import sample
 from megatron_ee.model.precision import DTYPES
@@ -31,19 +31,22 @@ class Engine:
     stage: Stage
     tokenizer: Tokenizer
     exits: list[int]
-    measures: Mapping[str, Measure]
+    measures: Mapping[str, Measure | None]
 
     def generate(self, request: Request) -> Iterator[Emission]:
         """Tokens until the stop token or the request's limit.
 
         Raises:
-            ValueError: the request names an exit that the model doesn't have.
+            ValueError: the request names an exit that the model doesn't have, or asks a gate that it doesn't have.
         """
         thresholds = thresholds_of(request.exit, self.exits)
+        measure = choose("inference.exit.measure", request.exit.measure, self.measures, {})
+        if measure is GATE:
+            check_gates(thresholds, self.gated)
         decoder = Decoder(
             self.stage,
             thresholds,
-            choose("inference.exit.measure", request.exit.measure, self.measures, {}),
+            measure,
             max_pending=request.exit.max_pending,
             capacity=len(request.prompt) + request.max_new_tokens,
         )
@@ -57,6 +60,11 @@ class Engine:
                 return
             yield Emission(token, outcome.exit_layer, outcome.confidence)
             tokens = [token]
+
+    @property
+    def gated(self) -> list[int]:
+        """The exits with a gate."""
+        return [layer for layer in self.exits if self.stage.head(layer).gate is not None]
 
     @torch.no_grad()
     def full_depth_choices(self, tokens: list[int]) -> list[int]:

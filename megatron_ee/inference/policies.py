@@ -1,13 +1,17 @@
 """When an exit fires."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
 from megatron_ee.config import ExitParams
+from megatron_ee.errors import FieldError
 
 Measure = Callable[[torch.Tensor], float]
 """Confidence of an exit in [0, 1], from its logits_V."""
+
+GATE: Measure | None = None
+"""What stands for a measure where an exit's gate is asked: it looks at the hidden state, and needs no logits."""
 
 
 def max_probability(logits_V: torch.Tensor) -> float:
@@ -15,7 +19,7 @@ def max_probability(logits_V: torch.Tensor) -> float:
     return float(logits_V.float().softmax(-1).max())
 
 
-MEASURES: Mapping[str, Measure] = {"max_probability": max_probability}
+MEASURES: Mapping[str, Measure | None] = {"max_probability": max_probability, "gate": GATE}
 
 
 def fires(confidence: float, threshold: float) -> bool:
@@ -37,3 +41,19 @@ def thresholds_of(params: ExitParams, exits: list[int]) -> dict[int, float]:
     allowed = exits if params.exits is None else params.exits
     thresholds = {layer: params.thresholds.get(layer, params.threshold) for layer in allowed}
     return {layer: value for layer, value in thresholds.items() if layer >= params.min_exit and value < 1}
+
+
+def check_gates(layers: Collection[int], gated: Collection[int]) -> None:
+    """
+    Args:
+        layers: the exits that may fire for a request that asks their gates.
+        gated: the model's exits with a gate.
+
+    Raises:
+        FieldError: one of them has no gate.
+    """
+    if lacking := sorted(set(layers) - set(gated)):
+        which = f"only after {sorted(gated)}" if gated else "none at all"
+        raise FieldError(
+            "inference.exit.measure", f"gate, but the model has no gate after layers {lacking}, {which} (exits.gate)"
+        )

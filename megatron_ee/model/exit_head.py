@@ -17,7 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ee.config import HeadKind
+from megatron_ee.config import GateKind, HeadKind
+from megatron_ee.model.gate import Gate
 from megatron_ee.model.layers import LayerParts, layer_spec, mlp_spec
 
 
@@ -28,6 +29,8 @@ class ExitHead(MegatronModule):
         layer: the number of layers run before the exit.
         owns_projection: whether it has a projection of its own, `output`.
         owns_norm: False where its features are not normed yet: the stage has the norm then.
+        temperature: what its logits are divided by.
+        gate: what kind of gate it has.
     """
 
     def __init__(
@@ -41,9 +44,11 @@ class ExitHead(MegatronModule):
         vocab_size: int,
         owns_projection: bool,
         owns_norm: bool = True,
+        temperature: float = 1.0,
+        gate: GateKind = "none",
     ) -> None:
         super().__init__(config)
-        self.kind, self.tp_group = kind, groups.tp
+        self.kind, self.tp_group, self.temperature = kind, groups.tp, temperature
 
         def norm() -> torch.nn.Module:
             return parts.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
@@ -57,6 +62,7 @@ class ExitHead(MegatronModule):
             )
         self.norm = norm() if owns_norm else None
         self.output = make_projection(config, groups, vocab_size) if owns_projection else None
+        self.gate = None if gate == "none" else Gate(config, parts, groups, gate)
 
     @property
     def attends(self) -> bool:

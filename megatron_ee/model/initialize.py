@@ -14,8 +14,8 @@ from megatron_ee.model.stage import Stage
 
 
 def initialize(stage: Stage, seed: int) -> None:
-    """Fill the stage's parameters: norms 1, matrices normal with `init_std`, smaller by sqrt(2 L) where a matrix
-    writes to the residual stream (GPT-2)."""
+    """Fill the stage's parameters: norms 1, biases 0, matrices normal with `init_std`, smaller by sqrt(2 L) where a
+    matrix writes to the residual stream (GPT-2)."""
     std = stage.model.init_std
     residual_std = std / math.sqrt(2 * stage.model.num_layers)
     state = stage.sharded_state_dict(metadata={"non_homogeneous_layers": True})
@@ -25,7 +25,7 @@ def initialize(stage: Stage, seed: int) -> None:
     with torch.no_grad():
         for shard in shards:
             if len(shard.global_shape) == 1:
-                shard.data.fill_(1.0)
+                shard.data.fill_(0.0 if shard.key.endswith(".bias") else 1.0)
             else:
                 writes_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
                 whole = torch.randn(shard.global_shape, generator=_generator(seed, shard.key))

@@ -189,7 +189,7 @@ class Stage(MegatronModule):
         documents_BS: torch.Tensor | None = None,
         store: KeyValueStore | None = None,
     ) -> torch.Tensor:
-        """What the exit's projection takes, [S, B, H], from the hidden state at its tap; other arguments as those of
+        """What `project` takes, [S, B, H], from the hidden state at the exit's tap; other arguments as those of
         `run_layers`."""
         head = self.head(layer)
         if head.attends:
@@ -198,16 +198,24 @@ class Stage(MegatronModule):
         return features_SBH if self.norm is None else self.norm(features_SBH)
 
     def project(self, features_SBH: torch.Tensor, layer: int) -> torch.Tensor:
-        """logits_SBV of the features of the exit after `layer`."""
+        """logits_SBV of the features of the exit after `layer`, divided by its temperature."""
         projection, weight = self._projection(layer)
-        logits_SBV, _ = projection(features_SBH, weight=weight)
+        logits_SBV, _ = projection(self._cooled(features_SBH, layer), weight=weight)
         return logits_SBV
 
     def projection_input(self, features_SBH: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of `project`, for a loss that computes the product piece by piece: features of all positions, and
         the rows [V, H] of the exit's projection."""
         _, weight = self._projection(layer)
-        return enter_projection(features_SBH, self.config, self.groups), weight
+        return enter_projection(self._cooled(features_SBH, layer), self.config, self.groups), weight
+
+    def gate_logits(self, hidden_SBH: torch.Tensor, layer: int) -> torch.Tensor:
+        """fp32 [S, B] of all positions, from the hidden state at the exit's tap: how sure its gate is, before the
+        sigmoid, that the exit is right."""
+        gate = self.head(layer).gate
+        assert gate is not None, f"exit {layer} has no gate"
+        logits_SB: torch.Tensor = gate(hidden_SBH)
+        return logits_SB
 
     def exit_logits(self, hidden_SBH: torch.Tensor, layer: int, positions: torch.Tensor) -> torch.Tensor:
         """logits_SBV of the exit after `layer`, or of the final output after the last, from what its tap has of all
@@ -293,6 +301,8 @@ class Stage(MegatronModule):
                     vocab_size=vocab_size,
                     owns_projection=exits.projection_of(layer) == "own",
                     owns_norm=exits.norm == "own",
+                    temperature=exits.temperature_of(layer),
+                    gate=exits.gate_of(layer),
                 )
                 for layer in own_exits
             }
@@ -321,6 +331,11 @@ class Stage(MegatronModule):
         if self.recompute.layers and torch.is_grad_enabled():
             return checkpoint(run, x_SBH, use_reentrant=False, preserve_rng_state=False)
         return run(x_SBH)
+
+    def _cooled(self, features_SBH: torch.Tensor, layer: int) -> torch.Tensor:
+        """Dividing features divides logits, H numbers a row instead of V, for all who look at logits."""
+        temperature = self.head(layer).temperature
+        return features_SBH if temperature == 1.0 else features_SBH / temperature
 
     def _projection(self, layer: int) -> tuple[ColumnParallelLinear, torch.Tensor]:
         projection = self.head(layer).output or self.output

@@ -3,12 +3,13 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_ee.config import Config, HeadKind, ModelConfig, ParallelConfig
+from megatron_ee.config import Config, ExitsConfig, GateKind, HeadKind, ModelConfig, ParallelConfig
 from megatron_ee.parallel.chunks import Chunk, Layout, have_exits
 from megatron_ee.parallel.costs import costs_of
 from megatron_ee.parallel.layout import describe_layout, place
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.simulate import simulate
+from megatron_ee.parallel.products import gate_width
 from megatron_ee.parallel.world import count_microbatches, data_parallel_size
 
 FP32 = 4  # bytes of a gradient, a moment or a master weight
@@ -121,6 +122,15 @@ def head_parameters(model: ModelConfig, kind: HeadKind, ranks: int = 1) -> int:
     return before[kind] + model.hidden_size
 
 
+def gate_parameters(model: ModelConfig, kind: GateKind) -> int:
+    """Of an exit's gate, whole on every tensor-parallel rank: a norm, and one matrix or two, with biases."""
+    if kind == "none":
+        return 0
+    size = model.hidden_size
+    width = gate_width(size) if kind == "mlp" else size
+    return size + (kind == "mlp") * (size + 1) * width + width + 1
+
+
 def layer_activations(parallel: ParallelConfig, model: ModelConfig, recomputed: Collection[str] = ()) -> float:
     """Numbers that one layer keeps for its backward, per token, on one of the tensor-parallel ranks.
 
@@ -172,7 +182,7 @@ def _stage_parameters(config: Config, chunks: tuple[Chunk, ...], vocab_size: int
     has_embedding = any(chunk.has_embedding for chunk in chunks)
     has_copy = own_projections < len(own_exits) and not (model.tie_embeddings and has_embedding)
     matrices = has_embedding + own_projections + has_copy
-    heads = sum(head_parameters(model, exits.head_of(layer), ranks) for layer in own_exits)
+    heads = sum(_exit_parameters(model, exits, layer, ranks) for layer in own_exits)
     if exits.norm == "shared" and own_exits:
         heads -= (len(own_exits) - 1) * model.hidden_size  # one norm for all of the stage
     return num_layers * layer_parameters(model, ranks) + heads + matrices * vocab_size * model.hidden_size // ranks
@@ -194,10 +204,11 @@ def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: in
         of_microbatch += config.data.sequence_length  # the mask between documents
     in_passing = max(whole_layer - kept_of_layer, gradients * (not waits))
     if own_exits:
-        in_passing = max(in_passing, *(_head_activations(config, exits.head_of(layer)) for layer in own_exits))
+        in_passing = max(in_passing, *(_exit_activations(config, layer) for layer in own_exits))
     rows = min(exits.loss_chunk_rows or tokens, tokens) if own_exits else 0
-    logits = (3 * FP32 + (size if size < FP32 else 0)) * vocab_size / parallel.tensor  # with their softmax and
-    # gradient, in fp32
+    # logits with their softmax and gradient, in fp32; where exits are distilled, the final exit's and both gradients
+    copies = 3 + 3 * (exits.distillation is not None and len(own_exits) > 1)
+    logits = (copies * FP32 + (size if size < FP32 else 0)) * vocab_size / parallel.tensor
     of_waiting = num_layers * weight_products(parallel, model)
     of_all = max(before * of_microbatch + after * of_waiting for before, after in held)
     return (of_all + in_passing) * size * tokens + logits * rows
@@ -216,8 +227,8 @@ def _layer_activations(config: Config) -> tuple[float, float]:
             return whole, whole
 
 
-def _head_activations(config: Config, kind: HeadKind) -> float:
-    """Numbers per token that an exit's head keeps from its forward to its backward, within X."""
+def _exit_activations(config: Config, layer: int) -> float:
+    """Numbers per token that an exit's head and gate keep from their forward to their backward, within X."""
     parallel, model = config.parallel, config.model
     norm = _NORM_NUMBERS / 2 * _hidden(parallel, model)
     before = {
@@ -225,7 +236,8 @@ def _head_activations(config: Config, kind: HeadKind) -> float:
         "mlp": norm + _MLP_NUMBERS * model.ffn_hidden_size / parallel.tensor,
         "block": layer_activations(parallel, model),
     }
-    return before[kind] + norm
+    of_gate = {"none": 0.0, "linear": norm, "mlp": norm + 2 * gate_width(model.hidden_size)}
+    return before[config.exits.head_of(layer)] + norm + of_gate[config.exits.gate_of(layer)]
 
 
 def _exits_of(chunks: tuple[Chunk, ...]) -> list[int]:
@@ -237,6 +249,12 @@ def _hidden(parallel: ParallelConfig, model: ModelConfig) -> float:
     return model.hidden_size / (parallel.tensor if parallel.sequence else 1)
 
 
+def _exit_parameters(model: ModelConfig, exits: ExitsConfig, layer: int, ranks: int = 1) -> int:
+    """Of an exit without its projection."""
+    head = head_parameters(model, exits.head_of(layer), ranks)
+    return head + gate_parameters(model, exits.gate_of(layer))
+
+
 def _mlp_parameters(model: ModelConfig) -> int:
     return 3 * model.ffn_hidden_size * model.hidden_size
 
@@ -244,7 +262,7 @@ def _mlp_parameters(model: ModelConfig) -> int:
 def _all_parameters(config: Config, vocab_size: int) -> int:
     """Of the whole model; copies count once."""
     model, exits = config.model, config.exits
-    heads = sum(head_parameters(model, exits.head_of(layer)) for layer in (*exits.layers, model.num_layers))
+    heads = sum(_exit_parameters(model, exits, layer) for layer in (*exits.layers, model.num_layers))
     if exits.norm == "shared":
         heads -= len(exits.layers) * model.hidden_size
     own_projections = sum(exits.projection_of(layer) == "own" for layer in exits.layers)

@@ -11,6 +11,15 @@ BACKWARD = 2
 """A product of the forward counts twice more in the backward: for its input's gradient and for its weight's."""
 
 
+GATE_SHARE = 4
+"""An MLP gate is one part in so many as wide as the model."""
+
+
+def gate_width(hidden_size: int) -> int:
+    """The inner width of an MLP gate."""
+    return max(1, hidden_size // GATE_SHARE)
+
+
 def layer_products(model: ModelConfig, sequence_length: int) -> int:
     """Of one layer: attention and MLP."""
     query_width = model.num_attention_heads * model.head_dim
@@ -30,6 +39,6 @@ def mlp_products(model: ModelConfig) -> int:
 
 
 def head_products(model: ModelConfig, kind: HeadKind, sequence_length: int, vocab_size: int) -> int:
-    """Of an exit's head, with its projection."""
+    """Of an exit's head, with its projection. A gate beside it has H products, or H^2 / 4, and isn't counted."""
     before = {"norm": 0, "mlp": mlp_products(model), "block": layer_products(model, sequence_length)}
     return before[kind] + model.hidden_size * vocab_size

@@ -72,7 +72,7 @@ def assemble_trainer(
         loader=_build_loader(config, datasets.train, mesh, num_fills=len(plan.fills)),
         runtime=build_runtime(config, mesh, message, stage, gradients),
         plan=plan,
-        meter=ExitMeter(all_exits(config), mesh),
+        meter=ExitMeter(all_exits(config), mesh, gated=config.exits.gated),
         skipped=SkippedSteps(mesh, config.faults.max_nonfinite),
         alarms=Alarms(config.faults, mesh, final_exit=config.model.num_layers),
         timer=PhaseTimer(mesh, plan if config.parallel.schedule != MEGATRON else None),
@@ -194,11 +194,11 @@ def _build_evaluator(
         loader,
         runtime,
         plan_validation(layout, loader.num_microbatches),
-        ExitMeter(all_exits(config), mesh),
+        ExitMeter(all_exits(config), mesh, gated=config.exits.gated),
         mesh,
         num_batches=config.training.eval_iters,
         global_batch_size=config.training.global_batch_size,
-        chunk_rows=config.exits.loss_chunk_rows,
+        exits=config.exits,
     )
 
 

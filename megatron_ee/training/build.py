@@ -26,6 +26,7 @@ from megatron_ee.parallel.world import count_microbatches
 from megatron_ee.plugins import choose, load_plugins
 from megatron_ee.tokenizer import open_tokenizer
 from megatron_ee.training.assemble import all_exits, assemble_trainer, run_folder_of
+from megatron_ee.training.exit_objectives import check_learners
 from megatron_ee.training.loggers import check_loggers, open_loggers
 from megatron_ee.training.lr_schedule import DECAYS, Decay
 from megatron_ee.training.operations.attempts import Attempt, open_attempt
@@ -57,6 +58,7 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
     tokenizer = open_tokenizer(config.data.tokenizer)
     vocab_size = resolve_vocab_size(config.model, tokenizer)
     layout = layout_of(config, vocab_size)
+    check_learners(config, layout)
     plan = _plan_step(config, layout, vocab_size, mesh, parts.schedules)
     if mesh.is_main:
         _announce(log, config, device, layout, plan, vocab_size)
@@ -114,14 +116,15 @@ def _announce(log: logging.Logger, config: Config, device: Device, layout: Layou
         kinds = [fill.kind for fill in plan.fills]
         warmup, cooldown = kinds.count("warmup"), kinds.count("cooldown")
         log.info("fills: %d warm-up and %d cool-down micro-batches beside %d", warmup, cooldown, plan.num_regular)
-    warmup, total = config.exits.weight_schedule.warmup_iters, config.training.train_iters
-    by_schedule = config.exits.layers and config.exits.layerskip is None
-    if by_schedule and config.exits.weight_schedule.shape != "constant" and warmup >= total:
+    layers = config.exits.layers if config.exits.layerskip is None else ()
+    schedules = map(config.exits.weight_schedule_of, layers)
+    warmup = max((schedule.warmup_iters for schedule in schedules if schedule.shape != "constant"), default=-1)
+    if warmup >= config.training.train_iters:
         log.warning(
             "exits.weight_schedule.warmup_iters: %d is not below training.train_iters = %d, "
             "so the exits never reach their weights",
             warmup,
-            total,
+            config.training.train_iters,
         )
 
 

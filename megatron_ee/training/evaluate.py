@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from megatron_ee.config import ExitsConfig
 from megatron_ee.data.loader import BatchLoader
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
@@ -30,12 +31,12 @@ class Evaluator:
         *,
         num_batches: int,
         global_batch_size: int,
-        chunk_rows: int,
+        exits: ExitsConfig,
     ) -> None:
         self._stage, self._loader, self._runtime, self._plan = stage, loader, runtime, plan
         self._meter, self._mesh = meter, mesh
         self._num_batches, self._global_batch_size = num_batches, global_batch_size
-        self._chunk_rows = chunk_rows
+        self._exits = exits
 
     def evaluate(self, weights: Mapping[int, float], *, watches: Sequence[ActionWatch] = ()) -> dict[str, float]:
         """Loss, perplexity and accuracy of every exit. Collective."""
@@ -43,7 +44,7 @@ class Evaluator:
         for number in range(self._num_batches):
             batch = self._loader.batch(number * self._global_batch_size)
             tokens = count_tokens(batch, self._plan, self._mesh)
-            step = StageStep(self._stage, batch, self._plan, tokens, None, chunk_rows=self._chunk_rows)
+            step = StageStep(self._stage, batch, self._plan, tokens, None, exits=self._exits)
             self._runtime.run(self._plan, step, watches=watches)
             self._meter.add(step.losses, tokens.regular)
         self._stage.train()

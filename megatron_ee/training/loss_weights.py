@@ -21,14 +21,17 @@ def weights_at(config: Config, iteration: int) -> Mapping[int, float]:
 def loss_weights(exits: ExitsConfig, num_layers: int, iteration: int) -> Mapping[int, float]:
     """Weight of each exit's loss at an iteration (0 is the first); the final exit's is 1.
 
-    Warm-up (start below target) and cool-down (start above it) are the same formula.
+    Warm-up (start below target) and cool-down (start above it) are the same formula, and exits may differ in it.
     """
-    share = _share(exits.weight_schedule, iteration)
-    start = exits.weight_schedule.start
     weights = {
-        layer: start + share * (target - start) for layer, target in zip(exits.layers, exits.weights, strict=True)
+        layer: _weight(exits.weight_schedule_of(layer), target, iteration)
+        for layer, target in zip(exits.layers, exits.weights, strict=True)
     }
     return {**weights, num_layers: 1.0}
+
+
+def _weight(schedule: WeightScheduleConfig, target: float, iteration: int) -> float:
+    return schedule.start + _share(schedule, iteration) * (target - schedule.start)
 
 
 def _share(schedule: WeightScheduleConfig, iteration: int) -> float:

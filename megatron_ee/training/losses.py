@@ -20,15 +20,24 @@ from megatron_ee.data.batch import Batch
 from megatron_ee.model.chunked_loss import ProjectedLoss, projected_loss
 from megatron_ee.model.split_vocabulary import likeliest_tokens, token_losses
 from megatron_ee.model.stage import Stage
+from megatron_ee.model.token_objective import CROSS_ENTROPY, Teacher, TokenObjective, plain_losses
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.pipeline.plan import Fill, Plan
+from megatron_ee.training.gate_loss import GateSums
 
 
 class ExitLoss(NamedTuple):
-    """Sums over the unmasked tokens of a micro-batch; whoever has the batch's token count divides."""
+    """Sums over the unmasked tokens of a micro-batch; whoever has the batch's token count divides. Cross-entropy is
+    plain, whatever the exit is trained on."""
 
     cross_entropy: torch.Tensor
     correct: torch.Tensor
+    gate: GateSums | None = None
+
+    def plus(self, other: "ExitLoss") -> "ExitLoss":
+        """The sum of both; the same exit's, so that both have a gate or none has."""
+        gates = GateSums(*map(torch.add, self.gate, other.gate)) if self.gate and other.gate else None
+        return ExitLoss(self.cross_entropy + other.cross_entropy, self.correct + other.correct, gates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +87,38 @@ def exit_loss(
     *,
     scale: float,
     chunk_rows: int,
+    objective: TokenObjective = CROSS_ENTROPY,
+    teacher: Teacher | None = None,
 ) -> ProjectedLoss:
-    """Cross-entropy (nats, fp32) and right top-1 predictions of an exit, summed over the tokens whose mask is 1.
+    """Cross-entropy (nats, fp32) and right top-1 predictions of an exit, summed over the tokens whose mask is 1, and
+    what it is trained on.
 
     Args:
         scale: factor of the differentiable objective.
         chunk_rows: tokens whose logits exist at a time; 0: all at once, the plain version of the same.
+        objective: what the loss on a token is.
+        teacher: the final exit, where the objective distils it.
     """
     labels_SB, mask_SB = labels_BS.T, mask_BS.T
     if chunk_rows:
         inputs_SBH, weight_VH = stage.projection_input(features_SBH, layer)
         return projected_loss(
-            inputs_SBH, weight_VH, labels_SB, mask_SB, stage.tp_group, scale=scale, chunk_rows=chunk_rows
+            inputs_SBH,
+            weight_VH,
+            labels_SB,
+            mask_SB,
+            stage.tp_group,
+            scale=scale,
+            chunk_rows=chunk_rows,
+            objective=objective,
+            teacher=teacher,
         )
-    logits_SBV = stage.project(features_SBH, layer)
-    correct_SB = (likeliest_tokens(logits_SBV, stage.tp_group) == labels_SB).float()
-    cross_entropy = (token_losses(logits_SBV, labels_SB, stage.tp_group) * mask_SB).sum()
-    return ProjectedLoss(cross_entropy * scale, cross_entropy.detach(), (correct_SB * mask_SB).sum())
+    logits_SBV, group = stage.project(features_SBH, layer), stage.tp_group
+    likeliest_SB = likeliest_tokens(logits_SBV, group)
+    correct = ((likeliest_SB == labels_SB) * mask_SB).sum()
+    if objective == CROSS_ENTROPY:
+        cross_entropy = (token_losses(logits_SBV, labels_SB, group) * mask_SB).sum()
+        return ProjectedLoss(cross_entropy * scale, cross_entropy.detach(), correct, likeliest_SB)
+    loss = (plain_losses(logits_SBV, labels_SB, objective, teacher, group) * mask_SB).sum()
+    cross_entropy = (token_losses(logits_SBV.detach().clone(), labels_SB, group) * mask_SB).sum()
+    return ProjectedLoss(loss * scale, cross_entropy, correct, likeliest_SB)

@@ -14,13 +14,14 @@ from functools import partial
 
 import torch
 
+from megatron_ee.config import ExitsConfig
 from megatron_ee.data.batch import Batch
-from megatron_ee.model.chunked_loss import ProjectedLoss
 from megatron_ee.model.deferred_weights import WeightProduct
 from megatron_ee.model.layer_drop import KeptRows
 from megatron_ee.model.stage import Stage, Tap
 from megatron_ee.parallel.pipeline.plan import Action, Kind, Plan
-from megatron_ee.training.losses import ExitLoss, StepTokens, exit_loss
+from megatron_ee.training.exit_objectives import ExitObjectives, FinalExit, Samples
+from megatron_ee.training.losses import ExitLoss, StepTokens
 from megatron_ee.training.overlap import Settle, Settling
 
 
@@ -31,6 +32,7 @@ class _LiveMicrobatch:
     x_SBH: torch.Tensor
     y_SBH: torch.Tensor
     taps: dict[Tap, torch.Tensor]
+    final: FinalExit | None
     tap_gradients: dict[Tap, torch.Tensor] = field(default_factory=dict)
 
 
@@ -40,7 +42,8 @@ class StageStep:
     Args:
         weights: exit layer -> weight of its loss, times the optimizer's loss scale; other exits do not run. None:
             losses are only measured (validation), of all exits; the plan has no B then.
-        chunk_rows: see `exit_loss`.
+        exits: what exits are trained on.
+        loss_scale: the optimizer's, for gates.
         no_sync: a context in which gradients are not handed over for their sum over data ranks, because more is to
             come; all but the last backwards run in it.
         kept: of each micro-batch, the rows that run each layer; empty: all run all.
@@ -55,14 +58,16 @@ class StageStep:
         tokens: StepTokens,
         weights: Mapping[int, float] | None,
         *,
-        chunk_rows: int,
+        exits: ExitsConfig,
+        loss_scale: float = 1.0,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
         kept: Sequence[KeptRows] = (),
         settle: Settle | None = None,
     ) -> None:
         self._stage, self._batch, self._plan = stage, batch, plan
         self._tokens, self._weights = tokens, weights
-        self._chunk_rows, self._no_sync, self._kept = chunk_rows, no_sync, kept
+        self._objectives = ExitObjectives(stage, exits, weights, loss_scale=loss_scale)
+        self._no_sync, self._kept = no_sync, kept
         self._settling = Settling(stage, plan, kept, settle) if settle is not None else None
         self._live: dict[tuple[int, int], _LiveMicrobatch] = {}  # by chunk and micro-batch
         self._products: dict[tuple[int, int], list[WeightProduct]] = {}  # that B left for W
@@ -92,19 +97,22 @@ class StageStep:
         if self._weights is not None:
             taps = {tap: hidden_SBH for tap, hidden_SBH in taps.items() if tap.layer in self._weights}
         if is_trained or self._weights is None:
-            self._live[action.chunk, action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps)
+            at_final_SBH = taps.get(Tap(self._stage.model.num_layers))
+            final = FinalExit(at_final_SBH) if at_final_SBH is not None else None
+            self._live[action.chunk, action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps, final)
         return y_SBH
 
     def exits(self, action: Action) -> None:
-        """X: each exit's loss and the backward of its head only; one exit's logits live at a time."""
+        """X: each exit's loss and the backward of its head only; one exit's logits live at a time. The deepest exit is
+        first: others may learn from the final one."""
         live = self._live[action.chunk, action.microbatch]
         with self._sync_of(action):
-            for tap, hidden_SBH in live.taps.items():
+            for tap, hidden_SBH in reversed(live.taps.items()):
                 if self._weights is None:
                     with torch.no_grad():
-                        self._exit_loss(hidden_SBH, tap, action)
+                        self._exit_loss(hidden_SBH, tap, action, live.final)
                 else:
-                    live.tap_gradients[tap] = self._exit_gradient(hidden_SBH, tap, action)
+                    live.tap_gradients[tap] = self._exit_gradient(hidden_SBH, tap, action, live.final)
         if self._weights is None:
             del self._live[action.chunk, action.microbatch]
         self._settle_after(action)
@@ -145,44 +153,45 @@ class StageStep:
         live = self._live.pop((action.chunk, action.microbatch))
         loss = y_SBH.new_zeros(())
         for tap, hidden_SBH in live.taps.items():
-            if self._weights is None or tap.layer == self._stage.model.num_layers:
-                loss = self._exit_loss(hidden_SBH, tap, action).objective
+            if tap.layer == self._stage.model.num_layers:
+                loss = self._exit_loss(hidden_SBH, tap, action, live.final)
             else:
-                run_exit = partial(self._add_exit_gradient, hidden_SBH.detach(), tap, action)
+                run_exit = partial(self._add_exit_gradient, hidden_SBH.detach(), tap, action, live.final)
                 hidden_SBH.register_hook(run_exit)  # type: ignore[no-untyped-call]
         return y_SBH, loss
 
     def _add_exit_gradient(
-        self, hidden_SBH: torch.Tensor, tap: Tap, action: Action, gradient: torch.Tensor
+        self, hidden_SBH: torch.Tensor, tap: Tap, action: Action, final: FinalExit | None, gradient: torch.Tensor
     ) -> torch.Tensor:
         with torch.enable_grad():
-            return gradient + self._exit_gradient(hidden_SBH, tap, action)
+            return gradient + self._exit_gradient(hidden_SBH, tap, action, final)
 
-    def _exit_gradient(self, hidden_SBH: torch.Tensor, tap: Tap, action: Action) -> torch.Tensor:
+    def _exit_gradient(
+        self, hidden_SBH: torch.Tensor, tap: Tap, action: Action, final: FinalExit | None
+    ) -> torch.Tensor:
         """The backward of an exit's head; returns dL/dh."""
         leaf_SBH = hidden_SBH.detach().requires_grad_()
-        torch.autograd.backward(self._exit_loss(leaf_SBH, tap, action).objective)
+        torch.autograd.backward(self._exit_loss(leaf_SBH, tap, action, final))
         assert leaf_SBH.grad is not None
         return leaf_SBH.grad
 
-    def _exit_loss(self, hidden_SBH: torch.Tensor, tap: Tap, action: Action) -> ProjectedLoss:
+    def _exit_loss(self, hidden_SBH: torch.Tensor, tap: Tap, action: Action, final: FinalExit | None) -> torch.Tensor:
+        """The exit's objective; what was measured is kept."""
         fill = self._plan.fill_of(action.microbatch)
-        weight = self._weights[tap.layer] if self._weights is not None else 0.0
         positions, documents_BS = self._batch.places_of(action.microbatch)
-        loss = exit_loss(
-            self._stage,
-            self._stage.exit_features(hidden_SBH, tap.layer, positions, documents_BS=documents_BS),
-            tap.layer,
+        samples = Samples(
+            positions,
+            documents_BS,
             self._batch.labels_MBS[action.microbatch],
             self._batch.mask_MBS[action.microbatch],
-            scale=weight / self._tokens.loss_divisor(fill),
-            chunk_rows=self._chunk_rows,
+            self._tokens.loss_divisor(fill),
+            final,
         )
+        objective, own = self._objectives.take(tap.layer, hidden_SBH, samples)
         if fill is None:
-            own = ExitLoss(loss.cross_entropy, loss.correct)
             so_far = self.losses.get(tap.layer)
-            self.losses[tap.layer] = ExitLoss(*map(torch.add, so_far, own)) if so_far else own
-        return loss
+            self.losses[tap.layer] = so_far.plus(own) if so_far else own
+        return objective
 
     def _settle_after(self, action: Action) -> None:
         if self._settling is not None:

@@ -176,6 +176,24 @@ BETWEEN_FIELDS: Cases = {
             "exits: {layers: [4], weights: [0.5, 0.5]}",
             "1:22: exits.weights: 2 weights, but exits.layers has 1",
         ),
+        "lists of another length": (
+            "exits: {layers: [2, 4], weight_schedule: [{}], temperature: [2.0, 1.0, 1.0], gate: [mlp]}",
+            "1:25: exits.weight_schedule: 1 schedule, but exits.layers has 2",
+            "1:48: exits.temperature: 3 temperatures, but exits.layers has 2",
+            "1:78: exits.gate: 1 gate, but exits.layers has 2",
+        ),
+        "learning from a final exit elsewhere": (
+            "exits: {layers: [2, 6], distillation: {}, gate: linear, gate_loss: {target: final}}\n"
+            "parallel: {pipeline: 2, layout: [{layers: 4}, {layers: 4}]}",
+            "1:25: exits.distillation: needs the final exit beside the one that learns from it, but exit 2 is on stage "
+            "0 and the final exit on stage 1",
+            "1:69: exits.gate_loss.target: needs the final exit beside the one that learns from it, but exit 2 is on "
+            "stage 0 and the final exit on stage 1",
+        ),
+        "gates that are not there": (
+            "exits: {layers: [2, 4], gate: [linear, none]}\ninference: {exit: {measure: gate}}",
+            "2:20: inference.exit.measure: gate, but exits.gate is none for the exits after layers [4]",
+        ),
         "of a request": (
             "exits: {layers: [2, 4]}\ninference: {exit: {exits: [2, 3], thresholds: {6: 0.5}}}",
             "2:31: inference.exit.exits.1: there is no exit after layer 3, only after [2, 4]",

@@ -1,9 +1,10 @@
 """The model once more in plain torch, without megatron-core and without any split: the oracle of the real one."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, silu
 
 from megatron_ee.config import ExitsConfig, ModelConfig
 
@@ -27,16 +28,40 @@ def exit_logits(
         norms: for each exit, what it uses as the shared norm, likewise.
         skipped: the layers that each sequence skips; sequences then run one by one.
     """
-    if skipped is not None:
-        alone = [
-            _exit_logits(parameters, model, exits, tokens_S[None], shared, norms, layers)
-            for tokens_S, layers in zip(tokens_BS, skipped, strict=True)
-        ]
-        return {layer: torch.cat([logits[layer] for logits in alone]) for layer in alone[0]}
-    return _exit_logits(parameters, model, exits, tokens_BS, shared, norms, ())
+    return exit_outputs(parameters, model, exits, tokens_BS, shared=shared, norms=norms, skipped=skipped).logits
 
 
-def _exit_logits(
+class Outputs(NamedTuple):
+    """By exit: its logits [B, S, V], and those of its gate [B, S] where it has one."""
+
+    logits: dict[int, torch.Tensor]
+    gates: dict[int, torch.Tensor]
+
+
+def exit_outputs(
+    parameters: Parameters,
+    model: ModelConfig,
+    exits: ExitsConfig,
+    tokens_BS: torch.Tensor,
+    *,
+    shared: Mapping[int, torch.Tensor] | None = None,
+    norms: Mapping[int, torch.Tensor] | None = None,
+    skipped: Sequence[Collection[int]] | None = None,
+) -> Outputs:
+    """Arguments as those of `exit_logits`."""
+    if skipped is None:
+        return _exit_outputs(parameters, model, exits, tokens_BS, shared, norms, ())
+    alone = [
+        _exit_outputs(parameters, model, exits, tokens_S[None], shared, norms, layers)
+        for tokens_S, layers in zip(tokens_BS, skipped, strict=True)
+    ]
+    logits, gates = (
+        {layer: torch.cat([outputs[kind][layer] for outputs in alone]) for layer in alone[0][kind]} for kind in (0, 1)
+    )
+    return Outputs(logits, gates)
+
+
+def _exit_outputs(
     parameters: Parameters,
     model: ModelConfig,
     exits: ExitsConfig,
@@ -44,7 +69,7 @@ def _exit_logits(
     shared: Mapping[int, torch.Tensor] | None,
     norms: Mapping[int, torch.Tensor] | None,
     skipped: Collection[int],
-) -> dict[int, torch.Tensor]:
+) -> Outputs:
     x = parameters["embedding.weight"][tokens_BS]
     if shared is None:
         weight = parameters["embedding.weight" if model.tie_embeddings else "output.weight"]
@@ -53,7 +78,7 @@ def _exit_logits(
         names = {layer: "norm" if exits.norm == "shared" else f"exits.{layer}.norm" for layer in exits.layers}
         names[model.num_layers] = "norm"
         norms = {layer: parameters[f"{name}.weight"] for layer, name in names.items()}
-    logits = {}
+    logits, gates = {}, {}
     for layer in range(1, model.num_layers + 1):
         after_attention = x
         if layer not in skipped:
@@ -63,9 +88,40 @@ def _exit_logits(
             features = _head(parameters, f"exits.{layer}.", model, exits.head_of(layer), x, after_attention)
             own = exits.projection_of(layer) == "own"
             projection = parameters[f"exits.{layer}.output.weight"] if own else shared[layer]
-            logits[layer] = _norm(features, norms[layer], model.norm_epsilon) @ projection.T
+            features = _norm(features, norms[layer], model.norm_epsilon)
+            logits[layer] = features @ projection.T / exits.temperature_of(layer)
+            if exits.gate_of(layer) != "none":
+                tap = after_attention if exits.head_of(layer) == "mlp" else x
+                gates[layer] = _gate(parameters, f"exits.{layer}.gate.", model, exits.gate_of(layer), tap.detach())
     logits[model.num_layers] = _norm(x, norms[model.num_layers], model.norm_epsilon) @ shared[model.num_layers].T
-    return logits
+    return Outputs(logits, gates)
+
+
+def token_losses(
+    logits: Mapping[int, torch.Tensor], layer: int, exits: ExitsConfig, labels_BS: torch.Tensor
+) -> torch.Tensor:
+    """What an exit is trained on at each token, [B, S]: the formulas of design section 3."""
+    losses_BS = cross_entropy(logits[layer].transpose(1, 2), labels_BS, reduction="none")
+    if layer not in exits.layers:
+        return losses_BS
+    if (distillation := exits.distillation) is not None:
+        share, heat = distillation.weight, distillation.temperature
+        wanted = (logits[max(logits)].detach() / heat).softmax(-1)
+        gap = wanted.log() - (logits[layer] / heat).softmax(-1).log()
+        losses_BS = (1 - share) * losses_BS + share * heat**2 * (wanted * gap).sum(-1)
+    if exits.token_weights == "max_probability":
+        losses_BS = losses_BS * logits[layer].softmax(-1).max(-1).values.detach()
+    return losses_BS
+
+
+def gate_losses(outputs: Outputs, layer: int, exits: ExitsConfig, labels_BS: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of a gate at each token, [B, S]; a false exit costs more."""
+    logits = outputs.logits
+    wanted_BS = labels_BS if exits.gate_loss.target == "label" else logits[max(logits)].argmax(-1)
+    right_BS = (logits[layer].argmax(-1) == wanted_BS).float()
+    costs_BS = right_BS + exits.gate_loss.false_exit_cost * (1 - right_BS)
+    gates_BS = outputs.gates[layer]
+    return binary_cross_entropy_with_logits(gates_BS, right_BS, weight=costs_BS, reduction="none")
 
 
 def weighted_loss(
@@ -88,6 +144,13 @@ def _head(
         x = x + _attention_branch(parameters, f"{prefix}block.", model, x)
         return x + _mlp_branch(parameters, f"{prefix}block.", model, x)
     return x
+
+
+def _gate(parameters: Parameters, prefix: str, model: ModelConfig, kind: str, x: torch.Tensor) -> torch.Tensor:
+    x = _norm(x, parameters[f"{prefix}norm.weight"], model.norm_epsilon)
+    if kind == "mlp":
+        x = silu(x @ parameters[f"{prefix}hidden.weight"].T + parameters[f"{prefix}hidden.bias"])
+    return (x @ parameters[f"{prefix}output.weight"].T + parameters[f"{prefix}output.bias"]).squeeze(-1)
 
 
 def _attention_branch(parameters: Parameters, prefix: str, model: ModelConfig, x: torch.Tensor) -> torch.Tensor:

@@ -57,18 +57,20 @@ def _plain(case: Case, group: dist.ProcessGroup, scale: float) -> ProjectedLoss:
         losses_SB = -logits_SBV.log_softmax(-1).gather(-1, case.labels_SB[..., None])[..., 0]
     else:
         losses_SB = token_losses(logits_SBV, case.labels_SB, group)
-    correct_SB = likeliest_tokens(logits_SBV, group) == case.labels_SB
+    likeliest_SB = likeliest_tokens(logits_SBV, group)
+    correct_SB = likeliest_SB == case.labels_SB
     cross_entropy = (losses_SB * case.mask_SB).sum()
-    return ProjectedLoss(cross_entropy * scale, cross_entropy.detach(), (correct_SB * case.mask_SB).sum())
+    return ProjectedLoss(cross_entropy * scale, cross_entropy.detach(), (correct_SB * case.mask_SB).sum(), likeliest_SB)
 
 
 def _check(case: Case, mesh: Mesh, chunk_rows: int, tolerance: float, scale: float = 0.3) -> None:
     plain, chunked = case.leaves(), case.leaves()
     expected = _plain(plain, mesh.groups.tp, scale)
     loss = projected_loss(*chunked, mesh.groups.tp, scale=scale, chunk_rows=chunk_rows)
-    for value, wanted in zip(loss, expected, strict=True):
+    for value, wanted in zip(loss[:3], expected[:3], strict=True):
         torch.testing.assert_close(value.double(), wanted.double(), rtol=tolerance, atol=tolerance)
     assert loss.correct == expected.correct
+    assert torch.equal(loss.likeliest_SB, expected.likeliest_SB)
     assert loss.objective.dtype == torch.promote_types(case.features_SBH.dtype, torch.float32)
     (expected.objective * 2.5).backward()
     (loss.objective * 2.5).backward()
@@ -119,7 +121,7 @@ def test_masked_rows_count_for_nothing(dtype: torch.dtype, mesh: Mesh) -> None:
     )
     clean, dirty = case.leaves(), garbage.leaves()
     losses = [projected_loss(*inputs, mesh.groups.tp, chunk_rows=4) for inputs in (clean, dirty)]
-    assert all(map(torch.equal, *losses))
+    assert all(map(torch.equal, *(loss[:3] for loss in losses)))
     for loss in losses:
         loss.objective.backward()
     assert dirty.features_SBH.grad is not None and not dirty.features_SBH.grad[masked_SB].any()
@@ -138,7 +140,7 @@ def test_frozen_inputs_get_no_gradient(features: bool, weight: bool, mesh: Mesh)
 
 def test_only_the_objective_has_a_gradient(mesh: Mesh) -> None:
     loss = projected_loss(*_case().leaves(), mesh.groups.tp, chunk_rows=4)
-    assert [value.requires_grad for value in loss] == [True, False, False]
+    assert [value.requires_grad for value in loss] == [True, False, False, False]
     frozen = projected_loss(*_case(), mesh.groups.tp, chunk_rows=4)
     assert not frozen.objective.requires_grad
 
@@ -218,9 +220,10 @@ def test_two_ranks_equal_one(dtype: torch.dtype, chunk_rows: int, mesh: Mesh, ra
     assert whole.features_SBH.grad is not None and whole.weight_VH.grad is not None
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
     results = ranks.run(2, _share_of, case, chunk_rows)
-    for values, _, _ in results:
-        torch.testing.assert_close(values, [value.item() for value in expected], rtol=tolerance, atol=tolerance)
+    for values, _, _, likeliest_SB in results:
+        torch.testing.assert_close(values, [value.item() for value in expected[:3]], rtol=tolerance, atol=tolerance)
         assert values[2] == expected.correct
+        assert torch.equal(likeliest_SB, expected.likeliest_SB)
     dfeatures_SBH = results[0][1] + results[1][1]
     torch.testing.assert_close(dfeatures_SBH, whole.features_SBH.grad, rtol=tolerance, atol=tolerance)
     dweight_VH = torch.cat([result[2] for result in results])
@@ -236,12 +239,13 @@ def _with_ties(case: Case) -> Case:
     return Case(case.features_SBH, weight_VH, best_SB + second_SB, torch.ones(S, B))
 
 
-def _share_of(case: Case, chunk_rows: int) -> tuple[list[float], torch.Tensor, torch.Tensor]:
-    """On each rank: the loss with its half of the vocabulary, and both gradients."""
+def _share_of(case: Case, chunk_rows: int) -> tuple[list[float], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """On each rank: the loss with its half of the vocabulary, both gradients, and the likeliest tokens."""
     group = dist.group.WORLD
     assert group is not None
     leaves = case._replace(weight_VH=case.weight_VH.chunk(2)[group.rank()]).leaves()
     loss = projected_loss(*leaves, group, scale=0.3, chunk_rows=chunk_rows)
     (loss.objective * 2.5).backward()
     assert leaves.features_SBH.grad is not None and leaves.weight_VH.grad is not None
-    return [value.item() for value in loss], leaves.features_SBH.grad, leaves.weight_VH.grad
+    values = [value.item() for value in loss[:3]]
+    return values, leaves.features_SBH.grad, leaves.weight_VH.grad, loss.likeliest_SB

@@ -14,7 +14,14 @@ from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.estimate import describe, estimate, head_parameters, layer_activations, weight_products
+from megatron_ee.parallel.estimate import (
+    describe,
+    estimate,
+    gate_parameters,
+    head_parameters,
+    layer_activations,
+    weight_products,
+)
 from megatron_ee.parallel.layout import layout_of
 from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.pipeline.schedules import build_plan
@@ -44,6 +51,14 @@ CONFIGS = {
         parallel={"pipeline": 2},
         exits={"layers": [1, 2, 5], "head": ["mlp", "block", "norm"], "projection": ["shared", "own", "shared"]},
         model={"tie_embeddings": True},
+    ),
+    "gates of both kinds, split positions": tiny_config(
+        parallel={"tensor": 2, "sequence": True, "pipeline": 2},
+        exits={"layers": [1, 2, 5], "gate": ["linear", "none", "mlp"]},
+    ),
+    "gates, three wide": tiny_config(
+        model={"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1},
+        exits={"layers": [2, 5], "gate": "mlp", "head": "mlp"},
     ),
 }
 
@@ -127,6 +142,24 @@ def test_hand_count_of_heads_and_projections(
     estimated = estimate(config, 2, VOCAB_SIZE)
     assert [stage.parameters for stage in estimated.stages] == [4 * LAYER + first, 4 * LAYER + second]
     assert estimated.parameters == 8 * LAYER + whole_model
+
+
+def test_hand_count_of_gates() -> None:
+    """A norm, a row and a bias; with an MLP a quarter as wide, its matrix and its biases."""
+    model = tiny_config().model
+    assert gate_parameters(model, "none") == 0
+    assert gate_parameters(model, "linear") == 32 + 32 + 1
+    assert gate_parameters(model, "mlp") == 32 + (32 * 8 + 8) + (8 + 1)
+    bare, gated = (estimate(tiny_config(exits={"gate": gate}), 1, VOCAB_SIZE) for gate in ("none", ["linear", "mlp"]))
+    assert gated.parameters - bare.parameters == (32 + 32 + 1) + (32 + 32 * 8 + 8 + 8 + 1)
+
+
+def test_distillation_has_more_logits_at_a_time() -> None:
+    bare, distilled = (
+        estimate(tiny_config(exits={"distillation": distillation}), 1, VOCAB_SIZE).stages[0].activations
+        for distillation in (None, {})
+    )
+    assert distilled - bare == 3 * 4 * VOCAB_SIZE * SEQUENCE_LENGTH
 
 
 def test_heads_are_split_over_tensor_parallel_ranks() -> None:

@@ -1,8 +1,7 @@
 """What EE-LLM's training gets wrong (Chen et al. 2023, as published), each under a test that names it.
 
 Its bubble filling (labels of other micro-batches, deadlock, bias) is in test_fills.py and in
-parallel/pipeline/test_fills.py. Its token weights and its temperature are not offered; what they would rest on is
-tested: a probability of an exit is over the whole vocabulary, and the same in training and in decoding.
+parallel/pipeline/test_fills.py.
 """
 
 from pathlib import Path
@@ -25,6 +24,7 @@ from megatron_ee.inference.policies import max_probability
 from megatron_ee.model.layers import Layer
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.build import build_trainer
+from megatron_ee.training.losses import exit_loss
 
 EPSILON = {"epsilon": 1e-3}
 SEED_OF_SOME_LUCK = 3  # an untrained model is right once in 64 tokens
@@ -180,20 +180,68 @@ def test_ee_llm_takes_a_share_of_the_vocabulary_for_all_of_it(ranks: RankPool, c
         assert split[0]["figures"][name] == split[1]["figures"][name] == pytest.approx(alone["figures"][name])
 
 
-def test_ee_llm_decodes_without_the_temperature_that_it_trained_with(mesh: Mesh) -> None:
-    """An exit's logits in training are those by which decoding decides."""
-    stage = whole_model(mesh, exits=[2, 5]).train()
+@pytest.mark.parametrize("chunk_rows", [0, 5])
+def test_ee_llm_weighs_tokens_by_a_shard_of_the_vocabulary(ranks: RankPool, chunk_rows: int) -> None:
+    """A token's weight is a probability over the whole vocabulary: two ranks with a half each have the gradients of one
+    rank, which are others than without weights."""
+    exits = {"layers": [2, 5], "loss_chunk_rows": chunk_rows, "token_weights": "max_probability"}
+    config = tiny_config(exits=exits, parallel={"data": 1, "tensor": 2}, optimizer=EPSILON)
+    split = ranks.run(2, one_step, config)
+    assert_equals_reference(config, split)
+    equal = tiny_config(exits={**exits, "token_weights": "none"}, parallel={"data": 1, "tensor": 2}, optimizer=EPSILON)
+    (_, of_equal), (_, weighted) = (
+        result["gradients"]["exits.2.norm.weight"][1][0] for result in (ranks.run(2, one_step, equal)[0], split[0])
+    )
+    assert np.abs(weighted).max() < 0.5 * np.abs(of_equal).max(), "an untrained exit is sure of nothing"
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 5])
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_ee_llm_decodes_without_the_temperature_that_it_trained_with(
+    mesh: Mesh, temperature: float, chunk_rows: int
+) -> None:
+    """The distribution whose cross-entropy an exit is trained on is the one by which decoding decides, and samples."""
+    stage = whole_model(mesh, exits=[2, 5], temperature=[1.0, temperature]).train()
     tokens = torch.randint(64, (SEQUENCE_LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
     positions = torch.arange(SEQUENCE_LENGTH)
     _, taps = stage.run_layers(stage.embed(torch.tensor([tokens])), positions, 0, 8)
     features_SBH = stage.exit_features(taps[stage.tap_of(5)], 5, positions)
-    inputs_SBH, weight_VH = stage.projection_input(features_SBH, 5)
-    trained_V = (inputs_SBH @ weight_VH.T)[-1].flatten()
+    last_BS = torch.zeros(1, SEQUENCE_LENGTH)
+    last_BS[0, -1] = 1
+    trained_V = torch.tensor(
+        [
+            -float(
+                exit_loss(
+                    stage,
+                    features_SBH,
+                    5,
+                    torch.full_like(positions, label)[None],
+                    last_BS,
+                    scale=1,
+                    chunk_rows=chunk_rows,
+                ).cross_entropy
+            )
+            for label in range(64)
+        ]
+    )
     decoder = Decoder(stage, {5: 0.0}, max_probability, max_pending=100, capacity=SEQUENCE_LENGTH)
     outcome = decoder.feed(tokens)
     assert outcome.exit_layer == 5
-    torch.testing.assert_close(outcome.logits_V, trained_V, atol=1e-5, rtol=0)
-    assert outcome.confidence == pytest.approx(float(trained_V.softmax(-1).max()), abs=1e-5)
+    torch.testing.assert_close(outcome.logits_V.log_softmax(-1), trained_V, atol=1e-5, rtol=0)
+    assert outcome.confidence == pytest.approx(float(trained_V.exp().max()), abs=1e-5)
+    untempered_V = features_SBH[-1].flatten() @ stage.output.weight.T / temperature  # type: ignore[union-attr]
+    torch.testing.assert_close(outcome.logits_V, untempered_V, atol=1e-5, rtol=0)
+
+
+def test_another_temperature_is_another_model(folder: Path, ranks: RankPool) -> None:
+    """It is the checkpoint's; a run that goes on with another one would decode and train something else."""
+    train_iters = {"training": {"train_iters": 2}}
+    exits = {"layers": [2, 5], "temperature": 2.0}
+    ranks.run(1, _train_one, run_config(folder, name="warm", exits=exits, **train_iters))
+    for temperature, said in (([2.0, 4.0], "2.0, not (2.0, 4.0)"), (1.0, "2.0, not 1.0")):
+        changed = run_config(folder, name="warm", exits={**exits, "temperature": temperature}, **train_iters)
+        (message,) = ranks.run(1, _refusal, changed)
+        assert f"exits.temperature is {said}" in message
 
 
 def test_ee_llm_overwrites_trained_heads_when_exits_are_added(folder: Path, ranks: RankPool) -> None:

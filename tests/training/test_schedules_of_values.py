@@ -40,6 +40,38 @@ def test_loss_weights(shape: str, start: float, iteration: int, expected: list[f
     assert list(weights) == [3, 6, 12]
 
 
+@pytest.mark.parametrize(
+    ("iteration", "expected"),
+    [
+        (0, [0.0, 1.0, 0.3]),
+        (50, [0.1, 1.0 - 0.8 * 0.1464466, 0.3]),
+        (100, [0.2, 0.6, 0.3]),
+        (200, [0.2, 0.2, 0.3]),
+        (900, [0.2, 0.2, 0.3]),
+    ],
+)
+def test_each_exit_may_have_a_schedule_of_its_own(iteration: int, expected: list[float]) -> None:
+    """A warm-up, a cool-down that takes twice as long, and a constant, which has no start."""
+    schedules = [
+        {"start": 0.0, "warmup_iters": 100},
+        {"start": 1.0, "warmup_iters": 200, "shape": "cosine"},
+        {"shape": "constant", "start": 9.0},
+    ]
+    exits = ExitsConfig.model_validate({"layers": [3, 6, 9], "weights": [0.2, 0.2, 0.3], "weight_schedule": schedules})
+    weights = loss_weights(exits, 12, iteration)
+    assert [weights[layer] for layer in (3, 6, 9)] == pytest.approx(expected)
+    assert weights[12] == 1.0
+
+
+def test_a_list_of_equal_schedules_is_one_for_all() -> None:
+    schedule = {"shape": "cosine", "start": 0.5, "warmup_iters": 70}
+    listed = ExitsConfig.model_validate(
+        {"layers": [3, 6], "weights": [0.1, 0.2], "weight_schedule": [schedule, schedule]}
+    )
+    for iteration in (0, 10, 69, 70, 1000):
+        assert loss_weights(listed, 12, iteration) == loss_weights(_exits("cosine", 0.5, 70), 12, iteration)
+
+
 def test_no_warm_up_is_the_target_at_once() -> None:
     assert loss_weights(_exits("linear", warmup_iters=0), 12, 0)[3] == 0.1
 

@@ -15,11 +15,12 @@ class ExitMeter:
 
     Args:
         exits: all of the model's exits, ascending, the final one last.
+        gated: those whose gates are measured.
     """
 
-    def __init__(self, exits: Sequence[int], mesh: Mesh) -> None:
-        self.exits, self._mesh = exits, mesh
-        self._sums = torch.zeros(len(exits), 2, dtype=torch.float64)
+    def __init__(self, exits: Sequence[int], mesh: Mesh, *, gated: Collection[int] = ()) -> None:
+        self.exits, self._mesh, self._gated = exits, mesh, gated
+        self._sums = torch.zeros(len(exits), 5 if gated else 2, dtype=torch.float64)
         self._num_batches, self._tokens = 0, 0.0
         self._measured: dict[int, float] = {}  # of each exit that ran, the tokens of those batches
 
@@ -33,7 +34,11 @@ class ExitMeter:
             if measured is None or layer in measured:
                 self._measured[layer] = self._measured.get(layer, 0.0) + num_tokens
             if layer in losses and self._mesh.tensor_rank == 0:  # tensor-parallel ranks have the same losses
-                self._sums[row] += torch.stack(losses[layer]).to(self._sums)
+                of_exit = losses[layer]
+                sums = [of_exit.cross_entropy, of_exit.correct]
+                if layer in self._gated and of_exit.gate is not None:
+                    sums += of_exit.gate
+                self._sums[row, : len(sums)] += torch.stack(sums).to(self._sums)
         self._num_batches += 1
         self._tokens += num_tokens
 
@@ -56,11 +61,12 @@ class ExitMeter:
 
     def means(self) -> dict[int, float]:
         """The loss per token of each exit that ran, of what has been added since the last read. Collective."""
-        return {layer: cross_entropy for layer, (cross_entropy, _) in self._means().items()}
+        return {layer: cross_entropy for layer, (cross_entropy, *_) in self._means().items()}
 
     def read(self, kind: str, weights: Mapping[int, float]) -> dict[str, float]:
-        """Figures per exit and the weighted loss, as means per token since the last read; without a batch since then
-        there are none. An exit has means of the batches in which it ran, and none if it never did. Collective.
+        """Figures per exit and the weighted loss (gates' loss aside), as means per token since the last read; without a
+        batch since then there are none. An exit has means of the batches in which it ran, and none if it never did.
+        Collective.
 
         Args:
             weights: of this moment. The loss is the sum of the exits' means times these; if one that has a weight has
@@ -74,21 +80,24 @@ class ExitMeter:
             figures[f"{kind}/loss"] = sum(weight * means[layer][0] for layer, weight in weights.items())
         for layer in self.exits:
             figures[f"{kind}/exit_{layer}/weight"] = weights.get(layer, 0.0)
-        for layer, (loss, accuracy) in means.items():
+        for layer, (loss, accuracy, *of_gate) in means.items():
             figures[f"{kind}/exit_{layer}/loss"] = loss
             figures[f"{kind}/exit_{layer}/ppl"] = math.exp(min(loss, 700.0))
             figures[f"{kind}/exit_{layer}/accuracy"] = accuracy
+            if layer in self._gated:
+                names = [f"{kind}/exit_{layer}/gate_{name}" for name in ("loss", "accuracy", "mean")]
+                figures.update(zip(names, of_gate, strict=True))
         self._sums.zero_()
         self._num_batches, self._tokens = 0, 0.0
         self._measured = {}
         return figures
 
-    def _means(self) -> dict[int, tuple[float, float]]:
-        """Loss and accuracy of each exit that ran."""
+    def _means(self) -> dict[int, list[float]]:
+        """Loss and accuracy of each exit that ran, and where there are gates, theirs: loss, accuracy, confidence."""
         sums = self._mesh.sum_over_ranks(self._sums.to(self._mesh.device.torch, copy=True)).tolist()
         tokens = {layer: max(1.0, count) for layer, count in self._measured.items()}  # batches may be masked altogether
         return {
-            layer: (cross_entropy / tokens[layer], correct / tokens[layer])
-            for layer, (cross_entropy, correct) in zip(self.exits, sums, strict=True)
+            layer: [value / tokens[layer] for value in of_exit]
+            for layer, of_exit in zip(self.exits, sums, strict=True)
             if layer in tokens
         }

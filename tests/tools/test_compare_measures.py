@@ -1,0 +1,114 @@
+"""The tool that holds measures of confidence against each other: its arithmetic, and a whole run on a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.ranks import RankPool
+from helpers.runs import run_config, train, write_small_dataset
+
+from megatron_ee.config import Config
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+from exit_curves import curve_of, depths_between, reliability_of, without_cost  # noqa: E402
+
+
+def test_a_curve_by_hand() -> None:
+    """Four tokens, exits after 2 and 4 of 8 layers: three thresholds change something."""
+    confidences_EN = np.array([[0.9, 0.6, 0.2, 0.2], [0.1, 0.9, 0.6, 0.2]])
+    agrees_EN = np.array([[True, False, True, False], [True, True, True, False]])
+    curve = curve_of(confidences_EN, agrees_EN, [2, 4], 8)
+    points = {
+        round(float(depth), 3): float(agreement)
+        for depth, agreement in zip(curve.mean_depth, curve.agreement, strict=True)
+    }
+    assert points[2.0] == 0.5, "all leave at once"
+    assert points[(2 + 2 + 4 + 8) / 4] == 0.75, "at 0.6"
+    assert points[(2 + 4 + 8 + 8) / 4] == 1.0, "at 0.9, token 1 at the second exit"
+    assert points[8.0] == 1.0, "1.0 never exits"
+    assert list(curve.mean_depth) == sorted(curve.mean_depth)
+    assert curve.at([2.0, 3.0, 8.0]) == pytest.approx([0.5, 0.5 + (3 - 2) / (4 - 2) * 0.25, 1.0])
+
+
+def test_a_confidence_of_one_never_exits_at_threshold_one() -> None:
+    ones_EN = np.ones((1, 3))
+    curve = curve_of(ones_EN, np.zeros((1, 3), dtype=bool), [2], 8)
+    assert (curve.mean_depth[0], curve.agreement[0]) == (2.0, 0.0)
+    assert (curve.mean_depth[-1], curve.agreement[-1]) == (8.0, 1.0)
+
+
+def test_reliability_by_hand() -> None:
+    confidences_N = np.array([0.05, 0.05, 0.95, 0.91, 1.0])
+    right_N = np.array([False, True, True, True, False])
+    counts, confidence, right, error = reliability_of(confidences_N, right_N)
+    assert counts == [2, 3]
+    assert confidence == pytest.approx([0.05, (0.95 + 0.91 + 1.0) / 3])
+    assert right == pytest.approx([0.5, 2 / 3])
+    assert error == pytest.approx((2 * 0.45 + 3 * abs((0.95 + 0.91 + 1.0) / 3 - 2 / 3)) / 5)
+    sure_N = np.random.default_rng(0).random(200_000)
+    assert reliability_of(sure_N, np.random.default_rng(1).random(200_000) < sure_N).error < 0.01
+
+
+def test_what_a_gate_says_stands_for_a_probability() -> None:
+    right = np.array([0.1, 0.5, 0.9])
+    says = right / (right + 3 * (1 - right))
+    np.testing.assert_allclose(without_cost(says, 3.0), right)
+    assert depths_between(3, 12, 4) == [3.0, 6.0, 9.0, 12.0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
+    """The folder of runs of two models, one with gates."""
+    folder = tmp_path_factory.mktemp("measures")
+    write_small_dataset(folder)
+    for name, gate in (("gated", ["none", "linear"]), ("bare", "none")):
+        exits: dict[str, Any] = {"layers": [2, 5], "gate": gate, "gate_loss": {"target": "final"}}
+        training = {"train_iters": 3}
+        config = run_config(folder, name=name, exits=exits, training=training, data={"split": [0.7, 0.3, 0.0]})
+        ranks.run(1, _train_and_save, config)
+    return folder
+
+
+def _train_and_save(config: Config) -> None:
+    train(config, save=True)
+
+
+def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOLS / "compare_measures.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_model_with_gates_is_compared(trained: Path) -> None:
+    done = _tool(trained / "runs/gated", "--sequences", 20)
+    assert done.returncode == 0, done.stderr
+    assert "max_probability              gate" in done.stdout
+    assert "gate of exit 5, cost 2 taken out: calibration error" in done.stdout
+    pictures = trained / "runs/gated/pictures"
+    content = json.loads((pictures / "measures.json").read_text())
+    assert content["tokens"] == 20 * 16
+    assert content["gates"].keys() == {"5"}
+    assert sum(content["gates"]["5"]["counts"]) == 320
+    at_depth = content["at_mean_depth"]
+    assert (at_depth["depth"][0], at_depth["depth"][-1]) == (5.0, 8.0)
+    assert at_depth["max_probability"][-1] == at_depth["gate"][-1] == 1.0
+    assert (pictures / "measures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_without_gates_and_a_text_of_ones_own(trained: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("early exits let a token leave when settled " * 5)
+    done = _tool(trained / "runs/bare", "--text", text, "--output", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["curves"].keys() == {"max_probability"} and not content["gates"]
+    assert content["tokens"] == 16 * ((len(text.read_text()) - 1) // 16)
+    text.write_text("short")
+    done = _tool(trained / "runs/bare", "--text", text)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "5 tokens of text make no sequence of 16" in done.stderr
