@@ -164,6 +164,32 @@ ONE_FIELD: Cases = {
 }
 
 BETWEEN_FIELDS: Cases = {
+    "data": {
+        "validation of documents": (
+            "data: {validation: a.jsonl}",
+            "1:8: data.validation: needs data.format messages: of documents, data.split says which are for validation",
+        ),
+        "a template for documents": (
+            "data: {chat_template: a.jinja}",
+            '1:8: data.chat_template: "a.jinja" needs data.format messages, not documents',
+        ),
+        "documents apart": (
+            "data: {packing: false}",
+            "1:8: data.packing: false needs data.format messages, not documents",
+        ),
+        "messages without a file": (
+            "data: {format: messages}",
+            "1:1: data.dataset: 'python-stdlib' must be a .jsonl or .jsonl.gz of conversations for format messages",
+        ),
+        "messages of another kind": (
+            "data: {format: messages, dataset: a.jsonl.gz, validation: a.txt}",
+            "1:47: data.validation: 'a.txt' must be a .jsonl or .jsonl.gz of conversations for format messages",
+        ),
+        "a blend of messages": (
+            "data: {format: messages, dataset: [{path: a, weight: 1}]}",
+            "1:26: data.dataset: format messages takes one .jsonl, not a list",
+        ),
+    },
     "exits": {
         "beyond the model": ("exits: {layers: [4, 9]}", "1:21: exits.layers.1: 9 must be below num_layers = 8"),
         "at the last layer": (

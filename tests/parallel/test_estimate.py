@@ -255,3 +255,10 @@ def _kept_bytes(stage: Stage, config: Config) -> int:
         y, _ = stage.run_layers(x, torch.arange(length), chunk.start, chunk.stop)
     kept[y.untyped_storage().data_ptr()] = y.nbytes
     return sum(kept.values())
+
+
+def test_a_mask_between_documents_is_counted() -> None:
+    """One for each live micro-batch, of as many numbers as pairs of positions; none where nothing is packed."""
+    data = {"format": "messages", "dataset": "a.jsonl", "sequence_length": 256}
+    packed, single = (_activations(data={**data, "packing": packing}) for packing in (True, False))
+    assert packed - single == 2 * 256 * 256 * 4
