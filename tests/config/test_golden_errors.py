@@ -186,6 +186,40 @@ BETWEEN_FIELDS: Cases = {
             "1:28: inference.exit.exits.0: there is no exit after layer 2: exits.layers is empty",
         ),
     },
+    "LayerSkip's recipe": {
+        "beside weights of one's own": (
+            "exits:\n  layers: all\n  weights: [1, 1, 1, 1, 1, 1, 1]\n  weight_schedule: {shape: constant}\n"
+            "  layerskip: {}",
+            "3:3: exits.weights: is what exits.layerskip replaces: leave it out",
+            "4:3: exits.weight_schedule: is what exits.layerskip replaces: leave it out",
+        ),
+        "without exits": (
+            "exits: {layerskip: {scale: 1}}",
+            "1:9: exits.layerskip: needs exits, but exits.layers is empty",
+        ),
+        "a rotation of another curriculum": (
+            "exits: {layers: all, layerskip: {curriculum: gradual, rotation: 8}}",
+            "1:55: exits.layerskip.rotation: 8 is for curriculum rotational, not gradual",
+        ),
+        "no rotation": (
+            "exits: {layers: all, layerskip: {rotation: null}}",
+            "1:34: exits.layerskip.rotation: null, but curriculum rotational needs a number of layers",
+        ),
+        "one norm for other heads": (
+            "exits: {layers: [2, 4], norm: shared, head: [norm, mlp]}",
+            "1:25: exits.norm: shared needs exits that are no more than a norm, not head mlp",
+        ),
+        "all layers of a broken model": (
+            "exits: {layers: all, head: [mlp], projection: both}\nmodel: {num_layers: 0, hidden_size: 64, "
+            "num_attention_heads: 4}",
+            "1:35: exits.projection: 'both' must be 'shared', 'own' or a list",
+            "2:9: model.num_layers: 0 must be a positive integer",
+        ),
+        "always skipped": (
+            "training: {train_iters: 10, global_batch_size: 8, micro_batch_size: 2, layer_dropout: {maximum: 1}}",
+            "1:88: training.layer_dropout.maximum: 1 must be a number at least 0 and below 1",
+        ),
+    },
     "heads": {
         "over tensor-parallel ranks": (
             "parallel: {tensor: 3}\nmodel:\n  num_layers: 8\n  hidden_size: 64\n  num_attention_heads: 4",

@@ -10,10 +10,15 @@ from megatron_ee.parallel.mesh import Mesh
 
 
 def whole_model(
-    mesh: Mesh, *, exits: list[int], dtype: torch.dtype = torch.float32, head: str | list[str] = "norm"
+    mesh: Mesh,
+    *,
+    exits: list[int],
+    dtype: torch.dtype = torch.float32,
+    head: str | list[str] = "norm",
+    norm: str = "own",
 ) -> Stage:
     """The tiny model on one stage, for inference."""
-    config = tiny_config(exits={"layers": exits, "head": head})
+    config = tiny_config(exits={"layers": exits, "head": head, "norm": norm})
     (chunks,) = place(config.model, config.exits, config.parallel)
     stage = Stage(
         config.model, config.exits, chunks, vocab_size=VOCAB_SIZE, groups=mesh.groups, device=mesh.device, dtype=dtype

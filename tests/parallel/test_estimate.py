@@ -45,6 +45,7 @@ CONFIGS = {
         exits={"layers": [1, 2, 5], "head": ["mlp", "block", "norm"], "projection": ["shared", "own", "shared"]},
         model={"tie_embeddings": True},
     ),
+    "one norm for all exits": tiny_config(parallel={"pipeline": 4}, exits={"layers": "all", "norm": "shared"}),
 }
 
 
