@@ -1,5 +1,6 @@
 """Rules between fields: each is a generator of (path, message) pairs."""
 
+import json
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -127,7 +128,7 @@ def _data_problems(config: "Config") -> Problems:
         for name, default in (("chat_template", "default"), ("packing", True)):
             value = getattr(data, name)
             if value != default:
-                yield f"data.{name}", f"{value!r} needs data.format messages, not documents"
+                yield f"data.{name}", f"{json.dumps(value)} needs data.format messages, not documents"
         return
     for name, path in (("dataset", data.dataset), ("validation", data.validation)):
         if isinstance(path, tuple):

@@ -48,6 +48,12 @@ class Recompute(NamedTuple):
     layers: bool = False
     modules: tuple[str, ...] = ()
 
+    @property
+    def by_megatron(self) -> tuple[str, ...]:
+        """The modules that megatron-core sees to. It would compute the core of attention as part of whatever launch was
+        last, so that is left to `CoreAttention`."""
+        return tuple(module for module in self.modules if module != "core_attn")
+
 
 NOTHING_RECOMPUTED = Recompute()
 
@@ -124,10 +130,8 @@ def transformer_config(
     they are, for `initialize` to fill by name.
 
     Args:
-        recomputed_modules: parts of a layer that its backward computes again: core_attn, mlp, layernorm. The first is
-            not left to megatron-core, whose way knows of one launch only; see `AttentionContext.recomputes`.
+        recomputed_modules: parts of a layer that its backward computes again: core_attn, mlp, layernorm.
     """
-    recomputed_modules = tuple(module for module in recomputed_modules if module != "core_attn")
 
     def leave(weight: torch.Tensor) -> torch.Tensor:
         return weight

@@ -79,7 +79,7 @@ class Stage(MegatronModule):
             dtype,
             tensor_size=groups.tp.size(),
             sequence_parallel=sequence_parallel,
-            recomputed_modules=recompute.modules,
+            recomputed_modules=recompute.by_megatron,
         )
         super().__init__(config)
         self.chunks, self.model, self.groups, self.recompute = tuple(chunks), model, groups, recompute

@@ -164,6 +164,32 @@ ONE_FIELD: Cases = {
 }
 
 BETWEEN_FIELDS: Cases = {
+    "data": {
+        "validation of documents": (
+            "data: {validation: a.jsonl}",
+            "1:8: data.validation: needs data.format messages: of documents, data.split says which are for validation",
+        ),
+        "a template for documents": (
+            "data: {chat_template: a.jinja}",
+            '1:8: data.chat_template: "a.jinja" needs data.format messages, not documents',
+        ),
+        "documents apart": (
+            "data: {packing: false}",
+            "1:8: data.packing: false needs data.format messages, not documents",
+        ),
+        "messages without a file": (
+            "data: {format: messages}",
+            "1:1: data.dataset: 'python-stdlib' must be a .jsonl or .jsonl.gz of conversations for format messages",
+        ),
+        "messages of another kind": (
+            "data: {format: messages, dataset: a.jsonl.gz, validation: a.txt}",
+            "1:47: data.validation: 'a.txt' must be a .jsonl or .jsonl.gz of conversations for format messages",
+        ),
+        "a blend of messages": (
+            "data: {format: messages, dataset: [{path: a, weight: 1}]}",
+            "1:26: data.dataset: format messages takes one .jsonl, not a list",
+        ),
+    },
     "exits": {
         "beyond the model": ("exits: {layers: [4, 9]}", "1:21: exits.layers.1: 9 must be below num_layers = 8"),
         "at the last layer": (
@@ -202,6 +228,40 @@ BETWEEN_FIELDS: Cases = {
         "of a request, but of no model": (
             "inference: {exit: {exits: [2]}}",
             "1:28: inference.exit.exits.0: there is no exit after layer 2: exits.layers is empty",
+        ),
+    },
+    "LayerSkip's recipe": {
+        "beside weights of one's own": (
+            "exits:\n  layers: all\n  weights: [1, 1, 1, 1, 1, 1, 1]\n  weight_schedule: {shape: constant}\n"
+            "  layerskip: {}",
+            "3:3: exits.weights: is what exits.layerskip replaces: leave it out",
+            "4:3: exits.weight_schedule: is what exits.layerskip replaces: leave it out",
+        ),
+        "without exits": (
+            "exits: {layerskip: {scale: 1}}",
+            "1:9: exits.layerskip: needs exits, but exits.layers is empty",
+        ),
+        "a rotation of another curriculum": (
+            "exits: {layers: all, layerskip: {curriculum: gradual, rotation: 8}}",
+            "1:55: exits.layerskip.rotation: 8 is for curriculum rotational, not gradual",
+        ),
+        "no rotation": (
+            "exits: {layers: all, layerskip: {rotation: null}}",
+            "1:34: exits.layerskip.rotation: null, but curriculum rotational needs a number of layers",
+        ),
+        "one norm for other heads": (
+            "exits: {layers: [2, 4], norm: shared, head: [norm, mlp]}",
+            "1:25: exits.norm: shared needs exits that are no more than a norm, not head mlp",
+        ),
+        "all layers of a broken model": (
+            "exits: {layers: all, head: [mlp], projection: both}\nmodel: {num_layers: 0, hidden_size: 64, "
+            "num_attention_heads: 4}",
+            "1:35: exits.projection: 'both' must be 'shared', 'own' or a list",
+            "2:9: model.num_layers: 0 must be a positive integer",
+        ),
+        "always skipped": (
+            "training: {train_iters: 10, global_batch_size: 8, micro_batch_size: 2, layer_dropout: {maximum: 1}}",
+            "1:88: training.layer_dropout.maximum: 1 must be a number at least 0 and below 1",
         ),
     },
     "heads": {

@@ -78,6 +78,23 @@ def test_exit_weights_grow_with_depth() -> None:
     assert config().exits.weights == ()
 
 
+def test_all_layers_are_every_one_below_the_last() -> None:
+    exits = config(exits={"layers": "all"}).exits
+    assert exits.layers == tuple(range(1, 8))
+    assert exits.weights == tuple(layer / 8 for layer in range(1, 8))
+    assert config(model={**MODEL, "num_layers": 1}, exits={"layers": "all"}).exits.layers == ()
+
+
+@pytest.mark.parametrize("curriculum", ["none", "rotational", "gradual"])
+def test_layerskip_has_no_other_weights_and_is_read_back(curriculum: str) -> None:
+    run = config(
+        exits={"layers": "all", "layerskip": {"curriculum": curriculum}}, training={**TRAINING, "layer_dropout": {}}
+    )
+    assert run.exits.weights == () and run.exits.layerskip is not None
+    assert run.exits.layerskip.rotation == (8 if curriculum == "rotational" else None)
+    assert Config.model_validate(run.model_dump(mode="json")) == run
+
+
 def test_sections_may_be_given_as_objects() -> None:
     run = Config(
         name="run",

@@ -23,6 +23,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 KINDS = {
     "fp32": (torch.float32, "norm"),
     "fp64": (torch.float64, "norm"),
+    "fp64, one norm": (torch.float64, "norm"),
     "fp32, MLP and block": (torch.float32, ["mlp", "block"]),
     "fp64, block and MLP": (torch.float64, ["block", "mlp"]),
 }
@@ -31,7 +32,8 @@ KINDS = {
 @pytest.fixture(scope="module", params=KINDS)
 def stage(request: pytest.FixtureRequest, mesh: Mesh) -> Stage:
     dtype, head = KINDS[request.param]
-    return whole_model(mesh, exits=EXITS, dtype=dtype, head=head)
+    norm = "shared" if "one norm" in request.param else "own"
+    return whole_model(mesh, exits=EXITS, dtype=dtype, head=head, norm=norm)
 
 
 def _decoder(stage: Stage, thresholds: dict[int, float], *, max_pending: int = 1000) -> Decoder:

@@ -60,6 +60,7 @@ CONFIGS = {
         model={"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1},
         exits={"layers": [2, 5], "gate": "mlp", "head": "mlp"},
     ),
+    "one norm for all exits": tiny_config(parallel={"pipeline": 4}, exits={"layers": "all", "norm": "shared"}),
 }
 
 
@@ -288,3 +289,10 @@ def _kept_bytes(stage: Stage, config: Config) -> int:
         y, _ = stage.run_layers(x, torch.arange(length), chunk.start, chunk.stop)
     kept[y.untyped_storage().data_ptr()] = y.nbytes
     return sum(kept.values())
+
+
+def test_a_mask_between_documents_is_counted() -> None:
+    """One for each live micro-batch, of as many numbers as pairs of positions; none where nothing is packed."""
+    data = {"format": "messages", "dataset": "a.jsonl", "sequence_length": 256}
+    packed, single = (_activations(data={**data, "packing": packing}) for packing in (True, False))
+    assert packed - single == 2 * 256 * 256 * 4

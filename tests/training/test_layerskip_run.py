@@ -127,7 +127,6 @@ def _watch(config: Config) -> dict[str, Any]:
     rows[:], heads = [0] * 9, 0
     assert trainer.evaluator is not None
     figures = trainer.evaluator.evaluate(trainer._weights(7))
-    trainer.close()
     return {"steps": steps, "validation": {"rows": list(rows[1:]), "heads": heads, "figures": figures}}
 
 
@@ -179,7 +178,6 @@ def _load_and_decode(config: Config) -> tuple[np.ndarray, np.ndarray]:
         logits = [stage.exit_logits(hidden, tap.layer, positions) for tap, hidden in taps.items()]
     keys = [entry.key for entry in stage.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values()]
     assert [key for key in keys if "norm" in key and "layers." not in key] == ["norm.weight"]
-    trainer.close()
     assert stage.norm is not None
     return stage.norm.weight.detach().numpy().copy(), torch.stack(logits).numpy()
 
@@ -191,8 +189,6 @@ def _description_with_own_norms(config: Config) -> str:
         check_same_model(step, trainer.description)
     except CheckpointError as error:
         return str(error)
-    finally:
-        trainer.close()
     return ""
 
 

@@ -119,6 +119,7 @@ def test_console_prints_one_plain_line_with_every_exit(
         console.log(20, {**TRAINING, "perf/mfu": 0.4123})
         skipped = {name: value for name, value in TRAINING.items() if "loss" not in name and "norm" not in name}
         console.log(30, skipped)
+        console.log(30, {name: value for name, value in TRAINING.items() if "exit_2" not in name})
     console.close()
     assert caplog.messages == [
         "10/40  loss 3.5000  exit 2: 2.5000  final: 2.2500  lr 3.00e-04  norm 1.50  12,346 tokens/s  1:02:05 left",
@@ -126,6 +127,7 @@ def test_console_prints_one_plain_line_with_every_exit(
         "20/40  loss 3.5000  exit 2: 2.5000  final: 2.2500  lr 3.00e-04  norm 1.50  12,346 tokens/s  41.2% MFU  "
         "1:02:05 left",
         "30/40  no loss, all steps were skipped  lr 3.00e-04  step skipped  12,346 tokens/s  1:02:05 left",
+        "30/40  loss 3.5000  final: 2.2500  lr 3.00e-04  norm 1.50  12,346 tokens/s  1:02:05 left",
     ]
     captured = capsys.readouterr()
     assert "\r" not in captured.out + captured.err, "no bar where there is no terminal"

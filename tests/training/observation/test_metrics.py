@@ -46,3 +46,26 @@ def test_a_batch_without_tokens_is_no_division_by_zero(mesh: Mesh) -> None:
     meter = ExitMeter([2], mesh)
     meter.add({2: _loss(0.0, 0.0)}, num_tokens=0)
     assert meter.read("train", {2: 1.0})["train/exit_2/loss"] == 0.0
+
+
+def test_an_exit_has_means_of_the_batches_in_which_it_ran(mesh: Mesh) -> None:
+    meter = ExitMeter([2, 3, 4], mesh)
+    meter.add({2: _loss(6.0, 1.0), 4: _loss(2.0, 2.0)}, num_tokens=2, measured=[2, 4])
+    meter.add({4: _loss(2.5, 1.0)}, num_tokens=1, measured={4: 1.0})
+    again = ExitMeter([2, 3, 4], mesh)
+    again.load_state(meter.state())
+    assert again.means() == meter.means() == {2: 3.0, 4: 1.5}
+    figures = meter.read("train", {4: 1.0})
+    assert figures == again.read("train", {4: 1.0})
+    assert figures["train/exit_2/loss"] == 3.0, "of two tokens, not of three"
+    assert [figures[f"train/exit_{layer}/weight"] for layer in (2, 3, 4)] == [0.0, 0.0, 1.0]
+    assert "train/exit_3/loss" not in figures
+    assert figures["train/loss"] == 1.5
+    meter.add({4: _loss(1.0, 0.0)}, num_tokens=1, measured=[4])
+    assert meter.means() == {4: 1.0}, "from zero again"
+
+
+def test_there_is_no_weighted_loss_where_one_of_its_parts_was_not_measured(mesh: Mesh) -> None:
+    meter = ExitMeter([2, 4], mesh)
+    meter.add({4: _loss(2.0, 2.0)}, num_tokens=2, measured=[4])
+    assert "train/loss" not in meter.read("train", {2: 0.5, 4: 0.5})
