@@ -90,6 +90,11 @@ class ExitsConfig(Section):
     projection: Projection | Projections = Field(
         "shared", description="shared: the final output's weight; own: the exit's; one for all exits, or a list"
     )
+    initialize: Literal["copy", "random"] = Field(
+        "copy",
+        description="what exits that checkpoint.initial lacks begin as; copy: the final norm and output weight, an MLP "
+        "head as its layer's MLP, a block head as the model's last layer",
+    )
     release: bool = Field(
         False, description="run an exit's loss just before its backward: less memory, and less of it is hidden"
     )

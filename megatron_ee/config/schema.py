@@ -38,6 +38,16 @@ class Config(Section):
     inference: InferenceConfig = InferenceConfig()
     serving: ServingConfig = ServingConfig()
 
+    @property
+    def depth(self) -> int:
+        """Layers that training runs: all of them, or, where only exits are trained, those up to the last one."""
+        return self.model.num_layers if self.training.trains == "all" else max(self.exits.layers, default=0)
+
+    @property
+    def trained_exits(self) -> tuple[int, ...]:
+        """The exits that training has, ascending: the final one last, unless only early exits are trained."""
+        return self.exits.layers if self.training.trains == "exits" else (*self.exits.layers, self.model.num_layers)
+
     @field_validator("exits")
     @classmethod
     def _fill_exit_weights(cls, exits: ExitsConfig, info: ValidationInfo) -> ExitsConfig:

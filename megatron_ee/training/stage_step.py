@@ -36,6 +36,7 @@ class StageStep:
     """The program that a pipeline runtime runs for one batch.
 
     Args:
+        plan: without any B, X is all that is left of the backward: only exits are trained.
         weights: exit layer -> weight of its loss, times the optimizer's loss scale. None: losses are only measured
             (validation); the plan has no B then.
         chunk_rows: see `exit_loss`.
@@ -65,7 +66,10 @@ class StageStep:
                 (action.stage, action.kind, action.chunk): action for actions in plan.actions for action in actions
             }
         kinds = {action.kind for actions in plan.actions for action in actions}
-        assert Kind.B not in kinds or (Kind.W in kinds) == (stage.weight_products is not None), "B leaves W its share"
+        self._has_backward = Kind.B in kinds
+        assert not self._has_backward or (Kind.W in kinds) == (stage.weight_products is not None), (
+            "B leaves W its share"
+        )
         self._positions = torch.arange(batch.tokens_MBS.shape[2], device=batch.tokens_MBS.device)
         self.losses: dict[int, ExitLoss] = {}  # by exit, over regular micro-batches
 
@@ -79,7 +83,7 @@ class StageStep:
                 x_SBH = received.requires_grad_(is_trained)
             chunk = self._stage.chunks[action.chunk]
             y_SBH, taps = self._stage.run_layers(x_SBH, self._positions, chunk.start, chunk.stop)
-        if is_trained or self._weights is None:
+        if is_trained or (taps and not self._has_backward):
             self._live[action.chunk, action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps)
         return y_SBH
 
@@ -91,9 +95,11 @@ class StageStep:
                 if self._weights is None:
                     with torch.no_grad():
                         self._exit_loss(hidden_SBH, tap, action)
-                else:
+                elif self._has_backward:
                     live.tap_gradients[tap] = self._exit_gradient(hidden_SBH, tap, action)
-        if self._weights is None:
+                else:
+                    torch.autograd.backward(self._exit_loss(hidden_SBH, tap, action).objective)
+        if not self._has_backward:
             del self._live[action.chunk, action.microbatch]
 
     def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
@@ -167,7 +173,7 @@ class StageStep:
     def _is_trained(self, action: Action) -> bool:
         """Whether a B of the same micro-batch comes on this stage."""
         fill = self._plan.fill_of(action.microbatch)
-        return self._weights is not None and (fill is None or fill.trains(action.stage))
+        return self._weights is not None and self._has_backward and (fill is None or fill.trains(action.stage))
 
     def _sync_of(self, action: Action) -> AbstractContextManager[None]:
         is_last = self._last.get((action.stage, action.kind, action.chunk)) == action
