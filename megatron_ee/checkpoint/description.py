@@ -44,10 +44,10 @@ class Description:
     Attributes:
         precision: of the parameters: fp32, bf16 or fp16.
         tokenizer: its name, which says what it is and not where; its files, if it has any, lie beside format.json.
+        files: SHA-256 of every other file of the folder; what other files are bound to is the hash over these.
         trains: what the run trains, and the checkpoint holds: all of the model, or its early exits alone.
         has_optimizer: whether it holds what a run goes on from, beside the parameters.
         initial: what the run began with; None: random parameters.
-        files: SHA-256 of every other file of the folder; what other files are bound to is the hash over these.
     """
 
     model: ModelConfig
@@ -56,10 +56,10 @@ class Description:
     tokenizer: str
     vocab_size: int
     progress: Progress
+    files: Mapping[str, str] = field(default_factory=dict)
     trains: Trains = "all"
     has_optimizer: bool = True
     initial: Origin | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
