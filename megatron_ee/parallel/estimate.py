@@ -196,6 +196,8 @@ def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: in
     """In bytes: what all live micro-batches keep, and what one X or one recomputed layer has besides for a while."""
     model, parallel, exits, training = config.model, config.parallel, config.exits, config.training
     size, tokens = BYTES[training.precision], training.micro_batch_size * config.data.sequence_length
+    if all(chunk.is_empty for chunk in chunks):
+        return 0.0
     own_exits = _exits_of(chunks)
     num_layers = sum(chunk.stop - chunk.start for chunk in chunks)
     hidden = _hidden(parallel, model)
