@@ -57,7 +57,7 @@ def open_initial(
     except CheckpointError as error:
         raise FieldError(FIELD, str(error).removeprefix("checkpoint: ")) from error
     _check_fits(folder, description, wanted)
-    if mesh.is_main:
+    if mesh.is_main and resumed is None:
         _announce(folder, description, wanted)
     return InitialCheckpoint(folder, description)
 

@@ -190,7 +190,8 @@ class Trainer:
         model = trained_state(self.stage, self.mesh)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=True)
         state = load_checkpoint(folder, {"model": model, "optimizer": optimizer})
-        self.stage.load_sharded(state["model"], is_whole=self.config.training.trains == "all")
+        own = state.get("model", {})  # a stage may have nothing to train
+        self.stage.load_sharded(own, is_whole=self.config.training.trains == "all")
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = saved.progress
         self.description = replace(self.description, initial=saved.initial)
