@@ -188,9 +188,8 @@ def training_measures(
     """The step with exits, and its time over that of the step without."""
     from megatron_ee.training.observation.throughput import flops_per_token, peak_flops
 
-    lengths = {"sequence_length": sizes.sequence_length, "vocab_size": sizes.vocab_size}
     configs = without.config, having.config
-    flops = [flops_per_token(config.model, config.exits, **lengths) for config in configs]
+    flops = [flops_per_token(config, sizes.vocab_size) for config in configs]
     rounds = take_turns(sizes.rounds, lambda: step(without, batch), lambda: step(having, batch))
     milliseconds = [1e3 * seconds for seconds in rounds.b]
     per_second = [sizes.global_batch_size * sizes.sequence_length / seconds for seconds in rounds.b]

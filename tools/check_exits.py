@@ -23,10 +23,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         iteration, losses = last_validation(arguments.run)
+        names = exit_names(list(losses), arguments.run)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    names = exit_names(list(losses))
     print(f"after {iteration} iterations, in nats per token:")
     print(f"{arguments.baseline_name:<18}{arguments.baseline:7.4f}")
     for layer, loss in losses.items():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_ee.config import load_config
 from megatron_ee.errors import UserError
 
 
@@ -17,7 +18,7 @@ class ExitLosses(NamedTuple):
     """One measurement.
 
     Attributes:
-        losses: nats per token by exit layer, ascending; the last is the final output.
+        losses: nats per token by exit layer, ascending; the last is the final output, if the run has it.
     """
 
     iteration: int
@@ -51,9 +52,11 @@ def read_metrics(run: Path) -> Metrics:
     return Metrics(_select(records, "train"), _select(records, "val"))
 
 
-def exit_names(layers: Sequence[int]) -> dict[int, str]:
-    """What to call each exit, given all of them, ascending."""
-    return {layer: f"exit {layer}" for layer in layers[:-1]} | {layers[-1]: f"final ({layers[-1]} layers)"}
+def exit_names(layers: Sequence[int], run: Path) -> dict[int, str]:
+    """What to call each exit of a run, given all of them, ascending. A run that trains exits alone has no final one."""
+    config = run / "config.yaml"
+    final = load_config(config).model.num_layers if config.exists() else layers[-1]
+    return {layer: f"final ({layer} layers)" if layer == final else f"exit {layer}" for layer in layers}
 
 
 def _parse(line: bytes, place: str) -> dict[str, float]:

@@ -54,7 +54,7 @@ def main() -> int:
         if not metrics.training:
             raise UserError(f"{arguments.run / 'metrics.jsonl'}: holds no training record")
         with mpl.rc_context(STYLE):
-            figure = draw(metrics, title=arguments.run.resolve().name, baseline=baseline)
+            figure = draw(metrics, arguments.run, baseline=baseline)
             output.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(output, metadata=WITHOUT_DATE[output.suffix])
     except (UserError, OSError) as error:
@@ -64,12 +64,12 @@ def main() -> int:
     return 0
 
 
-def draw(metrics: Metrics, *, title: str, baseline: Baseline | None = None) -> Figure:
-    """Loss over iterations, from the shallowest exit (light) to the final output (dark)."""
+def draw(metrics: Metrics, run: Path, *, baseline: Baseline | None = None) -> Figure:
+    """A run's losses over iterations, from the shallowest exit (light) to the final output (dark)."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     layers = list(metrics.training[-1].losses)
-    names = exit_names(layers)
+    names = exit_names(layers, run)
     for number, layer in enumerate(layers):
         colour = mpl.colormaps["viridis_r"](0.1 + 0.9 * number / max(1, len(layers) - 1))
         axes.plot(*curve(metrics.training, layer), color=colour, linewidth=1.3, label=names[layer])
@@ -79,7 +79,7 @@ def draw(metrics: Metrics, *, title: str, baseline: Baseline | None = None) -> F
     if baseline is not None:
         label = f"{baseline.name} ({baseline.nats:.2f})"
         axes.axhline(baseline.nats, color="#444444", linewidth=1, linestyle="--", zorder=1, label=label)
-    _finish(axes, title)
+    _finish(axes, run.resolve().name)
     return figure
 
 

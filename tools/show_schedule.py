@@ -23,7 +23,7 @@ from megatron_ee.parallel.pipeline.timeline import Span, Timeline, draw
 from megatron_ee.parallel.world import check_world, count_microbatches, data_parallel_size
 from megatron_ee.tokenizer import open_tokenizer
 from megatron_ee.training.observation.trace import Trace, TraceError, read_trace
-from megatron_ee.training.planning import plan_step, schedule_of
+from megatron_ee.training.planning import MEGATRON, plan_step, schedule_of
 
 MS = "ms"
 NARROWEST = 40
@@ -84,7 +84,7 @@ def show(config: Config, world_size: int | None) -> Shown:
 
     vocab_size = resolve_vocab_size(config.model, open_tokenizer(config.data.tokenizer))
     costs = costs_of(config, vocab_size)
-    layout = place(config.model, config.exits, parallel, costs)
+    layout = place(config.model, config.exits, parallel, costs, depth=config.depth)
     plan = plan_step(config, layout, vocab_size, num_microbatches)
     has_weights = any(action.kind is Kind.W for actions in plan.actions for action in actions)
     cost = chunk_costs(layout, config.exits, costs, weights=weight_share(config) if has_weights else None)
@@ -158,7 +158,7 @@ def check_same_plan(path: Path, trace: Trace, plan: Plan) -> None:
 def _describe(config: Config, plan: Plan) -> str:
     asked = config.parallel.schedule
     own = schedule_of(config)
-    schedule = own if asked == own else f"{asked}-core's own, shown as our {own}"
+    schedule = f"{asked}-core's own, shown as our {own}" if asked == MEGATRON else own
     chunks = f" of {plan.num_chunks} chunks" if plan.num_chunks > 1 else ""
     fills = f", fills: {_fills(plan.fills)}" if plan.fills or own == "filled-1f1b" else ""
     costs = "estimated" if config.parallel.costs == ESTIMATED else f"measured, {config.parallel.costs}"

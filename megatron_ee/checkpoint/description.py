@@ -3,15 +3,17 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError, DamagedError, sync_folder
 from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
 VERSION = 4
+
+Trains = Literal["all", "exits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,19 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The checkpoint whose parameters a run began with.
+
+    Attributes:
+        path: of the step folder, as the run found it.
+        hash: its description's.
+    """
+
+    path: str
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """The model in a checkpoint.
 
@@ -30,6 +45,9 @@ class Description:
         precision: of the parameters: fp32, bf16 or fp16.
         tokenizer: its name, which says what it is and not where; its files, if it has any, lie beside format.json.
         files: SHA-256 of every other file of the folder; what other files are bound to is the hash over these.
+        trains: what the run trains, and the checkpoint holds: all of the model, or its early exits alone.
+        has_optimizer: whether it holds what a run goes on from, beside the parameters.
+        initial: what the run began with; None: random parameters.
     """
 
     model: ModelConfig
@@ -39,6 +57,9 @@ class Description:
     vocab_size: int
     progress: Progress
     files: Mapping[str, str] = field(default_factory=dict)
+    trains: Trains = "all"
+    has_optimizer: bool = True
+    initial: Origin | None = None
 
     @property
     def hash(self) -> str:
@@ -57,6 +78,9 @@ def write_description(folder: Path, description: Description) -> None:
         "vocab_size": description.vocab_size,
         "iteration": description.progress.iteration,
         "consumed_samples": description.progress.consumed_samples,
+        "trains": description.trains,
+        "has_optimizer": description.has_optimizer,
+        "initial": asdict(description.initial) if description.initial else None,
         "hash": description.hash,
         "files": dict(description.files),
     }
@@ -107,15 +131,18 @@ def _parse(content: Mapping[str, Any]) -> Description:
     return Description(
         model=ModelConfig.model_validate(content["model"]),
         exits=ExitsConfig.model_validate(content["exits"]),
-        precision=_precision(content["precision"]),
+        precision=_one_of(get_args(Precision), content["precision"]),
         tokenizer=content["tokenizer"],
         vocab_size=content["vocab_size"],
         progress=Progress(content["iteration"], content["consumed_samples"]),
+        trains=_one_of(get_args(Trains), content.get("trains", "all")),
+        has_optimizer=_one_of((True, False), content.get("has_optimizer", True)),
+        initial=Origin(**initial) if (initial := content.get("initial")) else None,
         files=files,
     )
 
 
-def _precision(name: Any) -> Precision:
-    if name not in get_args(Precision):
-        raise ValueError(f"precision {name!r}")
-    return name
+def _one_of(choices: Sequence[Any], value: Any) -> Any:
+    if value not in choices:
+        raise ValueError(f"{value!r} is none of {choices}")
+    return value

@@ -1,5 +1,6 @@
 """Sharded checkpoints through megatron-core: whatever layout wrote them, any layout reads them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -21,8 +22,17 @@ def model_state(stage: Stage, mesh: Mesh) -> ShardedStateDict:
     return stage.sharded_state_dict(metadata={"dp_cp_group": mesh.groups.dp_cp, "non_homogeneous_layers": True})
 
 
-def load_checkpoint(folder: Path, state: ShardedStateDict) -> dict:
+def trained_state(stage: Stage, mesh: Mesh) -> ShardedStateDict:
+    """Of those, the parameters that are trained: what a run saves and goes on from."""
+    frozen = {name for name, parameter in stage.named_parameters() if not parameter.requires_grad}
+    return {name: entry for name, entry in model_state(stage, mesh).items() if name not in frozen}
+
+
+def load_checkpoint(folder: Path, state: ShardedStateDict, *, asks_for_all: bool = True) -> dict:
     """Read what `state` asks for, into its own tensors; every rank calls it.
+
+    Args:
+        asks_for_all: whether the ranks' states together are whole tensors, with a main copy each, which is checked.
 
     Raises:
         CheckpointError: the checkpoint holds another model, or pickles that could run any code, or is damaged.
@@ -30,7 +40,7 @@ def load_checkpoint(folder: Path, state: ShardedStateDict) -> dict:
     check_pickles(folder)
     keep_wholes(state)
     try:
-        return dist_checkpointing.load(state, str(folder), InPlaceStrategy())
+        return dist_checkpointing.load(state, str(folder), InPlaceStrategy(), validate_access_integrity=asks_for_all)
     except dist_checkpointing.core.CheckpointingException as error:
         raise CheckpointError(f"{folder} doesn't fit this model: {error}") from error
     except (CheckpointException, OSError, EOFError, UnpicklingError, RuntimeError) as error:
@@ -38,6 +48,16 @@ def load_checkpoint(folder: Path, state: ShardedStateDict) -> dict:
         causes = error.failures.values() if isinstance(error, CheckpointException) else ()
         cause = next((str(cause) for cause, _ in causes), str(error))
         raise CheckpointError(f"{folder} cannot be loaded: {cause}") from error
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """The tensors in a checkpoint, by the names of the whole model's parameters; among others, the optimizer's.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+    """
+    check_pickles(folder)
+    return frozenset(dist_checkpointing.load_tensors_metadata(str(folder)))
 
 
 def load_stage(folder: Path, stage: Stage, mesh: Mesh) -> None:
@@ -53,26 +73,41 @@ def check_same_model(folder: Path, description: Description) -> Description:
     """
     saved = read_description(folder)
     wanted, found = _shape(description), _shape(saved)
-    different = [f"{name} is {found[name]}, not {wanted[name]}" for name in wanted if wanted[name] != found.get(name)]
-    if different:
-        raise CheckpointError(f"{folder} is of another model: {'; '.join(different)}")
+    if different := differences(found, wanted):
+        raise CheckpointError(f"{folder} is of another model: {different}")
+    if not saved.has_optimizer:
+        raise CheckpointError(
+            f"{folder} holds parameters alone, which no run goes on from: begin another run, with checkpoint.initial"
+        )
     return saved
 
 
-def _shape(description: Description) -> dict[str, object]:
-    """What decides the parameters' names and shapes, and how the layers compute."""
+def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    """What is not as it has to be, by name; "" where all is."""
+    return "; ".join(
+        f"{name} is {found.get(name)}, not {wanted[name]}" for name in wanted if wanted[name] != found.get(name)
+    )
+
+
+def shape_of_trunk(description: Description) -> dict[str, object]:
+    """What decides the names and shapes of all parameters but the early exits', and how the layers compute."""
     model = {f"model.{name}": value for name, value in description.model if name not in ("init_std", "vocab_size")}
+    return {**model, "tokenizer": description.tokenizer, "vocab_size": description.vocab_size}
+
+
+def _shape(description: Description) -> dict[str, object]:
     layers = description.exits.layers
-    exits = {
+    return {
+        **shape_of_trunk(description),
         "exits.layers": layers,
         "exits.head": _in_short(tuple(map(description.exits.head_of, layers))),
         "exits.projection": _in_short(tuple(map(description.exits.projection_of, layers))),
         "exits.temperature": _in_short(tuple(map(description.exits.temperature_of, layers))),
         "exits.gate": _in_short(tuple(map(description.exits.gate_of, layers))),
+        "exits.norm": description.exits.norm,
+        "training.precision": description.precision,
+        "training.trains": description.trains,
     }
-    exits["exits.norm"] = description.exits.norm
-    model["training.precision"] = description.precision
-    return {**model, **exits, "tokenizer": description.tokenizer, "vocab_size": description.vocab_size}
 
 
 def _in_short(of_exits: tuple[str, ...] | tuple[float, ...]) -> str | float | tuple[str, ...] | tuple[float, ...]:

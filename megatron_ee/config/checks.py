@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-from megatron_ee.config.exit_checks import exit_problems
+from megatron_ee.config.checks_exits import exit_problems
+from megatron_ee.config.checks_layout import layout_problems
+from megatron_ee.config.checks_tuning import tuning_problems
 from megatron_ee.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ def problems_of(config: "Config") -> Problems:
     yield from exit_problems(config)
     yield from _split_problems(config)
     yield from _schedule_problems(config)
-    yield from _layout_problems(config)
+    yield from layout_problems(config)
     yield from _data_problems(config)
     yield from _training_problems(config)
+    yield from tuning_problems(config)
     yield from _name_problems(config)
 
 
@@ -81,40 +83,6 @@ def _schedule_problems(config: "Config") -> Problems:
         yield "exits.release", "true is what schedule megatron always does; leave it out"
     if config.logging.trace_iterations and parallel.schedule == "megatron":
         yield "logging.trace_iterations", "schedule megatron shows no actions to trace"
-
-
-def _layout_problems(config: "Config") -> Problems:
-    num_layers, parallel, layout = config.model.num_layers, config.parallel, config.parallel.layout
-    parts = parallel.pipeline * parallel.chunks
-    if layout == "auto":
-        if num_layers < parts:
-            field = "chunks" if parallel.chunks > 1 else "pipeline"
-            yield f"parallel.{field}", f"{_count_parts(config)} need at least {parts} layers, not {num_layers}"
-        return
-    if len(layout) != parts:
-        yield "parallel.layout", f"needs an entry for each of {_count_parts(config)}, not {len(layout)}"
-    stops = list(accumulate(stage.layers for stage in layout))
-    if not stops or stops[-1] != num_layers:
-        total = sum(stage.layers for stage in layout)
-        yield "parallel.layout", f"its layers add up to {total}, not to num_layers = {num_layers}"
-    for number, (border, (left, right)) in enumerate(zip(stops, pairwise(layout), strict=False)):
-        if border in config.exits.layers and left.exits_at_end == right.exits_at_start:
-            whose = "both" if left.exits_at_end else "neither"
-            yield (
-                "parallel.layout",
-                f"exit {border} is on the border of entries {number} and {number + 1} and is given to {whose}: set "
-                f"either exits_at_end of the first or exits_at_start of the second, and not both",
-            )
-        elif border in config.exits.layers and right.exits_at_start and config.exits.head_of(border) == "mlp":
-            yield (
-                f"parallel.layout.{number + 1}.exits_at_start",
-                f"exit {border} has an MLP head, which reads the inside of layer {border}: leave it to entry {number}",
-            )
-
-
-def _count_parts(config: "Config") -> str:
-    stages, chunks = config.parallel.pipeline, config.parallel.chunks
-    return f"{stages} stage{'s' * (stages > 1)}" + (f" x {chunks} chunks" if chunks > 1 else "")
 
 
 def _data_problems(config: "Config") -> Problems:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_ee.config.checks import InvalidFieldsError
-from megatron_ee.config.exit_checks import exits_problems
+from megatron_ee.config.checks_exits import exits_problems
 from megatron_ee.config.exit_losses import (
     DistillationConfig,
     GateKind,
@@ -131,6 +131,11 @@ class ExitsConfig(Section):
         "exits, or a list",
     )
     gate_loss: GateLossConfig = GateLossConfig()
+    initialize: Literal["copy", "random"] = Field(
+        "copy",
+        description="what exits that checkpoint.initial lacks begin as; copy: the final norm and output weight, an MLP "
+        "head as its layer's MLP, a block head as the model's last layer",
+    )
     release: bool = Field(
         False, description="run an exit's loss just before its backward: less memory, and less of it is hidden"
     )

@@ -8,6 +8,11 @@ from megatron_ee.config.fields import NonNegativeFloat, NonNegativeInt, Positive
 class CheckpointConfig(Section):
     """When checkpoints are written, which are kept, and whether a run continues from one."""
 
+    initial: str | None = Field(
+        None,
+        description="a run or step folder whose parameters the run begins with, at iteration 0 and without optimizer "
+        "state; default: none, the parameters are random",
+    )
     interval: NonNegativeInt = Field(0, description="iterations between checkpoints; 0: only at the end")
     asynchronous: bool = Field(
         True, description="write while training goes on, from a copy in host memory; false: training waits"
@@ -35,7 +40,7 @@ class FaultsConfig(Section):
         5, description="steps in a row, all skipped, whose gradients are no numbers; after these training ends"
     )
     spike_deviations: NonNegativeFloat = Field(
-        10.0, description="alarm when the final loss is so many deviations above the median of late; 0: none"
+        10.0, description="alarm when the deepest exit's loss is so many deviations above its median of late; 0: none"
     )
     spike_window: PositiveInt = Field(100, description="steps that are of late")
     straggler_ratio: NonNegativeFloat = Field(

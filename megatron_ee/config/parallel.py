@@ -4,13 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from megatron_ee.config.fields import NonNegativeFloat, PositiveInt, Section, list_as_tuple
+from megatron_ee.config.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, list_as_tuple
 
 
 class StagePlacement(Section):
     """One stage, or one chunk of it, of a hand-pinned layout. An exit on a border belongs to one of the two sides."""
 
-    layers: PositiveInt
+    layers: NonNegativeInt = Field(
+        description="0: nothing is for the stage to do; of the last stages, where training.trains is exits"
+    )
     exits_at_start: bool = Field(False, description="own the exit on the left border")
     exits_at_end: bool = Field(True, description="own the exit on the right border")
 

@@ -49,6 +49,16 @@ class Config(Section):
             return {name: value for name, value in exits.items() if name != "layers" and not isinstance(value, list)}
         return {**exits, "layers": list(range(1, model.num_layers))}
 
+    @property
+    def depth(self) -> int:
+        """Layers that training runs: all of them, or, where only exits are trained, those up to the last one."""
+        return self.model.num_layers if self.training.trains == "all" else max(self.exits.layers, default=0)
+
+    @property
+    def trained_exits(self) -> tuple[int, ...]:
+        """The exits that training has, ascending: the final one last, unless only early exits are trained."""
+        return self.exits.layers if self.training.trains == "exits" else (*self.exits.layers, self.model.num_layers)
+
     @field_validator("exits")
     @classmethod
     def _fill_exit_weights(cls, exits: ExitsConfig, info: ValidationInfo) -> ExitsConfig:

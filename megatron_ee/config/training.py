@@ -60,6 +60,11 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """How long a run trains, on batches of which size, and how often it is validated."""
 
+    trains: Literal["all", "exits"] = Field(
+        "all",
+        description="exits: the rest of checkpoint.initial's model stays as it is and only runs forward, up to the "
+        "last exit (EE-Tuning)",
+    )
     train_iters: PositiveInt
     global_batch_size: PositiveInt = Field(description="sequences per optimizer step")
     micro_batch_size: PositiveInt

@@ -86,6 +86,8 @@ def load_engine(folder: Path, config: Config, device: Device) -> Engine:
     """
     mesh = open_mesh(ParallelConfig(), device)
     description = verify(folder, mesh, reads_all=config.checkpoint.verify)
+    if description.trains == "exits":
+        raise CheckpointError(f"checkpoint: {folder} holds exits alone; tools/merge_exits.py makes a model of it")
     (chunks,) = place(description.model, description.exits, ParallelConfig())
     stage = Stage(
         description.model,

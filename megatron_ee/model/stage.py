@@ -246,9 +246,10 @@ class Stage(MegatronModule):
         name = name.removeprefix(f"exits.{self.model.num_layers}.")
         return name.replace("output.", "embedding.", 1) if self.model.tie_embeddings and name[:7] == "output." else name
 
-    def load_sharded(self, state: dict[str, torch.Tensor]) -> None:
-        """Take back what `sharded_state_dict` described, under this stage's own names."""
+    def load_sharded(self, state: dict[str, torch.Tensor], *, is_whole: bool = True) -> None:
+        """Take back what `sharded_state_dict` described, or a part of it, under this stage's own names."""
         missing, unexpected = self.load_state_dict(state, strict=False)
+        missing = missing if is_whole else []
         different = [name for name in (*missing, *unexpected) if not name.endswith(_ENGINE_STATE)]
         assert not different, f"not in both the stage and the checkpoint: {different}"
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -98,8 +98,11 @@ def costs_of(config: Config, vocab_size: int) -> ModelCosts:
         FieldError: see `read_costs`.
     """
     if config.parallel.costs == ESTIMATED:
-        return estimated_costs(config, vocab_size)
-    return read_costs(Path(config.parallel.costs), config, vocab_size)
+        costs = estimated_costs(config, vocab_size)
+    else:
+        costs = read_costs(Path(config.parallel.costs), config, vocab_size)
+    # where only exits are trained the layers just run forward
+    return costs if config.training.trains == "all" else replace(costs, layer_backward=0.0, embedding_backward=0.0)
 
 
 def estimated_costs(config: Config, vocab_size: int) -> ModelCosts:
@@ -191,7 +194,7 @@ def read_costs(path: Path, config: Config, vocab_size: int) -> ModelCosts:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _field_error(path, f"is no file of tools/measure_costs.py, or is damaged ({error})") from error
     _check_measured_for(path, measured_for, _measured_for(config, vocab_size))
-    needed = {config.exits.head_of(layer) for layer in (*config.exits.layers, config.model.num_layers)}
+    needed = {config.exits.head_of(layer) for layer in config.trained_exits}
     if lacking := sorted(needed - measured_exits.keys()):
         raise _field_error(path, f"was measured without exits.head = {', '.join(lacking)}: measure again")
     return ModelCosts(exits=measured_exits, **durations)

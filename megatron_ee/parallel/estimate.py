@@ -1,10 +1,10 @@
 """What a config costs on each rank, before anything is started: parameters, memory, checkpoint, and the placement."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from megatron_ee.config import Config, ExitsConfig, GateKind, HeadKind, ModelConfig, ParallelConfig
-from megatron_ee.parallel.chunks import Chunk, Layout, have_exits
+from megatron_ee.config import Config, GateKind, HeadKind, ModelConfig, ParallelConfig
+from megatron_ee.parallel.chunks import Chunk, Layout, count_idle, have_exits
 from megatron_ee.parallel.costs import costs_of
 from megatron_ee.parallel.layout import describe_layout, place
 from megatron_ee.parallel.pipeline.schedules import build_plan
@@ -50,12 +50,14 @@ class Estimate:
     """A run. `parameters` counts copies of the shared projection once; `checkpoint` is in bytes.
 
     Attributes:
+        trained: of the parameters; what the checkpoint holds, with optimizer state.
         placement: a line for each stage: its layers, its exits and its share of the work.
     """
 
     data_size: int
     num_microbatches: int
     parameters: int
+    trained: int
     checkpoint: int
     placement: tuple[str, ...]
     stages: tuple[StageEstimate, ...]
@@ -71,14 +73,17 @@ def estimate(config: Config, world_size: int, vocab_size: int) -> Estimate:
     training = config.training
     num_microbatches = count_microbatches(training.global_batch_size, training.micro_batch_size, data_size)
     costs = costs_of(config, vocab_size)
-    layout = place(config.model, config.exits, config.parallel, costs)
+    layout = place(config.model, config.exits, config.parallel, costs, depth=config.depth)
     holdings = _holdings(config, layout, num_microbatches)
     parameters = _all_parameters(config, vocab_size)
+    only_exits = config.training.trains == "exits"
+    trained = _exit_parameters(config, config.exits.layers, vocab_size) if only_exits else parameters
     return Estimate(
         data_size,
         num_microbatches,
         parameters,
-        parameters * _checkpoint_bytes(config),
+        trained,
+        trained * _checkpoint_bytes(config),
         tuple(describe_layout(layout, config.exits, costs)),
         tuple(
             _estimate_stage(config, chunks, vocab_size, held=held, data_size=data_size)
@@ -90,7 +95,8 @@ def estimate(config: Config, world_size: int, vocab_size: int) -> Estimate:
 def describe(estimated: Estimate) -> str:
     """The estimate as text: the whole model, the placement, and a table of memory, one line a stage."""
     lines = [
-        f"parameters: {estimated.parameters:,}",
+        f"parameters: {estimated.parameters:,}"
+        + (f", {estimated.trained:,} of them trained" if estimated.trained < estimated.parameters else ""),
         f"checkpoint: {_size(estimated.checkpoint)}",
         f"data-parallel ranks: {estimated.data_size}, micro-batches a step: {estimated.num_microbatches}",
         "",
@@ -161,6 +167,9 @@ def _estimate_stage(
     config: Config, chunks: tuple[Chunk, ...], vocab_size: int, *, held: Held, data_size: int
 ) -> StageEstimate:
     parameters = _stage_parameters(config, chunks, vocab_size)
+    only_exits = config.training.trains == "exits"
+    ranks = config.parallel.tensor
+    trained = _exit_parameters(config, _exits_of(chunks), vocab_size, ranks) if only_exits else parameters
     size = BYTES[config.training.precision]
     masters = size < FP32
     shared_by = data_size if config.parallel.distributed_optimizer else 1
@@ -168,8 +177,8 @@ def _estimate_stage(
         chunks,
         parameters,
         weights=parameters * size,
-        gradients=parameters * FP32,
-        optimizer=parameters * FP32 * (MOMENTS + masters) // shared_by,
+        gradients=trained * FP32,
+        optimizer=trained * FP32 * (MOMENTS + masters) // shared_by,
         activations=round(_stage_activations(config, chunks, vocab_size, held)),
     )
 
@@ -178,26 +187,39 @@ def _stage_parameters(config: Config, chunks: tuple[Chunk, ...], vocab_size: int
     model, exits, ranks = config.model, config.exits, config.parallel.tensor
     own_exits = _exits_of(chunks)
     num_layers = sum(chunk.stop - chunk.start for chunk in chunks)
-    own_projections = sum(exits.projection_of(layer) == "own" for layer in own_exits)
     has_embedding = any(chunk.has_embedding for chunk in chunks)
-    has_copy = own_projections < len(own_exits) and not (model.tie_embeddings and has_embedding)
-    matrices = has_embedding + own_projections + has_copy
-    heads = sum(_exit_parameters(model, exits, layer, ranks) for layer in own_exits)
-    if exits.norm == "shared" and own_exits:
-        heads -= (len(own_exits) - 1) * model.hidden_size  # one norm for all of the stage
-    return num_layers * layer_parameters(model, ranks) + heads + matrices * vocab_size * model.hidden_size // ranks
+    borrows = model.tie_embeddings and has_embedding
+    has_copy = any(exits.projection_of(layer) == "shared" for layer in own_exits) and not borrows
+    shared = (has_embedding + has_copy) * vocab_size * model.hidden_size // ranks
+    shared_norm = model.hidden_size if exits.norm == "shared" and own_exits else 0
+    own = _exit_parameters(config, own_exits, vocab_size, ranks)
+    return num_layers * layer_parameters(model, ranks) + shared + shared_norm + own
+
+
+def _exit_parameters(config: Config, exits: Sequence[int], vocab_size: int, ranks: int = 1) -> int:
+    """What these exits have of their own, on one of the tensor-parallel ranks."""
+    model = config.model
+    heads = sum(head_parameters(model, config.exits.head_of(layer), ranks) for layer in exits)
+    gates = sum(gate_parameters(model, config.exits.gate_of(layer)) for layer in exits)
+    shared_norms = len(exits) * model.hidden_size if config.exits.norm == "shared" else 0
+    own_projections = sum(config.exits.projection_of(layer) == "own" for layer in exits)
+    return heads - shared_norms + gates + own_projections * vocab_size * model.hidden_size // ranks
 
 
 def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: int, held: Held) -> float:
     """In bytes: what all live micro-batches keep, and what one X or one recomputed layer has besides for a while."""
     model, parallel, exits, training = config.model, config.parallel, config.exits, config.training
     size, tokens = BYTES[training.precision], training.micro_batch_size * config.data.sequence_length
+    if all(chunk.is_empty for chunk in chunks):
+        return 0.0
     own_exits = _exits_of(chunks)
     num_layers = sum(chunk.stop - chunk.start for chunk in chunks)
     hidden = _hidden(parallel, model)
     whole_layer, kept_of_layer = _layer_activations(config)
     # X leaves a gradient at each exit, which waits for B or else is there once; a chunk's input and output are kept
     gradients = len(own_exits) * hidden
+    if config.training.trains == "exits":
+        kept_of_layer = 0.0  # and what waits at each exit is its hidden state
     waits = not exits.release and parallel.schedule != "megatron"
     of_microbatch = (num_layers * kept_of_layer + gradients * waits) / len(chunks) + 2 * hidden
     if config.data.format == "messages" and config.data.packing:
@@ -210,7 +232,7 @@ def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: in
     copies = 3 + 3 * (exits.distillation is not None and len(own_exits) > 1)
     logits = (copies * FP32 + (size if size < FP32 else 0)) * vocab_size / parallel.tensor
     of_waiting = num_layers * weight_products(parallel, model)
-    of_all = max(before * of_microbatch + after * of_waiting for before, after in held)
+    of_all = max((before * of_microbatch + after * of_waiting for before, after in held), default=0.0)
     return (of_all + in_passing) * size * tokens + logits * rows
 
 
@@ -249,12 +271,6 @@ def _hidden(parallel: ParallelConfig, model: ModelConfig) -> float:
     return model.hidden_size / (parallel.tensor if parallel.sequence else 1)
 
 
-def _exit_parameters(model: ModelConfig, exits: ExitsConfig, layer: int, ranks: int = 1) -> int:
-    """Of an exit without its projection."""
-    head = head_parameters(model, exits.head_of(layer), ranks)
-    return head + gate_parameters(model, exits.gate_of(layer))
-
-
 def _mlp_parameters(model: ModelConfig) -> int:
     return 3 * model.ffn_hidden_size * model.hidden_size
 
@@ -262,12 +278,10 @@ def _mlp_parameters(model: ModelConfig) -> int:
 def _all_parameters(config: Config, vocab_size: int) -> int:
     """Of the whole model; copies count once."""
     model, exits = config.model, config.exits
-    heads = sum(_exit_parameters(model, exits, layer) for layer in (*exits.layers, model.num_layers))
-    if exits.norm == "shared":
-        heads -= len(exits.layers) * model.hidden_size
-    own_projections = sum(exits.projection_of(layer) == "own" for layer in exits.layers)
-    matrices = 1 + (not model.tie_embeddings) + own_projections
-    return model.num_layers * layer_parameters(model) + heads + matrices * vocab_size * model.hidden_size
+    own = _exit_parameters(config, (*exits.layers, model.num_layers), vocab_size)
+    shared_norm = model.hidden_size if exits.norm == "shared" else 0
+    shared = (1 + (not model.tie_embeddings)) * vocab_size * model.hidden_size
+    return model.num_layers * layer_parameters(model) + shared + shared_norm + own
 
 
 def _checkpoint_bytes(config: Config) -> int:
@@ -283,9 +297,11 @@ def _holdings(config: Config, layout: Layout, num_microbatches: int) -> tuple[He
     """
     parallel = config.parallel
     alike = {"filled-1f1b": "1f1b", "megatron": "interleaved" if parallel.chunks > 1 else "1f1b"}
+    only_exits = config.training.trains == "exits"
     plan = build_plan(
-        alike.get(parallel.schedule, parallel.schedule),
-        num_stages=len(layout),
+        "forward-only" if only_exits else alike.get(parallel.schedule, parallel.schedule),
+        num_stages=len(layout) - count_idle(layout),
+        num_idle=count_idle(layout),
         num_chunks=len(layout[0]),
         num_microbatches=num_microbatches,
         has_exits=have_exits(layout),

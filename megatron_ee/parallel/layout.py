@@ -14,16 +14,25 @@ def layout_of(config: Config, vocab_size: int) -> Layout:
     Raises:
         FieldError: see `read_costs`.
     """
-    return place(config.model, config.exits, config.parallel, costs_of(config, vocab_size))
+    return place(config.model, config.exits, config.parallel, costs_of(config, vocab_size), depth=config.depth)
 
 
-def place(model: ModelConfig, exits: ExitsConfig, parallel: ParallelConfig, costs: ModelCosts | None = None) -> Layout:
+def place(
+    model: ModelConfig,
+    exits: ExitsConfig,
+    parallel: ParallelConfig,
+    costs: ModelCosts | None = None,
+    *,
+    depth: int | None = None,
+) -> Layout:
     """Each stage's layers and exits. (The config has been checked to give an exit on a border to exactly one side.)
 
     Args:
         costs: what `parallel.layout: auto` balances; not needed where the model stays whole or the layout is pinned.
+        depth: place the layers up to this one only, which is that of an exit; None: the whole model.
     """
-    placements = _placements(model, exits, parallel, costs)
+    depth = depth or model.num_layers
+    placements = _placements(depth, exits, parallel, costs)
     stops = list(accumulate(part.layers for part in placements))
     chunks = []
     for placement, start, stop in zip(placements, [0, *stops], stops, strict=False):
@@ -34,17 +43,19 @@ def place(model: ModelConfig, exits: ExitsConfig, parallel: ParallelConfig, cost
             owned.append(stop)
         if stop == model.num_layers:
             owned.append(stop)
-        chunks.append(Chunk(start, stop, tuple(owned)))
+        chunks.append(Chunk(start, stop, tuple(owned) if placement.layers else ()))
     return tuple(tuple(chunks[stage :: parallel.pipeline]) for stage in range(parallel.pipeline))
 
 
 def describe_layout(layout: Layout, exits: ExitsConfig, costs: ModelCosts) -> list[str]:
     """A line for each stage: its layers, its exits, and its share of the work."""
     totals = chunk_costs(layout, exits, costs).totals
-    num_layers = layout[-1][-1].stop
     lines = []
     for stage, (chunks, total) in enumerate(zip(layout, totals, strict=True)):
-        names = ["final" if layer == num_layers else str(layer) for chunk in chunks for layer in chunk.exits]
+        if all(chunk.is_empty for chunk in chunks):
+            lines.append(f"stage {stage}: idle")
+            continue
+        names = [str(layer) if layer in exits.layers else "final" for chunk in chunks for layer in chunk.exits]
         layers = " ".join(map(_layers, chunks))
         own_exits = " ".join(["exits", *names]) if names else "no exits"
         of_slowest, of_all = total / max(totals), total / sum(totals)
@@ -61,18 +72,18 @@ def _layers(chunk: Chunk) -> str:
 
 
 def _placements(
-    model: ModelConfig, exits: ExitsConfig, parallel: ParallelConfig, costs: ModelCosts | None
+    depth: int, exits: ExitsConfig, parallel: ParallelConfig, costs: ModelCosts | None
 ) -> tuple[StagePlacement, ...]:
     if parallel.layout != "auto":
         return parallel.layout
     if parallel.pipeline * parallel.chunks == 1:
-        return (StagePlacement(layers=model.num_layers),)
+        return (StagePlacement(layers=depth),)
     assert costs is not None, "an automatic layout of several parts needs costs"
     work = Work(
-        num_layers=model.num_layers,
+        num_layers=depth,
         layer=costs.layer,
         first=costs.embedding,
-        last=costs.exits[exits.head_of(model.num_layers)],
+        last=0.0 if depth in exits.layers else costs.exits[exits.head_of(depth)],
         exits={layer: costs.exits[exits.head_of(layer)] for layer in exits.layers},
         only_at_end=frozenset(layer for layer in exits.layers if exits.head_of(layer) == "mlp"),
     )

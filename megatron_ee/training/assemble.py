@@ -1,8 +1,10 @@
 """Builds the parts of a rank from a config, and a trainer from the parts; nothing here reads or writes a file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Progress
+from megatron_ee.checkpoint.initial import InitialCheckpoint, load_initial
 from megatron_ee.config import Config, TrainingConfig
 from megatron_ee.data.dataset import Datasets
 from megatron_ee.data.loader import BatchLoader, SampleSource
@@ -12,6 +14,7 @@ from megatron_ee.model.initialize import initialize
 from megatron_ee.model.layers import Recompute
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
+from megatron_ee.model.trainable import train_only_exits
 from megatron_ee.parallel.chunks import Layout
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.p2p import MessageSpec
@@ -45,6 +48,7 @@ def assemble_trainer(
     vocab_size: int,
     layout: Layout,
     plan: Plan,
+    initial: InitialCheckpoint | None = None,
     optimizer_backend: Backend | None = None,
     learning_rate_decay: Decay | None = None,
 ) -> Trainer:
@@ -52,9 +56,12 @@ def assemble_trainer(
 
     Args:
         vocab_size: the resolved size.
+        initial: what holds the parameters to begin with; None: they are random.
         optimizer_backend, learning_rate_decay: None: the built-in ones that the config names.
     """
     stage = build_stage(config, layout, vocab_size, mesh)
+    if initial is not None:  # before the optimizer copies parameters in half precision
+        load_initial(initial, stage, mesh, config.exits)
     gradients = StageGradients(stage, mesh, config.parallel, varies=gradients_vary(config))
     message = message_between_stages(config, mesh.device)
     backend = optimizer_backend or BACKENDS[config.optimizer.backend]
@@ -62,7 +69,7 @@ def assemble_trainer(
     return Trainer(
         config=config,
         run_folder=run_folder_of(config),
-        description=_describe(config, tokenizer.name, vocab_size),
+        description=replace(describe(config, tokenizer.name, vocab_size), initial=initial.origin if initial else None),
         tokenizer=tokenizer,
         mesh=mesh,
         stage=stage,
@@ -74,7 +81,7 @@ def assemble_trainer(
         plan=plan,
         meter=ExitMeter(all_exits(config), mesh, gated=config.exits.gated),
         skipped=SkippedSteps(mesh, config.faults.max_nonfinite),
-        alarms=Alarms(config.faults, mesh, final_exit=config.model.num_layers),
+        alarms=Alarms(config.faults, mesh, last_exit=all_exits(config)[-1]),
         timer=PhaseTimer(mesh, plan if config.parallel.schedule != MEGATRON else None),
         throughput=Throughput(config, mesh, vocab_size=vocab_size),
         tracer=Tracer(config.logging.trace_iterations, plan, mesh, run_folder_of(config) / "traces"),
@@ -90,8 +97,8 @@ def run_folder_of(config: Config) -> Path:
 
 
 def all_exits(config: Config) -> list[int]:
-    """The early exits and the final one, ascending."""
-    return [*config.exits.layers, config.model.num_layers]
+    """The early exits, and the final one where training has it, ascending."""
+    return list(config.trained_exits)
 
 
 def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> Stage:
@@ -113,6 +120,8 @@ def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> 
         defer_weight_gradients=_defers_weight_gradients(config, mesh.device),
     )
     initialize(stage, config.seed)
+    if config.training.trains == "exits":
+        train_only_exits(stage)
     return stage
 
 
@@ -202,7 +211,8 @@ def _build_evaluator(
     )
 
 
-def _describe(config: Config, tokenizer: str, vocab_size: int) -> Description:
+def describe(config: Config, tokenizer: str, vocab_size: int) -> Description:
+    """The model that a run of this config trains."""
     return Description(
         model=config.model,
         exits=config.exits,
@@ -210,4 +220,5 @@ def _describe(config: Config, tokenizer: str, vocab_size: int) -> Description:
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         progress=Progress(0, 0),
+        trains=config.training.trains,
     )

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from megatron_ee.checkpoint.description import Progress, read_description
+from megatron_ee.checkpoint.description import Description, Progress, read_description
 from megatron_ee.checkpoint.folders import newest_checkpoint
+from megatron_ee.checkpoint.initial import open_initial
 from megatron_ee.checkpoint.resume import checkpoint_to_resume
 from megatron_ee.config import Config, to_yaml
 from megatron_ee.data.dataset import open_datasets
@@ -25,7 +26,7 @@ from megatron_ee.parallel.pipeline.schedules import TRAINING_SCHEDULES, Schedule
 from megatron_ee.parallel.world import count_microbatches
 from megatron_ee.plugins import choose, load_plugins
 from megatron_ee.tokenizer import open_tokenizer
-from megatron_ee.training.assemble import all_exits, assemble_trainer, run_folder_of
+from megatron_ee.training.assemble import all_exits, assemble_trainer, describe, run_folder_of
 from megatron_ee.training.exit_objectives import check_learners
 from megatron_ee.training.loggers import check_loggers, open_loggers
 from megatron_ee.training.lr_schedule import DECAYS, Decay
@@ -33,7 +34,7 @@ from megatron_ee.training.operations.attempts import Attempt, open_attempt
 from megatron_ee.training.operations.run_lock import RunLock
 from megatron_ee.training.operations.stopping import StopRequests
 from megatron_ee.training.optimizers import BACKENDS, Backend
-from megatron_ee.training.planning import FILLED, plan_step, schedule_of
+from megatron_ee.training.planning import FILLED, FORWARD_ONLY, plan_step, schedule_of
 from megatron_ee.training.trainer import Trainer
 
 
@@ -57,13 +58,15 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
     checkpoint = _checkpoint_to_resume(config, run_folder, mesh)
     tokenizer = open_tokenizer(config.data.tokenizer)
     vocab_size = resolve_vocab_size(config.model, tokenizer)
+    resumed = read_description(checkpoint) if checkpoint is not None else None
+    initial = open_initial(config, describe(config, tokenizer.name, vocab_size), mesh, resumed=resumed)
     layout = layout_of(config, vocab_size)
     check_learners(config, layout)
     plan = _plan_step(config, layout, vocab_size, mesh, parts.schedules)
     if mesh.is_main:
         _announce(log, config, device, layout, plan, vocab_size)
 
-    num_samples = _num_train_samples(config, checkpoint, plan, mesh)
+    num_samples = _num_train_samples(config, resumed, plan, mesh)
     datasets = open_datasets(config, tokenizer, mesh, num_train_samples=num_samples)
     trainer = assemble_trainer(
         config,
@@ -73,6 +76,7 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
         vocab_size=vocab_size,
         layout=layout,
         plan=plan,
+        initial=initial,
         optimizer_backend=parts.optimizer_backend,
         learning_rate_decay=parts.learning_rate_decay,
     )
@@ -99,8 +103,8 @@ class _Parts:
 def _choose_parts(config: Config) -> _Parts:
     plugins = load_plugins(config.plugins)
     optimizer = config.optimizer
-    schedule = schedule_of(config)
-    choose("parallel.schedule", schedule, TRAINING_SCHEDULES, plugins.pipeline_schedules)
+    if (schedule := schedule_of(config)) != FORWARD_ONLY:
+        choose("parallel.schedule", schedule, TRAINING_SCHEDULES, plugins.pipeline_schedules)
     return _Parts(
         choose("optimizer.backend", optimizer.backend, BACKENDS, plugins.optimizer_backends),
         choose("optimizer.lr_decay", optimizer.lr_decay, DECAYS, plugins.learning_rate_decays),
@@ -135,9 +139,9 @@ def _checkpoint_to_resume(config: Config, run_folder: Path, mesh: Mesh) -> Path 
     return checkpoint_to_resume(run_folder, mesh, verifies=config.checkpoint.verify)
 
 
-def _num_train_samples(config: Config, checkpoint: Path | None, plan: Plan, mesh: Mesh) -> int:
+def _num_train_samples(config: Config, resumed: Description | None, plan: Plan, mesh: Mesh) -> int:
     """What was drawn, and what is left to draw: the batch may be of another size since the run was resumed."""
-    done = read_description(checkpoint).progress if checkpoint is not None else Progress(0, 0)
+    done = resumed.progress if resumed is not None else Progress(0, 0)
     left = max(0, config.training.train_iters - done.iteration)
     return max(1, done.consumed_samples + left * samples_per_step(config, plan, mesh))
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_ee.config import Config, ExitsConfig
-from megatron_ee.config.exit_checks import apart_from_final, learners_from_final
+from megatron_ee.config.checks_exits import apart_from_final, learners_from_final
 from megatron_ee.errors import FieldError
 from megatron_ee.model.stage import Stage
 from megatron_ee.model.token_objective import CROSS_ENTROPY, Teacher, TokenObjective

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from megatron_ee.config import Config
-from megatron_ee.parallel.chunks import Layout, have_exits
+from megatron_ee.parallel.chunks import Layout, count_idle, have_exits
 from megatron_ee.parallel.costs import chunk_costs, costs_of
 from megatron_ee.parallel.pipeline.fill_planner import plan_fills
 from megatron_ee.parallel.pipeline.plan import Fill, Kind, Plan
@@ -12,6 +12,7 @@ from megatron_ee.parallel.pipeline.simulate import InvalidPlanError, check
 from megatron_ee.plugins import PluginError
 
 FILLED = "filled-1f1b"
+FORWARD_ONLY = "forward-only"
 MEGATRON = "megatron"
 ZERO_BUBBLE = "zero-bubble"
 
@@ -53,11 +54,14 @@ def plan_step(
 
 def plan_validation(layout: Layout, num_microbatches: int) -> Plan:
     """F and X of every micro-batch."""
-    return _checked_plan("forward-only", layout, num_microbatches, (), False, {})
+    return _checked_plan(FORWARD_ONLY, layout, num_microbatches, (), False, {})
 
 
 def schedule_of(config: Config) -> str:
-    """The schedule by its own name: megatron-core's two are in the order of ours."""
+    """The schedule by its own name: megatron-core's two are in the order of ours, and where only exits are trained
+    there are no backwards to order."""
+    if config.training.trains == "exits":
+        return FORWARD_ONLY
     if config.parallel.schedule != MEGATRON:
         return config.parallel.schedule
     return "interleaved" if config.parallel.chunks > 1 else "1f1b"
@@ -74,7 +78,8 @@ def _checked_plan(
     try:
         plan = build_plan(
             schedule,
-            num_stages=len(layout),
+            num_stages=len(layout) - count_idle(layout),
+            num_idle=count_idle(layout),
             num_chunks=len(layout[0]),
             num_microbatches=num_microbatches,
             has_exits=have_exits(layout),

@@ -40,6 +40,7 @@ class StageStep:
     """The program that a pipeline runtime runs for one batch.
 
     Args:
+        plan: without any B, X is all that is left of the backward: only exits are trained.
         weights: exit layer -> weight of its loss, times the optimizer's loss scale; other exits do not run. None:
             losses are only measured (validation), of all exits; the plan has no B then.
         exits: what exits are trained on.
@@ -77,7 +78,10 @@ class StageStep:
                 (action.stage, action.kind, action.chunk): action for actions in plan.actions for action in actions
             }
         kinds = {action.kind for actions in plan.actions for action in actions}
-        assert Kind.B not in kinds or (Kind.W in kinds) == (stage.weight_products is not None), "B leaves W its share"
+        self._has_backward = Kind.B in kinds
+        assert not self._has_backward or (Kind.W in kinds) == (stage.weight_products is not None), (
+            "B leaves W its share"
+        )
         self.losses: dict[int, ExitLoss] = {}  # by exit, over regular micro-batches
 
     def forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor:
@@ -96,7 +100,7 @@ class StageStep:
             )
         if self._weights is not None:
             taps = {tap: hidden_SBH for tap, hidden_SBH in taps.items() if tap.layer in self._weights}
-        if is_trained or self._weights is None:
+        if is_trained or (chunk.exits and not self._has_backward):
             at_final_SBH = taps.get(Tap(self._stage.model.num_layers))
             final = FinalExit(at_final_SBH) if at_final_SBH is not None else None
             self._live[action.chunk, action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps, final)
@@ -111,9 +115,11 @@ class StageStep:
                 if self._weights is None:
                     with torch.no_grad():
                         self._exit_loss(hidden_SBH, tap, action, live.final)
-                else:
+                elif self._has_backward:
                     live.tap_gradients[tap] = self._exit_gradient(hidden_SBH, tap, action, live.final)
-        if self._weights is None:
+                else:
+                    torch.autograd.backward(self._exit_loss(hidden_SBH, tap, action, live.final))
+        if not self._has_backward:
             del self._live[action.chunk, action.microbatch]
         self._settle_after(action)
 
@@ -200,7 +206,7 @@ class StageStep:
     def _is_trained(self, action: Action) -> bool:
         """Whether a B of the same micro-batch comes on this stage."""
         fill = self._plan.fill_of(action.microbatch)
-        return self._weights is not None and (fill is None or fill.trains(action.stage))
+        return self._weights is not None and self._has_backward and (fill is None or fill.trains(action.stage))
 
     def _sync_of(self, action: Action) -> AbstractContextManager[None]:
         is_last = self._last.get((action.stage, action.kind, action.chunk)) == action

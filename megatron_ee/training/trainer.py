@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Progress
-from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, model_state
+from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, trained_state
 from megatron_ee.config import Config
 from megatron_ee.data.batch import Batch
 from megatron_ee.data.loader import BatchLoader
@@ -193,12 +193,14 @@ class Trainer:
             CheckpointError: the checkpoint is of another model.
         """
         saved = check_same_model(folder, self.description)
-        model = model_state(self.stage, self.mesh)
+        model = trained_state(self.stage, self.mesh)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=True)
         state = load_checkpoint(folder, {"model": model, "optimizer": optimizer})
-        self.stage.load_sharded(state["model"])
+        own = state.get("model", {})  # a stage may have nothing to train
+        self.stage.load_sharded(own, is_whole=self.config.training.trains == "all")
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = saved.progress
+        self.description = replace(self.description, initial=saved.initial)
         self.meter.load_state(state["meter"])
         self.skipped.load_state(state["skipped"])
 
@@ -225,7 +227,7 @@ class Trainer:
 
     def _state(self) -> dict:
         """What a checkpoint holds. Collective."""
-        model = model_state(self.stage, self.mesh)
+        model = trained_state(self.stage, self.mesh)
         return {
             "model": model,
             "optimizer": self.optimizer.sharded_state_dict(model),

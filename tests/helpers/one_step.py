@@ -51,7 +51,8 @@ def one_step(
     mesh = open_mesh(config.parallel, choose_device("cpu"))
     layout = layout_of(config, VOCAB_SIZE)
     stage = build_stage(config, layout, VOCAB_SIZE, mesh)
-    stage.requires_grad_(mesh.pipeline_rank != frozen_stage)
+    if mesh.pipeline_rank == frozen_stage:
+        stage.requires_grad_(False)
     parameters = pieces_of(stage, lambda parameter: parameter)
     buffers = StageGradients(stage, mesh, config.parallel, varies=gradients_vary(config))
     size = config.training.micro_batch_size
@@ -86,9 +87,8 @@ def one_step(
         buffers.reduce(tokens.gradient_factor)
     if config.parallel.distributed_optimizer:
         _gather_shards(buffers, mesh)
-    is_frozen = mesh.pipeline_rank == frozen_stage
-    gradients = {} if is_frozen else pieces_of(stage, lambda parameter: parameter.main_grad)
-    meter = ExitMeter([*config.exits.layers, config.model.num_layers], mesh, gated=config.exits.gated)
+    gradients = pieces_of(stage, lambda parameter: parameter.main_grad if parameter.requires_grad else None)
+    meter = ExitMeter(list(config.trained_exits), mesh, gated=config.exits.gated)
     meter.add(step.losses, tokens.regular, weights)
     figures = meter.read("train", weights)
     own_norm = None if config.parallel.distributed_optimizer else buffers.norm()

@@ -11,15 +11,17 @@ from megatron_ee.model.stage import Stage
 Pieces = dict[str, tuple[tuple[int, ...], list[tuple[tuple[slice, ...], np.ndarray]]]]
 
 
-def pieces_of(stage: Stage, value_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Pieces:
+def pieces_of(stage: Stage, value_of: Callable[[torch.nn.Parameter], torch.Tensor | None]) -> Pieces:
     """name in the whole model -> its shape, and which slices of it this rank holds; `value_of` picks a parameter's
-    tensor."""
+    tensor, and leaves out one for which it gives None."""
     state = stage.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     apply_factories(state)
     pieces: Pieces = {}
     for name, parameter in stage.named_parameters():
+        if (value := value_of(parameter)) is None:
+            continue
         shards = state[name] if isinstance(state[name], list) else [state[name]]
-        values = value_of(parameter).detach().float().chunk(len(shards))
+        values = value.detach().float().chunk(len(shards))
         places = [shard.global_slice() for shard in shards]
         arrays = [value.numpy().copy() for value in values]
         pieces[stage.global_name(name)] = tuple(shards[0].global_shape), list(zip(places, arrays, strict=True))

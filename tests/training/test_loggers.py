@@ -112,7 +112,7 @@ def test_console_prints_one_plain_line_with_every_exit(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("megatron_ee"), "propagate", True)
-    console = Console([2, 4], start=0, train_iters=40)
+    console = Console([2, 4], final_exit=4, start=0, train_iters=40)
     with caplog.at_level(logging.INFO, logger="megatron_ee"):
         console.log(10, TRAINING)
         console.log(10, {"val/loss": 3.0, "val/exit_2/loss": 2.0, "val/exit_4/loss": 1.5})
@@ -137,7 +137,7 @@ def test_console_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
-    console = Console([2, 4], start=5, train_iters=40)
+    console = Console([2, 4], final_exit=4, start=5, train_iters=40)
     assert " 5/40 " in terminal.getvalue()
     console.log(10, TRAINING)
     assert "\r" in terminal.getvalue() and " 10/40 " in terminal.getvalue()

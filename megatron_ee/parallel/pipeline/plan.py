@@ -74,6 +74,7 @@ class Plan:
 
     Attributes:
         num_microbatches: all of them: the regular ones, 0 and up, and then `fills`, in order.
+        num_idle: the last stages, which have no actions: nothing of what runs is theirs.
     """
 
     schedule: str
@@ -82,6 +83,12 @@ class Plan:
     num_microbatches: int
     actions: tuple[tuple[Action, ...], ...]
     fills: tuple[Fill, ...] = ()
+    num_idle: int = 0
+
+    @property
+    def num_working(self) -> int:
+        """Stages that every micro-batch goes through."""
+        return self.num_stages - self.num_idle
 
     @property
     def num_regular(self) -> int:
@@ -96,11 +103,11 @@ class Plan:
         """(stage, chunk) that computes the input of this one; None where the tokens enter."""
         if stage > 0:
             return stage - 1, chunk
-        return (self.num_stages - 1, chunk - 1) if chunk > 0 else None
+        return (self.num_working - 1, chunk - 1) if chunk > 0 else None
 
     def successor(self, stage: int, chunk: int) -> tuple[int, int] | None:
-        """(stage, chunk) that computes on the output of this one; None where the final exit is."""
-        if stage < self.num_stages - 1:
+        """(stage, chunk) that computes on the output of this one; None where the last exit is."""
+        if stage < self.num_working - 1:
             return stage + 1, chunk
         return (0, chunk + 1) if chunk < self.num_chunks - 1 else None
 
@@ -112,6 +119,7 @@ def make_plan(
     *,
     num_chunks: int = 1,
     fills: tuple[Fill, ...] = (),
+    num_idle: int = 0,
 ) -> Plan:
     """A plan from each stage's work: a receive goes before the F or B that needs it, a send right after its F or B.
 
@@ -121,8 +129,10 @@ def make_plan(
     Args:
         num_microbatches: all of them, the fills included.
         work: `work[stage]` is that stage's list of F, X, B and W actions.
+        num_idle: how many stages come after those of `work`.
     """
-    bare = Plan(schedule, len(work), num_chunks, num_microbatches, tuple(tuple(actions) for actions in work), fills)
+    lanes = (*(tuple(actions) for actions in work), *((),) * num_idle)
+    bare = Plan(schedule, len(lanes), num_chunks, num_microbatches, lanes, fills, num_idle)
     planned = {action for actions in bare.actions for action in actions if action.kind is not Kind.X}
     complete = tuple(
         tuple(step for action in actions for step in _with_transfers(bare, planned, action)) for actions in bare.actions

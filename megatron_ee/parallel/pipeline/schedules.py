@@ -69,6 +69,7 @@ def build_plan(
     more_schedules: Mapping[str, Schedule] | None = None,
     fills: Sequence[Fill] = (),
     release_exits: bool = False,
+    num_idle: int = 0,
 ) -> Plan:
     """The plan of one step: the named schedule's work, with exits and transfers put in.
 
@@ -77,6 +78,7 @@ def build_plan(
         num_microbatches: the regular ones; the plan numbers the fills after them.
         has_exits: see `Pipeline`.
         fills: for filled-1f1b; `plan_fills` finds those that cost no time.
+        num_idle: stages after `num_stages` which have nothing to do.
         release_exits: run each X just before its own B, so that a micro-batch that waits for its gradient holds none
             of its exits': less memory, and less time hidden.
 
@@ -93,7 +95,9 @@ def build_plan(
         _put_exits(pipeline, stage, schedules[schedule](pipeline, stage), release=release_exits)
         for stage in range(num_stages)
     ]
-    return make_plan(schedule, num_microbatches + len(fills), work, num_chunks=num_chunks, fills=tuple(fills))
+    return make_plan(
+        schedule, num_microbatches + len(fills), work, num_chunks=num_chunks, fills=tuple(fills), num_idle=num_idle
+    )
 
 
 def gpipe(pipeline: Pipeline, stage: int) -> list[Action]:
@@ -167,7 +171,7 @@ def interleaved(pipeline: Pipeline, stage: int) -> list[Action]:
 
 
 def forward_only(pipeline: Pipeline, stage: int) -> list[Action]:
-    """Forwards and exits without gradients, for validation."""
+    """Forwards and exits, for validation, and for the training of exits alone."""
     return _in_rounds(pipeline, stage, Kind.F)
 
 

@@ -19,7 +19,7 @@ def check_rules(plan: Plan) -> None:
     - Every micro-batch enters at the first stage, and what is received is worked on.
     - W stands after B; if there is any W, every B has its own.
     - If there is any B, a micro-batch that goes no deeper turns round with a B; if there is none, exits see every F.
-    - A regular micro-batch is worked on everywhere, a fill exactly where its kind and its stage say.
+    - A regular micro-batch is worked on everywhere but on idle stages, a fill exactly where its kind and its stage say.
     - Over each link (see `link_of`) all that is sent is received, in the same order.
     """
     rules = _Rules(plan)
@@ -99,7 +99,7 @@ class _Rules:
 
     def check_reach(self) -> None:
         plan = self.plan
-        places = product(range(plan.num_stages), range(plan.num_chunks), range(plan.num_microbatches))
+        places = product(range(plan.num_working), range(plan.num_chunks), range(plan.num_microbatches))
         for stage, chunk, microbatch in places:
             fill = plan.fill_of(microbatch)
             trains = self.has_backward and (fill is None or fill.trains(stage))
@@ -116,6 +116,8 @@ class _Rules:
 
     def _check_place(self, stage: int, action: Action) -> None:
         plan = self.plan
+        if stage >= plan.num_working:
+            raise InvalidPlanError(f"{action} stands on stage {stage}, which is idle")
         if action.stage != stage or action.chunk not in range(plan.num_chunks):
             raise InvalidPlanError(f"{action} cannot stand on stage {stage} of {plan.num_stages}")
         if action.microbatch not in range(plan.num_microbatches):

@@ -3,7 +3,8 @@
 All get the same figures under the same names:
 
     train/loss                                  the weighted sum of the exits' losses
-    train/exit_<layer>/{loss,ppl,accuracy,weight}   every exit's, whatever stage computed it; the last is final
+    train/exit_<layer>/{loss,ppl,accuracy,weight}   every exit's, whatever stage computed it; the last is
+                                                final, unless training.trains is exits
     train/unmasked_tokens                       what those are means over: the tokens since the last record
     train/{lr,grad_norm,tokens}                 tokens: all that the run has been through
     train/{skipped,loss_scale}                  steps since the last record whose gradients were no numbers, and which
@@ -49,11 +50,11 @@ def open_loggers(config: Config, run_folder: Path, *, exits: Sequence[int], star
     """All of a run's loggers, for the main rank.
 
     Args:
-        exits: all of the model's exits, ascending, the final one last.
+        exits: all that are trained, ascending.
         start: iterations that the run has done; 0 for a new one.
     """
     loggers: list[Logger] = [
-        Console(exits, start=start, train_iters=config.training.train_iters),
+        Console(exits, final_exit=config.model.num_layers, start=start, train_iters=config.training.train_iters),
         JsonLines(run_folder / "metrics.jsonl", start=start),
     ]
     if config.logging.tensorboard:

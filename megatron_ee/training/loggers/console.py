@@ -12,12 +12,13 @@ class Console:
     """Prints every exit's loss beside the run's pace.
 
     Args:
-        exits: the exits to show, ascending; the last is the final output.
+        exits: the exits to show, ascending.
+        final_exit: the one that is the model's output, if it is among them.
         start: iterations that the run has done.
     """
 
-    def __init__(self, exits: Sequence[int], *, start: int, train_iters: int) -> None:
-        self._exits, self._train_iters = exits, train_iters
+    def __init__(self, exits: Sequence[int], *, final_exit: int, start: int, train_iters: int) -> None:
+        self._exits, self._final_exit, self._train_iters = exits, final_exit, train_iters
         self._logger = logging.getLogger("megatron_ee")
         self._bar = tqdm(total=train_iters, initial=start, disable=None, leave=False, unit="it")
 
@@ -33,12 +34,12 @@ class Console:
         if f"{kind}/loss" not in figures:
             return "no loss, all steps were skipped"
         losses = {layer: figures.get(f"{kind}/exit_{layer}/loss") for layer in self._exits}  # None: it did not run
-        *exits, final = (
-            f"exit {layer}: {loss:.4f}" if layer != self._exits[-1] else f"final: {loss:.4f}"
+        of_exits = (
+            f"{'final' if layer == self._final_exit else f'exit {layer}'}: {loss:.4f}"
             for layer, loss in losses.items()
             if loss is not None
         )
-        return "  ".join((f"loss {figures[f'{kind}/loss']:.4f}", *exits, final))
+        return "  ".join((f"loss {figures[f'{kind}/loss']:.4f}", *of_exits))
 
     def close(self) -> None:
         self._bar.close()

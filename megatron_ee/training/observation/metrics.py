@@ -14,7 +14,7 @@ class ExitMeter:
     """Sums each exit's loss over micro-batches, steps, stages and data-parallel ranks.
 
     Args:
-        exits: all of the model's exits, ascending, the final one last.
+        exits: all that are trained, ascending.
         gated: those whose gates are measured.
     """
 

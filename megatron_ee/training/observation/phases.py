@@ -166,7 +166,7 @@ class PhaseTimer:
             if action.kind in PHASE_OF:
                 seconds[PHASE_OF[action.kind]] += of_action
         rest = seconds[_PIPELINE] - sum(seconds[phase] for phase in PHASE_OF.values())
-        seconds["p2p_wait" if self._actions else "forward_backward"] = max(0.0, rest)  # events are rounded
+        seconds["p2p_wait" if self._plan else "forward_backward"] = max(0.0, rest)  # events are rounded
         phases = tuple(seconds[phase] for phase in PHASES)
         return RankTimes(phases, step=seconds[_STEP] + seconds["rank_wait"], makespan=sums.makespan)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_ee.config import Config, ExitsConfig, ModelConfig
+from megatron_ee.config import Config
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.parallel.products import BACKWARD, MULTIPLY_AND_ADD, head_products, layer_products
 
@@ -23,18 +23,17 @@ PEAK_BF16_FLOPS = {
 GIB = 2**30
 
 
-def flops_per_token(model: ModelConfig, exits: ExitsConfig, *, sequence_length: int, vocab_size: int) -> float:
+def flops_per_token(config: Config, vocab_size: int) -> float:
     """Forward and backward of one token of training: the matrix products of all layers, and of every exit's head.
 
     Attention counts all pairs of positions, as in the usual definition of MFU (PaLM, arXiv 2204.02311, appendix B).
-    What is recomputed doesn't count.
+    What is recomputed doesn't count. Where only exits are trained, the layers up to the last one count their forward.
     """
-    layers = model.num_layers * layer_products(model, sequence_length)
-    heads = sum(
-        head_products(model, exits.head_of(layer), sequence_length, vocab_size)
-        for layer in (*exits.layers, model.num_layers)
-    )
-    return float((1 + BACKWARD) * MULTIPLY_AND_ADD * (layers + heads))
+    model, length = config.model, config.data.sequence_length
+    layers = config.depth * layer_products(model, length)
+    heads = sum(head_products(model, config.exits.head_of(layer), length, vocab_size) for layer in config.trained_exits)
+    backward = BACKWARD if config.training.trains == "all" else 0
+    return float(MULTIPLY_AND_ADD * ((1 + backward) * layers + (1 + BACKWARD) * heads))
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -52,9 +51,7 @@ class Throughput:
     def __init__(self, config: Config, mesh: Mesh, *, vocab_size: int) -> None:
         self._mesh = mesh
         self._tokens_per_step = config.training.global_batch_size * config.data.sequence_length
-        self._flops_per_token = flops_per_token(
-            config.model, config.exits, sequence_length=config.data.sequence_length, vocab_size=vocab_size
-        )
+        self._flops_per_token = flops_per_token(config, vocab_size)
 
     def figures(self, step_s: float, *, steps_left: int) -> dict[str, float]:
         """

@@ -45,7 +45,7 @@ class SpikeAlarm:
         if loss <= middle + self._deviations * deviation or deviation == 0.0:
             return ""
         above = (loss - middle) / deviation
-        return f"the final loss is {loss:.4f}, {above:.0f} deviations above {middle:.4f}, its median of late"
+        return f"the last exit's loss is {loss:.4f}, {above:.0f} deviations above {middle:.4f}, its median of late"
 
 
 def slowness(busy_s: Sequence[float], *, num_stages: int) -> list[float]:
@@ -66,8 +66,8 @@ def slowness(busy_s: Sequence[float], *, num_stages: int) -> list[float]:
 class Alarms:
     """Both alarms of a run; the main rank warns. Every rank calls the same methods in the same order."""
 
-    def __init__(self, config: FaultsConfig, mesh: Mesh, *, final_exit: int) -> None:
-        self._mesh, self._final_exit, self._ratio = mesh, final_exit, config.straggler_ratio
+    def __init__(self, config: FaultsConfig, mesh: Mesh, *, last_exit: int) -> None:
+        self._mesh, self._last_exit, self._ratio = mesh, last_exit, config.straggler_ratio
         self._spikes = SpikeAlarm(deviations=config.spike_deviations, window=config.spike_window)
         self._stragglers: set[int] = set()
         self._hosts = mesh.gather(platform.node())
@@ -81,12 +81,12 @@ class Alarms:
 
     def note(self, losses: Mapping[int, ExitLoss], num_tokens: float) -> None:
         """A step's losses on this rank, and the tokens that all ranks' are of."""
-        if self._mesh.tensor_rank == 0 and self._final_exit in losses:  # tensor-parallel ranks have the same losses
-            self._own = losses[self._final_exit].cross_entropy
+        if self._mesh.tensor_rank == 0 and self._last_exit in losses:  # tensor-parallel ranks have the same losses
+            self._own = losses[self._last_exit].cross_entropy
         self._num_tokens = num_tokens
 
     def hear(self, iteration: int, cross_entropy: float) -> None:
-        """What the final exit's losses of the step that was noted come to; without one it is left alone."""
+        """What the last exit's losses of the step that was noted come to; without one it is left alone."""
         if self._num_tokens and (warning := self._spikes.hear(cross_entropy / self._num_tokens)):
             self._warn(iteration, warning)
         self._own, self._num_tokens = None, 0.0

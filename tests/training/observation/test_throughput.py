@@ -17,7 +17,7 @@ from megatron_ee.training.observation.throughput import Throughput, flops_per_to
 
 def _count(exits: list[int], head: str = "norm") -> float:
     config = tiny_config(exits={"layers": exits, "head": head})
-    return flops_per_token(config.model, config.exits, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE)
+    return flops_per_token(config, VOCAB_SIZE)
 
 
 def test_hand_count_of_the_tiny_model() -> None:

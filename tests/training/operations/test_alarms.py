@@ -22,7 +22,7 @@ def test_a_leap_is_told_in_deviations_of_late() -> None:
     for step in range(50):
         assert alarm.hear(3.0 + 0.1 * (step % 3 - 1)) == ""  # median 3.0, deviation 1.4826 * 0.1
     assert alarm.hear(4.4) == "", "9.4 deviations"
-    assert alarm.hear(5.0) == "the final loss is 5.0000, 13 deviations above 3.0000, its median of late"
+    assert alarm.hear(5.0) == "the last exit's loss is 5.0000, 13 deviations above 3.0000, its median of late"
     assert alarm.hear(2.0) == "", "a fall is no spike"
 
 
@@ -108,7 +108,7 @@ def test_a_leap_of_the_loss_is_said_once_with_its_step(folder: Path, ranks: Rank
     config = run_config(folder, name="leap", parallel={"pipeline": 2}, training={"train_iters": 18}, faults=faults)
     main, other = ranks.run(2, _train, config, "loss")
     assert other == []
-    assert main[0].startswith("iteration 16: the final loss is ")
+    assert main[0].startswith("iteration 16: the last exit's loss is ")
     assert "deviations above" in main[0]
 
 

@@ -1,0 +1,154 @@
+"""Makes one model of exits that were trained alone and the model that they were trained on."""
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ee.checkpoint.description import Description, Origin, Progress
+from megatron_ee.checkpoint.folders import CheckpointError, find_checkpoint, sync_folder
+from megatron_ee.checkpoint.initial import find_initial
+from megatron_ee.checkpoint.saver import Saver
+from megatron_ee.checkpoint.sharded import differences, load_checkpoint, model_state, shape_of_trunk
+from megatron_ee.checkpoint.verify import verify
+from megatron_ee.config import Config, ExitsConfig, ParallelConfig, load_config, to_yaml
+from megatron_ee.device import Device
+from megatron_ee.errors import UserError
+from megatron_ee.model.precision import DTYPES
+from megatron_ee.model.stage import Stage
+from megatron_ee.model.trainable import EXITS
+from megatron_ee.parallel.layout import place
+from megatron_ee.parallel.mesh import Mesh, open_mesh
+
+_OF_STATE = ("common.pt", "config.yaml", ".metadata", "metadata.json")
+"""Files of a step folder that are written anew; beside those of shards. The others are the tokenizer's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What came of it: the step folder, those that it was made of, and where its exits are from."""
+
+    folder: Path
+    initial: Path
+    tuned: Path
+    tuned_exits: tuple[int, ...]
+    kept_exits: tuple[int, ...]
+
+
+def merge_exits(tuned: Path, destination: Path, device: Device, *, initial: Path | None = None) -> Merged:
+    """Write a run folder with one checkpoint: the model that exits were trained on, bit for bit, and these exits; those
+    that the model had stay, unless they were trained further. It holds no optimizer state.
+
+    The folder appears when it is complete. One process does it, in the memory that the whole model's parameters take.
+
+    Args:
+        tuned: a run or step folder of `training.trains: exits`.
+        destination: of a name that a run may have, and not there yet.
+        initial: the run or step folder of the model, where it has moved.
+
+    Raises:
+        UserError: a checkpoint is not there, damaged, or not what the exits were trained on; the destination exists.
+    """
+    if destination.exists():
+        raise UserError(f"{destination} exists; give a folder that does not")
+    mesh = open_mesh(ParallelConfig(), device)
+    tuned, exits = _open_tuned(tuned, mesh)
+    assert exits.initial is not None, "a run that trains exits began with a model"
+    initial = find_initial(initial or Path(exits.initial.path), exits.initial)
+    model = verify(initial, mesh, reads_all=True)
+    if different := differences(shape_of_trunk(exits), shape_of_trunk(model)):
+        raise CheckpointError(f"{tuned} is of another model than {initial}: {different}")
+    merged = merged_exits(model.exits, exits.exits)
+    config = _merged_config(initial, merged, destination)
+    description = replace(
+        model,
+        exits=merged,
+        progress=Progress(0, 0),
+        has_optimizer=False,
+        initial=Origin(str(initial), model.hash),
+        files={},
+    )
+    stage = _build(description, mesh)
+    state = model_state(stage, mesh)
+    of_tuned = {name: entry for name, entry in state.items() if _belongs_to(entry.key, exits.exits.layers)}
+    of_model = {name: entry for name, entry in state.items() if name not in of_tuned}
+    for folder, part in ((initial, of_model), (tuned, of_tuned)):
+        stage.load_sharded(load_checkpoint(folder, {"model": part})["model"], is_whole=False)
+    files = {"config.yaml": to_yaml(config).encode()}
+    files |= {name: (initial / name).read_bytes() for name in model.files if _is_of_tokenizer(name)}
+    step = _write(destination, stage, description, files, mesh)
+    kept = tuple(layer for layer in merged.layers if layer not in exits.exits.layers)
+    return Merged(step, initial, tuned, exits.exits.layers, kept)
+
+
+def merged_exits(of_model: ExitsConfig, tuned: ExitsConfig) -> ExitsConfig:
+    """The exits of both; what holds for all of them is the model's. An exit of both is the tuned one."""
+    of = {layer: exits for exits in (of_model, tuned) for layer in exits.layers}
+    layers = tuple(sorted(of))
+    return of_model.model_copy(
+        update={
+            "layers": layers,
+            "weights": tuple(of[layer].weights[of[layer].layers.index(layer)] for layer in layers),
+            "head": tuple(of[layer].head_of(layer) for layer in layers),
+            "projection": tuple(of[layer].projection_of(layer) for layer in layers),
+        }
+    )
+
+
+def _open_tuned(path: Path, mesh: Mesh) -> tuple[Path, Description]:
+    folder = find_checkpoint(path)
+    description = verify(folder, mesh, reads_all=True)
+    if description.trains != "exits":
+        raise CheckpointError(f"{folder} holds a whole model: it is not of a run with training.trains: exits")
+    return folder, description
+
+
+def _merged_config(initial: Path, exits: ExitsConfig, destination: Path) -> Config:
+    """The model's, with the exits of both, under the destination's name."""
+    config = load_config(initial / "config.yaml")
+    fields = config.model_dump()
+    fields |= {"name": destination.name, "runs": str(destination.parent), "exits": exits.model_dump()}
+    fields["checkpoint"]["initial"] = None
+    fields["parallel"]["layout"] = "auto"  # a pinned one has no place for the new exits
+    try:
+        return Config.model_validate(fields)
+    except ValueError as error:
+        raise UserError(f"{destination} cannot be a run: {error}") from error
+
+
+def _build(description: Description, mesh: Mesh) -> Stage:
+    (chunks,) = place(description.model, description.exits, ParallelConfig())
+    return Stage(
+        description.model,
+        description.exits,
+        chunks,
+        vocab_size=description.vocab_size,
+        groups=mesh.groups,
+        device=mesh.device,
+        dtype=DTYPES[description.precision],
+    )
+
+
+def _belongs_to(name: str, layers: tuple[int, ...]) -> bool:
+    return name.startswith(EXITS) and int(name.split(".")[1]) in layers
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    return name not in _OF_STATE and not name.endswith(".distcp")
+
+
+def _write(destination: Path, stage: Stage, description: Description, files: dict[str, bytes], mesh: Mesh) -> Path:
+    aside = destination.with_name(f".{destination.name}.{os.getpid()}")
+    try:
+        saver = Saver(aside, mesh, files)
+        saver.start(lambda: {"model": model_state(stage, mesh)}, description, copies=False)
+        step = saver.finish()
+        assert step is not None, "the folder was empty"
+        (aside / "config.yaml").write_bytes(files["config.yaml"])
+        aside.rename(destination)
+        sync_folder(destination.parent)
+    except OSError as error:
+        raise UserError(f"{destination} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # it is not there any more where all went well
+    return destination / step.relative_to(aside)
