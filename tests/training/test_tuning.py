@@ -24,6 +24,7 @@ from megatron_ee.inference.engine import load_engine
 from megatron_ee.inference.request import Request
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.build import build_trainer
+from megatron_ee.training.observation.trace import read_trace
 
 MEASURED = ("perf/", "time/", "pipeline/", "memory/")
 EXITS = {"layers": [2, 5], "head": ["norm", "mlp"], "projection": ["shared", "own"]}
@@ -333,3 +334,13 @@ def _said(config: Config) -> str:
     trainer.loggers = [console, Records()]
     trainer.train()
     return "\n".join(lines)
+
+
+def test_a_step_with_an_idle_stage_is_traced(folder: Path, ranks: RankPool) -> None:
+    config = tune_config(
+        folder, "traced", parallel=IDLE, logging={"trace_iterations": [2]}, training={"train_iters": 2}
+    )
+    ranks.run(2, train, config)
+    trace = read_trace(folder / "runs/traced/traces/step_00000002.json")
+    assert [len(lane) for lane in trace.planned] == [8, 0], "F and X of four micro-batches"
+    assert trace.recorded[1] == ()

@@ -136,6 +136,7 @@ def _head_of(trace: Trace) -> dict[str, Any]:
         "world_size": trace.world_size,
         "schedule": trace.schedule,
         "num_stages": len(trace.recorded),
+        "num_idle": sum(not lane for lane in trace.planned),
         "num_chunks": trace.num_chunks,
         "num_regular": trace.num_regular,
         "fills": [asdict(fill) for fill in trace.fills],
@@ -187,6 +188,7 @@ def _event(trace: Trace, span: Span, process: int) -> dict[str, Any]:
 
 def _trace_from(head: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Trace:
     num_stages, num_chunks, num_regular = (_count(head[f"num_{name}"], 1) for name in ("stages", "chunks", "regular"))
+    num_working = num_stages - _count(head.get("num_idle", 0), 0, num_stages - 1)
     fills = tuple(_fill(fill, num_stages) for fill in head["fills"])
     lanes: list[list[Span]] = [[] for _ in range(2 * num_stages)]
     for event in events:
@@ -200,7 +202,9 @@ def _trace_from(head: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) ->
         lanes[place].append(Span(action, start * _NS, (start + duration) * _NS))
     recorded, planned = (tuple(map(tuple, half)) for half in (lanes[:num_stages], lanes[num_stages:]))
     for stage, (own, plan) in enumerate(zip(recorded, planned, strict=True)):
-        if not plan or [span.action for span in _work_of(own)] != [span.action for span in plan]:
+        if bool(plan) != (stage < num_working) or [span.action for span in _work_of(own)] != [
+            span.action for span in plan
+        ]:
             raise ValueError(f"stage {stage} has not recorded what it planned")
     iteration, world_size, schedule = _count(head["iteration"], 1), _count(head["world_size"], 1), str(head["schedule"])
     trace = Trace(iteration, world_size, schedule, num_chunks, num_regular, fills, recorded, planned)

@@ -63,7 +63,7 @@ class Tracer:
         times = torch.zeros(mesh.pipeline_size, most, 2, dtype=torch.float64, device=mesh.device.torch)
         if self._is_recorded:
             own = [(span.start - start, span.end - start) for span in spans]
-            times[mesh.pipeline_rank, : len(own)] = torch.tensor(own, dtype=torch.float64)
+            times[mesh.pipeline_rank, : len(own)] = torch.tensor(own, dtype=torch.float64).view(-1, 2)
         gathered: list[list[tuple[float, float]]] = mesh.sum_over_ranks(times).tolist()
         return gathered
 
