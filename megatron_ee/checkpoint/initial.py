@@ -101,13 +101,13 @@ def load_initial(initial: InitialCheckpoint, stage: Stage, mesh: Mesh, exits: Ex
 
 
 def kept_exits(saved: ExitsConfig, wanted: ExitsConfig) -> list[int]:
-    """Layers of the exits that both have, with the same head and projection."""
+    """Layers of the exits that both have, made alike; a gate may be new."""
     return [
         layer
         for layer in wanted.layers
         if layer in saved.layers
-        and saved.head_of(layer) == wanted.head_of(layer)
-        and saved.projection_of(layer) == wanted.projection_of(layer)
+        and _make_of(saved, layer) == _make_of(wanted, layer)
+        and saved.gate_of(layer) in ("none", wanted.gate_of(layer))
     ]
 
 
@@ -130,6 +130,10 @@ def copied_from(name: str, model: ModelConfig) -> str | None:
     return None
 
 
+def _make_of(exits: ExitsConfig, layer: int) -> str:
+    return f"{exits.head_of(layer)} head, {exits.norm} norm, {exits.projection_of(layer)} projection"
+
+
 def _exit_of(name: str) -> int:
     """The layer of the early exit that a parameter belongs to; 0: to none."""
     return int(name.split(".")[1]) if name.startswith(EXITS) else 0
@@ -143,13 +147,19 @@ def _check_fits(folder: Path, saved: Description, wanted: Description) -> None:
         found["training.precision"], needed["training.precision"] = saved.precision, wanted.precision
     if different := differences(found, needed):
         raise FieldError(FIELD, f"{folder} is of another model: {different}")
-    others = set(saved.exits.layers) & set(wanted.exits.layers) - set(kept_exits(saved.exits, wanted.exits))
-    if others and wanted.trains == "exits":
+    if wanted.trains == "exits":
+        _check_replaces_none(folder, saved.exits, wanted.exits)
+
+
+def _check_replaces_none(folder: Path, saved: ExitsConfig, wanted: ExitsConfig) -> None:
+    """Exits that are trained further stay what they are, and others beside them do."""
+    if saved.layers and saved.norm != wanted.norm:
+        raise FieldError(FIELD, f"{folder} has exits with exits.norm: {saved.norm}, not {wanted.norm}")
+    others = set(saved.layers) & set(wanted.layers) - set(kept_exits(saved, wanted))
+    if others:
         layer = min(others)
-        made = [
-            f"a {e.head_of(layer)} head and {e.projection_of(layer)} projection" for e in (saved.exits, wanted.exits)
-        ]
-        raise FieldError(FIELD, f"{folder} has an exit {layer} with {made[0]}, and one with {made[1]} would replace it")
+        found, other = (f"{_make_of(exits, layer)}, gate: {exits.gate_of(layer)}" for exits in (saved, wanted))
+        raise FieldError(FIELD, f"{folder} has an exit {layer} ({found}), and another ({other}) would replace it")
 
 
 def _announce(folder: Path, saved: Description, wanted: Description) -> None:

@@ -85,14 +85,18 @@ def merged_exits(of_model: ExitsConfig, tuned: ExitsConfig) -> ExitsConfig:
     """The exits of both; what holds for all of them is the model's. An exit of both is the tuned one."""
     of = {layer: exits for exits in (of_model, tuned) for layer in exits.layers}
     layers = tuple(sorted(of))
-    return of_model.model_copy(
-        update={
-            "layers": layers,
-            "weights": tuple(of[layer].weights[of[layer].layers.index(layer)] for layer in layers),
-            "head": tuple(of[layer].head_of(layer) for layer in layers),
-            "projection": tuple(of[layer].projection_of(layer) for layer in layers),
-        }
-    )
+    fields = {
+        "layers": layers,
+        "head": tuple(of[layer].head_of(layer) for layer in layers),
+        "projection": tuple(of[layer].projection_of(layer) for layer in layers),
+        "temperature": tuple(of[layer].temperature_of(layer) for layer in layers),
+        "gate": tuple(of[layer].gate_of(layer) for layer in layers),
+        "norm": (of_model if of_model.layers else tuned).norm,
+    }
+    if of_model.layerskip is None:
+        fields["weights"] = tuple(of[layer].weights[of[layer].layers.index(layer)] for layer in layers)
+        fields["weight_schedule"] = tuple(of[layer].weight_schedule_of(layer) for layer in layers)
+    return ExitsConfig.model_validate(of_model.model_dump() | fields)
 
 
 def _open_tuned(path: Path, mesh: Mesh) -> tuple[Path, Description]:

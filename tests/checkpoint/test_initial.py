@@ -186,6 +186,10 @@ def test_an_exit_is_kept_where_head_and_projection_are_the_same() -> None:
     saved = ExitsConfig(layers=(1, 2, 3), head=("norm", "mlp", "mlp"), projection=("own", "own", "shared"))
     wanted = ExitsConfig(layers=(1, 2, 3, 4), head=("norm", "mlp", "norm", "norm"), projection="own")
     assert kept_exits(saved, wanted) == [1, 2]
+    gates = {"layers": (1, 2, 3, 4), "gate": ("linear", "linear", "none", "mlp")}
+    of_any_gate = ExitsConfig(layers=(1, 2, 3, 4), gate=("none", "mlp", "linear", "mlp"))
+    assert kept_exits(of_any_gate, ExitsConfig(**gates)) == [1, 4], "a gate may be new, and isn't replaced"
+    assert kept_exits(of_any_gate, ExitsConfig(**gates, norm="shared")) == []
 
 
 def test_what_has_no_counterpart_is_no_copy() -> None:

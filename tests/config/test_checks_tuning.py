@@ -35,6 +35,17 @@ def _pinned(*stages: dict[str, Any]) -> dict[str, Any]:
         ),
         ({"training": {"trains": "exits", "recompute": "full"}}, "training.recompute: full saves what layers keep"),
         ({"exits": {"layers": [2, 5], "release": True}}, "exits.release: true waits for the layers' backward"),
+        ({"exits": {"layers": [2], "distillation": {}}}, "exits.distillation: needs the final exit, which"),
+        (
+            {"exits": {"layers": [2], "gate": "linear", "gate_loss": {"target": "final"}}},
+            "exits.gate_loss.target: needs the final exit, which",
+        ),
+        ({"exits": {"layers": [2], "layerskip": {}}}, "exits.layerskip: weighs the final exit too"),
+        (
+            {"exits": {"layers": [2, 5], "norm": "shared", "gate": ["linear", "none"]}},
+            "exits, but those after layers [5] have no norm, projection or gate of their own",
+        ),
+        ({"training": {"trains": "exits", "layer_dropout": {"maximum": 0.1}}}, "training.layer_dropout: skips layers"),
         ({"parallel": {"pipeline": 6}}, "6 stages need at least 6 layers, not 5 up to the last exit"),
         (_pinned({"layers": 2}, {"layers": 6}), "add up to 8, not to the last exit = 5"),
         (_pinned({"layers": 0}, {"layers": 5}), "parallel.layout.0.layers: 0 is for the last stages"),

@@ -264,7 +264,7 @@ def test_what_cannot_go_on_says_so(folder: Path, merged: Path, ranks: RankPool) 
     assert "tools/merge_exits.py makes a model of it" in ranks.run(1, _refusal, on_exits)[0]
     other_head = tune_config(folder, "other-head", initial="merged", exits={"layers": [2], "head": "mlp"})
     (message,) = ranks.run(1, _refusal, other_head)
-    assert "an exit 2 with a norm head and shared projection, and one with a mlp head" in message
+    assert "an exit 2 (norm head, own norm, shared projection, gate: none), and another (mlp head," in message
 
 
 def test_a_run_that_has_begun_with_another_model_is_not_resumed(folder: Path, ranks: RankPool) -> None:
@@ -292,6 +292,27 @@ def test_exits_that_are_added_later_leave_trained_ones_alone(folder: Path, ranks
     assert both.keys() == first.keys() | {name.replace("exits.3", "exits.6") for name in first}
     _assert_equal(both, first)
     _assert_equal(first, base)
+
+
+def test_gates_are_tuned_alone_on_exits_that_share_all_with_the_model(folder: Path, ranks: RankPool) -> None:
+    """As of LayerSkip's recipe: what they share stays, and what holds for each exit is that of both runs."""
+    recipe = {"layers": "all", "norm": "shared", "layerskip": {"curriculum": "none", "rotation": None}}
+    ranks.run(1, train, run_config(folder, name="recipe", exits=recipe, training={"train_iters": 4}))
+    gated = {"layers": [3, 5], "norm": "shared", "gate": ["linear", "mlp"], "temperature": [1.0, 2.0]}
+    (result,) = ranks.run(1, train, tune_config(folder, "gates", initial="recipe", exits=gated))
+    losses = [result["figures"][iteration]["train/exit_3/gate_loss"] for iteration in (1, ITERS)]
+    assert losses[1] < losses[0]
+    assert ranks.run(1, _merge, folder / "runs/gates", folder / "runs/with-gates") == [""]
+    base, gates, both = (_parameters(folder / "runs" / run) for run in ("recipe", "gates", "with-gates"))
+    assert all(".gate." in name for name in gates)
+    assert both.keys() == base.keys() | gates.keys()
+    _assert_equal(both, base)
+    _assert_equal(both, gates)
+    exits = load_config(folder / "runs/with-gates/config.yaml").exits
+    assert (exits.layers, exits.gated) == ((1, 2, 3, 4, 5, 6, 7), [3, 5])
+    assert [exits.temperature_of(layer) for layer in (3, 4, 5)] == [1.0, 1.0, 2.0]
+    own_norms = tune_config(folder, "own-norms", initial="recipe", exits={"layers": [3]})
+    assert "has exits with exits.norm: shared, not own" in ranks.run(1, _refusal, own_norms)[0]
 
 
 def test_a_merge_writes_all_or_nothing(folder: Path, merged: Path, ranks: RankPool) -> None:
