@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError, DamagedError, sync_folder
 from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
-VERSION = 4
+VERSION = 5
 
 Trains = Literal["all", "exits"]
 
@@ -135,9 +135,9 @@ def _parse(content: Mapping[str, Any]) -> Description:
         tokenizer=content["tokenizer"],
         vocab_size=content["vocab_size"],
         progress=Progress(content["iteration"], content["consumed_samples"]),
-        trains=_one_of(get_args(Trains), content.get("trains", "all")),
-        has_optimizer=_one_of((True, False), content.get("has_optimizer", True)),
-        initial=Origin(**initial) if (initial := content.get("initial")) else None,
+        trains=_one_of(get_args(Trains), content["trains"]),
+        has_optimizer=_one_of((True, False), content["has_optimizer"]),
+        initial=Origin(**initial) if (initial := content["initial"]) else None,
         files=files,
     )
 

@@ -85,7 +85,7 @@ def merged_exits(of_model: ExitsConfig, tuned: ExitsConfig) -> ExitsConfig:
     """The exits of both; what holds for all of them is the model's. An exit of both is the tuned one."""
     of = {layer: exits for exits in (of_model, tuned) for layer in exits.layers}
     layers = tuple(sorted(of))
-    fields = {
+    fields: dict[str, object] = {
         "layers": layers,
         "head": tuple(of[layer].head_of(layer) for layer in layers),
         "projection": tuple(of[layer].projection_of(layer) for layer in layers),
