@@ -59,9 +59,7 @@ def assemble_trainer(
         initial: what holds the parameters to begin with; None: they are random.
         optimizer_backend, learning_rate_decay: None: the built-in ones that the config names.
     """
-    stage = build_stage(config, layout, vocab_size, mesh)
-    if initial is not None:  # before the optimizer copies parameters in half precision
-        load_initial(initial, stage, mesh, config.exits)
+    stage = build_stage(config, layout, vocab_size, mesh, initial)
     gradients = StageGradients(stage, mesh, config.parallel, varies=gradients_vary(config))
     message = message_between_stages(config, mesh.device)
     backend = optimizer_backend or BACKENDS[config.optimizer.backend]
@@ -101,10 +99,16 @@ def all_exits(config: Config) -> list[int]:
     return list(config.trained_exits)
 
 
-def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> Stage:
-    """This rank's part of the model, with its initial parameters.
+def build_stage(
+    config: Config, layout: Layout, vocab_size: int, mesh: Mesh, initial: InitialCheckpoint | None = None
+) -> Stage:
+    """This rank's part of the model, with its initial parameters. Collective.
+
+    Args:
+        initial: what holds the parameters to begin with; None: they are random.
 
     Raises:
+        CheckpointError: see `load_initial`.
         FieldError: something is to be recomputed or to be done later that this device's layers cannot.
     """
     stage = Stage(
@@ -122,6 +126,8 @@ def build_stage(config: Config, layout: Layout, vocab_size: int, mesh: Mesh) -> 
     initialize(stage, config.seed)
     if config.training.trains == "exits":
         train_only_exits(stage)
+    if initial is not None:
+        load_initial(initial, stage, mesh, config.exits)
     return stage
 
 

@@ -60,12 +60,7 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
     vocab_size = resolve_vocab_size(config.model, tokenizer)
     resumed = read_description(checkpoint) if checkpoint is not None else None
     initial = open_initial(config, describe(config, tokenizer.name, vocab_size), mesh, resumed=resumed)
-    layout = layout_of(config, vocab_size)
-    check_learners(config, layout)
-    plan = _plan_step(config, layout, vocab_size, mesh, parts.schedules)
-    if mesh.is_main:
-        _announce(log, config, device, layout, plan, vocab_size)
-
+    layout, plan = _lay_out(config, vocab_size, mesh, parts.schedules)
     num_samples = _num_train_samples(config, resumed, plan, mesh)
     datasets = open_datasets(config, tokenizer, mesh, num_train_samples=num_samples)
     trainer = assemble_trainer(
@@ -112,7 +107,20 @@ def _choose_parts(config: Config) -> _Parts:
     )
 
 
-def _announce(log: logging.Logger, config: Config, device: Device, layout: Layout, plan: Plan, vocab_size: int) -> None:
+def _lay_out(
+    config: Config, vocab_size: int, mesh: Mesh, more_schedules: Mapping[str, Schedule]
+) -> tuple[Layout, Plan]:
+    """Where all is, and in what order it runs; the main rank says so."""
+    layout = layout_of(config, vocab_size)
+    check_learners(config, layout)
+    plan = _plan_step(config, layout, vocab_size, mesh, more_schedules)
+    if mesh.is_main:
+        _announce(config, mesh.device, layout, plan, vocab_size)
+    return layout, plan
+
+
+def _announce(config: Config, device: Device, layout: Layout, plan: Plan, vocab_size: int) -> None:
+    log = logging.getLogger("megatron_ee")
     log.info("%s", device.reason)
     for line in describe_layout(layout, config.exits, costs_of(config, vocab_size)):
         log.info("%s", line)

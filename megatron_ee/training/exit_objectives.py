@@ -31,10 +31,10 @@ def check_learners(config: Config, layout: Layout) -> None:
         for number, chunk in enumerate(chunks)
         for layer in chunk.exits
     }
-    final = places[config.model.num_layers]
+    num_layers = config.model.num_layers
     for field, layers in learners_from_final(config.exits).items():
         for layer in layers:
-            if places[layer] != final:
+            if places[layer] != (final := places[num_layers]):
                 message = apart_from_final(layer, places[layer], final, num_chunks=config.parallel.chunks)
                 raise FieldError(field, message)
 

@@ -12,7 +12,8 @@ def weights_at(config: Config, iteration: int) -> Mapping[int, float]:
     a training step they do not run."""
     exits, num_layers = config.exits, config.model.num_layers
     if exits.layerskip is None:
-        return loss_weights(exits, num_layers, iteration)
+        weights = loss_weights(exits, num_layers, iteration)
+        return {layer: weights[layer] for layer in config.trained_exits}
     return layerskip_weights(
         exits.layerskip, exits.layers, num_layers, iteration=iteration, train_iters=config.training.train_iters
     )

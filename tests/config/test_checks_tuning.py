@@ -40,7 +40,10 @@ def _pinned(*stages: dict[str, Any]) -> dict[str, Any]:
             {"exits": {"layers": [2], "gate": "linear", "gate_loss": {"target": "final"}}},
             "exits.gate_loss.target: needs the final exit, which",
         ),
-        ({"exits": {"layers": [2], "layerskip": {}}}, "exits.layerskip: weighs the final exit too"),
+        (
+            {"exits": {"layers": [2], "layerskip": {}, "weight_schedule": {}}},
+            "exits.layerskip: weighs the final exit too",
+        ),
         (
             {"exits": {"layers": [2, 5], "norm": "shared", "gate": ["linear", "none"]}},
             "exits, but those after layers [5] have no norm, projection or gate of their own",

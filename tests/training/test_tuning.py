@@ -296,7 +296,7 @@ def test_exits_that_are_added_later_leave_trained_ones_alone(folder: Path, ranks
 
 def test_gates_are_tuned_alone_on_exits_that_share_all_with_the_model(folder: Path, ranks: RankPool) -> None:
     """As of LayerSkip's recipe: what they share stays, and what holds for each exit is that of both runs."""
-    recipe = {"layers": "all", "norm": "shared", "layerskip": {"curriculum": "none", "rotation": None}}
+    recipe = {"layers": "all", "norm": "shared", "layerskip": {"curriculum": "none"}, "weight_schedule": {}}
     ranks.run(1, train, run_config(folder, name="recipe", exits=recipe, training={"train_iters": 4}))
     gated = {"layers": [3, 5], "norm": "shared", "gate": ["linear", "mlp"], "temperature": [1.0, 2.0]}
     (result,) = ranks.run(1, train, tune_config(folder, "gates", initial="recipe", exits=gated))

@@ -31,15 +31,16 @@ class Console:
             self._logger.info("%s  %s%s", head, self._losses(kind, figures), tail)
 
     def _losses(self, kind: str, figures: Figures) -> str:
-        if f"{kind}/loss" not in figures:
-            return "no loss, all steps were skipped"
         losses = {layer: figures.get(f"{kind}/exit_{layer}/loss") for layer in self._exits}  # None: it did not run
-        of_exits = (
+        of_exits = [
             f"{'final' if layer == self._final_exit else f'exit {layer}'}: {loss:.4f}"
             for layer, loss in losses.items()
             if loss is not None
-        )
-        return "  ".join((f"loss {figures[f'{kind}/loss']:.4f}", *of_exits))
+        ]
+        if not of_exits:
+            return "no loss, all steps were skipped"
+        of_all = [f"loss {figures[f'{kind}/loss']:.4f}"] if f"{kind}/loss" in figures else []
+        return "  ".join(of_all + of_exits)
 
     def close(self) -> None:
         self._bar.close()
