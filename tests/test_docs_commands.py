@@ -1,4 +1,4 @@
-"""Every command of the pages on operations is run as it stands there, in a folder that looks like the repository."""
+"""Every command of the pages is run as it stands there, in a folder that looks like the repository."""
 
 import os
 import re
@@ -25,6 +25,28 @@ checkpoint: {interval: 4}
 logging: {interval: 2}
 """
 
+# What stands for the other configs, on that model.
+MORE_CONFIGS = {
+    "train/gates.yaml": "{base: demo.yaml, name: gates, exits: {gate: linear}}",
+    "tune/exits.yaml": """\
+base: ../train/demo.yaml
+name: demo-exits
+checkpoint: {initial: runs/demo}
+exits: {layers: [1, 3]}
+training: {trains: exits}
+""",
+    "sft/demo.yaml": """\
+base: ../train/demo.yaml
+name: sft-demo
+checkpoint: {initial: runs/demo}
+data:
+  format: messages
+  dataset: runs/data/functions/train.jsonl
+  validation: runs/data/functions/valid.jsonl
+  sequence_length: 768
+""",
+}
+
 SBATCH = """#!/bin/sh
 echo "$@" >> submitted
 """
@@ -42,6 +64,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / path.name).symlink_to(path)
     (folder / "configs/train").mkdir(parents=True)
     (folder / "configs/train/demo.yaml").write_text(CONFIG)
+    for path, text in MORE_CONFIGS.items():
+        (folder / "configs" / path).parent.mkdir(exist_ok=True)
+        (folder / "configs" / path).write_text(text)
     (folder / "bin").mkdir()
     (folder / "bin/sbatch").write_text(SBATCH)  # what a real one does with it: tests/slurm
     (folder / "bin/sbatch").chmod(0o755)

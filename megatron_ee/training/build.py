@@ -34,7 +34,7 @@ from megatron_ee.training.operations.attempts import Attempt, open_attempt
 from megatron_ee.training.operations.run_lock import RunLock
 from megatron_ee.training.operations.stopping import StopRequests
 from megatron_ee.training.optimizers import BACKENDS, Backend
-from megatron_ee.training.planning import FILLED, FORWARD_ONLY, plan_step, schedule_of
+from megatron_ee.training.planning import FILLED, plan_step, schedule_of
 from megatron_ee.training.trainer import Trainer
 
 
@@ -98,8 +98,8 @@ class _Parts:
 def _choose_parts(config: Config) -> _Parts:
     plugins = load_plugins(config.plugins)
     optimizer = config.optimizer
-    if (schedule := schedule_of(config)) != FORWARD_ONLY:
-        choose("parallel.schedule", schedule, TRAINING_SCHEDULES, plugins.pipeline_schedules)
+    if config.training.trains == "all":
+        choose("parallel.schedule", schedule_of(config), TRAINING_SCHEDULES, plugins.pipeline_schedules)
     return _Parts(
         choose("optimizer.backend", optimizer.backend, BACKENDS, plugins.optimizer_backends),
         choose("optimizer.lr_decay", optimizer.lr_decay, DECAYS, plugins.learning_rate_decays),
