@@ -164,7 +164,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_stays(folder: Path, ranks
     _set_version(newest / "format.json", 3)
     for (answer,) in ranks.run(2, _resume, _config(folder, "older")):
         assert answer[0] == -1
-        assert f"{newest}/format.json: format version 3; this release reads 4" in answer[1]
+        assert f"{newest}/format.json: format version 3; this release reads 5" in answer[1]
     assert newest_checkpoint(run) == newest
 
 

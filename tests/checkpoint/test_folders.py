@@ -72,7 +72,7 @@ def test_a_description_reads_back(tmp_path: Path) -> None:
     [
         ("", "damaged"),
         ("{}", "damaged"),
-        ('{"version": 9}', "format version 9; this release reads 4"),
+        ('{"version": 9}', "format version 9; this release reads 5"),
         ("[]", "damaged"),
     ],
 )
