@@ -121,10 +121,10 @@ def measure(config: Config, vocab_size: int, device: Device) -> Seconds:
     """Time everything ROUNDS times, in turns, so that what drifts hits all alike."""
     from megatron_ee.data.batch import Batch
     from megatron_ee.parallel.mesh import close_mesh, open_mesh
+    from megatron_ee.parallel.pipeline.schedules import build_plan
     from megatron_ee.training.assemble import build_stage
     from megatron_ee.training.gradients import StageGradients
     from megatron_ee.training.losses import StepTokens
-    from megatron_ee.training.planning import plan_validation
     from megatron_ee.training.stage_step import StageStep
 
     short, chunks = parts_of(config)
@@ -136,7 +136,8 @@ def measure(config: Config, vocab_size: int, device: Device) -> Seconds:
     tokens_MBS = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device.torch)
     batch = Batch(tokens_MBS, tokens_MBS, torch.ones(shape, device=device.torch))
     weights = dict.fromkeys((layer for chunk in chunks for layer in chunk.exits), 1.0)
-    tokens, plan = StepTokens(tokens_MBS.numel()), plan_validation((chunks,), 1)
+    plan = build_plan("1f1b", num_stages=1, num_microbatches=1, has_exits=[True])  # says no more than that B will come
+    tokens = StepTokens(tokens_MBS.numel())
     step = StageStep(stage, batch, plan, tokens, weights, exits=config.exits)
     seconds: Seconds = defaultdict(list)
     for number in range(WARM_UP + ROUNDS):

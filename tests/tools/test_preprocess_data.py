@@ -90,7 +90,8 @@ def _slow_job(folder: Path) -> tuple[object, ...]:
 
 def _start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     """Start, and wait until something has been written."""
-    process = subprocess.Popen(_command(*arguments), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = ["env", "--default-signal=INT", *_command(*arguments)]  # also for tests in the background of a shell
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     _wait_until(lambda: any(half.stat().st_size for half in folder.glob("out.*.bin")))
     return process
 
