@@ -1,5 +1,6 @@
 """Real processes for tests, over gloo or NCCL: started once, each case gets a fresh group of the size it wants."""
 
+import gc
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
@@ -104,6 +105,8 @@ def _serve(connection: multiprocessing.connection.Connection, choice: Literal["c
             connection.send((False, traceback.format_exc()))
         finally:
             close_mesh()
+            # cycles keep a case's groups, and each of gloo's has threads that wake up a hundred times a second
+            gc.collect()
 
 
 def _module_of(path: str) -> Any:

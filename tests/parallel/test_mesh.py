@@ -1,7 +1,11 @@
 """Which rank holds what."""
 
+import os
+
 import pytest
+from helpers.one_step import one_step
 from helpers.ranks import RankPool
+from helpers.tiny import tiny_config
 
 from megatron_ee.config import ParallelConfig
 from megatron_ee.device import choose_device
@@ -53,3 +57,22 @@ def test_data_parallel_size_follows_from_the_processes() -> None:
 def test_processes_that_do_not_fit_are_refused(parallel: ParallelConfig, world_size: int, message: str) -> None:
     with pytest.raises(MeshError, match=message):
         data_parallel_size(parallel, world_size)
+
+
+def _train_a_step() -> int:
+    before = _count_threads()
+    one_step(tiny_config(parallel={"pipeline": 2}))
+    assert _count_threads() > before + 10, "gloo has threads for each group"
+    return before
+
+
+def _count_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_a_case_leaves_no_threads_to_the_next(ranks: RankPool) -> None:
+    """Left alone, those of a thousand cases take more than half of the processors' time."""
+    ranks.run(2, _train_a_step)
+    before = ranks.run(2, _count_threads)
+    ranks.run(2, _train_a_step)
+    assert ranks.run(2, _count_threads) == before
