@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.ranks import RankPool
-from helpers.runs import run_config, train, write_small_dataset
+from helpers.runs import refusal, run_config, train, write_small_dataset
 from helpers.shards import Pieces, pieces_of, whole
 
 from megatron_ee.checkpoint.folders import newest_checkpoint
 from megatron_ee.checkpoint.initial import copied_from, kept_exits
 from megatron_ee.config import Config, ExitsConfig, ModelConfig
 from megatron_ee.device import choose_device
-from megatron_ee.errors import UserError
 from megatron_ee.training.build import build_trainer
 
 KINDS = {"layers": [2, 4, 5], "head": ["norm", "mlp", "block"], "projection": ["own", "shared", "own"]}
@@ -51,14 +50,6 @@ def _begin(config: Config) -> tuple[Pieces, list[str]]:
         logging.getLogger("megatron_ee").removeHandler(handler)
     assert trainer.progress.iteration == 0
     return pieces_of(trainer.stage, lambda parameter: parameter), lines
-
-
-def _refusal(config: Config) -> str:
-    try:
-        build_trainer(config, choose_device("cpu"))
-    except UserError as error:
-        return str(error)
-    return "nothing was refused"
 
 
 def _parameters(ranks: RankPool, world_size: int, config: Config) -> Arrays:
@@ -145,7 +136,7 @@ def test_a_resumed_run_has_no_use_for_it(folder: Path, ranks: RankPool) -> None:
     config = _from(folder, "base", "gone", exits={"layers": [2], "projection": "own"})
     ranks.run(1, _train_two, config)
     gone = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"initial": "gone"})})
-    assert ranks.run(1, _refusal, gone) == ["nothing was refused"]
+    assert ranks.run(1, refusal, gone) == ["nothing was refused"]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +156,7 @@ def test_a_resumed_run_has_no_use_for_it(folder: Path, ranks: RankPool) -> None:
 def test_what_does_not_fit_is_named(
     folder: Path, ranks: RankPool, initial: str, changes: dict[str, Any], message: str
 ) -> None:
-    (said,) = ranks.run(1, _refusal, _from(folder, initial, "refused", **changes))
+    (said,) = ranks.run(1, refusal, _from(folder, initial, "refused", **changes))
     assert said.startswith("checkpoint.initial: ")
     assert message in said
     assert not (folder / "runs/refused").exists()
@@ -177,7 +168,7 @@ def test_a_damaged_one_is_refused_and_left_where_it_is(folder: Path, ranks: Rank
     assert step is not None
     (shards, *_) = sorted(step.glob("*.distcp"))
     shards.write_bytes(shards.read_bytes()[:-8])
-    (message,) = ranks.run(1, _refusal, _from(folder, "damaged", "refused"))
+    (message,) = ranks.run(1, refusal, _from(folder, "damaged", "refused"))
     assert f"checkpoint.initial: {step} is damaged" in message
     assert newest_checkpoint(folder / "runs/damaged") == step
 

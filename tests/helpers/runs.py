@@ -10,6 +10,7 @@ from helpers.tiny import tiny_config
 from megatron_ee.config import Config
 from megatron_ee.data.indexed import write_indexed
 from megatron_ee.device import choose_device
+from megatron_ee.errors import UserError
 from megatron_ee.tokenizer import ByteTokenizer
 from megatron_ee.training.build import build_trainer
 
@@ -66,3 +67,12 @@ def train(config: Config, until: int | None = None, *, save: bool = False) -> di
         name: parameter.detach().float().numpy().copy() for name, parameter in trainer.stage.named_parameters()
     }
     return {"started_at": started_at, "figures": records.figures, "parameters": parameters}
+
+
+def refusal(config: Config) -> str:
+    """On each rank: what a config is refused for, when a run is built."""
+    try:
+        build_trainer(config, choose_device("cpu"))
+    except UserError as error:
+        return str(error)
+    return "nothing was refused"

@@ -132,7 +132,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_a_loop_over_samples(case: Case, ranks: RankPool) -> None:
     config = case.config()
-    results = ranks.run(case.world_size, one_step, config, case.fills, case.repeats, None, case.iteration)
+    results = ranks.run(case.world_size, one_step, config, case.fills, case.repeats, None, None, case.iteration)
     assert_equals_reference(config, results, case.iteration)
 
 
@@ -141,7 +141,7 @@ def _with_small_buckets(config: Config, iteration: int, repeats: int) -> dict[st
     original = gradients.DistributedDataParallelConfig
     gradients.DistributedDataParallelConfig = partial(original, bucket_size=2000)  # type: ignore[misc]
     try:
-        return one_step(config, None, repeats, None, iteration)
+        return one_step(config, repeats=repeats, iteration=iteration)
     finally:
         gradients.DistributedDataParallelConfig = original  # type: ignore[misc]
 
@@ -178,7 +178,7 @@ def _as_though_nothing_varied(config: Config) -> str | None:
     original = helpers.one_step.gradients_vary
     helpers.one_step.gradients_vary = lambda _: False
     try:
-        one_step(config, None, 3, None, 3)
+        one_step(config, repeats=3, iteration=3)
     except AssertionError as error:
         return f"AssertionError: {error}"
     finally:
@@ -189,7 +189,7 @@ def _as_though_nothing_varied(config: Config) -> str | None:
 def test_skipping_is_seen_by_the_oracle(ranks: RankPool) -> None:
     """Once with the draws of another iteration's probabilities, and once with another seed's."""
     config = Case("").config()
-    results = ranks.run(1, one_step, config, None, 1, None, 3)
+    results = ranks.run(1, one_step, config, None, 1, None, None, 3)
     parameters = whole(result["parameters"] for result in results)
     measured = whole(result["gradients"] for result in results)
     _, gradients_of_other_draws = reference_step(
@@ -202,7 +202,7 @@ def test_skipping_is_seen_by_the_oracle(ranks: RankPool) -> None:
 def test_copies_of_the_shared_norm_stay_equal(ranks: RankPool) -> None:
     """`whole` compares what several ranks hold under one name; here are four that hold the norm."""
     config = Case("", {"pipeline": 4}).config()
-    results = ranks.run(4, one_step, config, None, 1, None, 3)
+    results = ranks.run(4, one_step, config, None, 1, None, None, 3)
     for when in ("parameters", "gradients", "stepped"):
         assert all("norm.weight" in result[when] for result in results)
         whole(result[when] for result in results)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import RankPool
-from helpers.runs import Records, run_config, train, write_small_dataset
+from helpers.runs import Records, refusal, run_config, train, write_small_dataset
 from megatron.core import dist_checkpointing
 
 from megatron_ee.checkpoint.description import read_description
@@ -246,24 +246,16 @@ def test_a_merged_model_is_what_a_run_of_all_parameters_begins_with(
     assert figures["val/exit_8/loss"] < 3.0, "the final exit is the base's"
 
 
-def _refusal(config: Config) -> str:
-    try:
-        build_trainer(config, choose_device("cpu"))
-    except UserError as error:
-        return str(error)
-    return "nothing was refused"
-
-
 def test_what_cannot_go_on_says_so(folder: Path, merged: Path, ranks: RankPool) -> None:
-    (message,) = ranks.run(1, _refusal, run_config(folder, name="merged", exits={**EXITS, **CONSTANT}))
+    (message,) = ranks.run(1, refusal, run_config(folder, name="merged", exits={**EXITS, **CONSTANT}))
     assert "holds parameters alone" in message
     assert "checkpoint.initial" in message
     whole = run_config(folder, name="tuned", exits={**EXITS, **CONSTANT})
-    assert "training.trains is exits, not all" in ranks.run(1, _refusal, whole)[0]
+    assert "training.trains is exits, not all" in ranks.run(1, refusal, whole)[0]
     on_exits = tune_config(folder, "on-exits", initial="tuned")
-    assert "tools/merge_exits.py makes a model of it" in ranks.run(1, _refusal, on_exits)[0]
+    assert "tools/merge_exits.py makes a model of it" in ranks.run(1, refusal, on_exits)[0]
     other_head = tune_config(folder, "other-head", initial="merged", exits={"layers": [2], "head": "mlp"})
-    (message,) = ranks.run(1, _refusal, other_head)
+    (message,) = ranks.run(1, refusal, other_head)
     assert "an exit 2 (norm head, own norm, shared projection, gate: none), and another (mlp head," in message
 
 
@@ -272,7 +264,7 @@ def test_a_run_that_has_begun_with_another_model_is_not_resumed(folder: Path, ra
     ranks.run(1, _stop_at_five, config)
     ranks.run(1, train, run_config(folder, name="other", exits={"layers": []}, training={"train_iters": 1}))
     other = tune_config(folder, "faithful", initial="other", training={"train_iters": 6})
-    (message,) = ranks.run(1, _refusal, other)
+    (message,) = ranks.run(1, refusal, other)
     assert message.startswith("checkpoint.initial: ")
     assert "is not what the run began with" in message
     runs = folder / "runs"
@@ -312,7 +304,7 @@ def test_gates_are_tuned_alone_on_exits_that_share_all_with_the_model(folder: Pa
     assert (exits.layers, exits.gated) == ((1, 2, 3, 4, 5, 6, 7), [3, 5])
     assert [exits.temperature_of(layer) for layer in (3, 4, 5)] == [1.0, 1.0, 2.0]
     own_norms = tune_config(folder, "own-norms", initial="recipe", exits={"layers": [3]})
-    assert "has exits with exits.norm: shared, not own" in ranks.run(1, _refusal, own_norms)[0]
+    assert "has exits with exits.norm: shared, not own" in ranks.run(1, refusal, own_norms)[0]
 
 
 def test_a_merge_writes_all_or_nothing(folder: Path, merged: Path, ranks: RankPool) -> None:
