@@ -145,7 +145,7 @@ def reference_step(
 ) -> tuple[dict[int, float], Arrays]:
     """Each exit's loss over the regular batch, and every gradient, fills weighted as training/losses.py says."""
     weights = weights_at(config, iteration)
-    batch = _samples(config, 0, BATCH_SIZE, iteration)
+    batch = samples_of(config, 0, BATCH_SIZE, iteration)
     with torch.no_grad():
         logits = reference.exit_logits(
             _leaves(parameters), config.model, config.exits, batch.tokens_BS, skipped=batch.skipped
@@ -162,7 +162,7 @@ def reference_step(
     return losses, gradients
 
 
-class _Samples(NamedTuple):
+class Samples(NamedTuple):
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
     mask_BS: torch.Tensor
@@ -179,10 +179,10 @@ class _ReferenceStage:
         self.own_layers = {layer for c in layout[stage] for layer in range(c.start + 1, c.stop + 1)}
         self.shared = "embedding.weight" if config.model.tie_embeddings else "output.weight"
 
-    def gradients(self, batch: _Samples, fills: Sequence[Fill], weights: Mapping[int, float]) -> Arrays:
+    def gradients(self, batch: Samples, fills: Sequence[Fill], weights: Mapping[int, float]) -> Arrays:
         data_size = BATCH_SIZE // _num_microbatches(self.config)
         firsts = range(BATCH_SIZE, BATCH_SIZE + len(fills) * data_size, data_size)
-        parts = [_samples(self.config, first, data_size, self.iteration) for first in firsts]
+        parts = [samples_of(self.config, first, data_size, self.iteration) for first in firsts]
         counts = [float(part.mask_BS.sum()) for part in parts]
         regular = float(batch.mask_BS.sum())
         divisors = dict.fromkeys(weights, regular)
@@ -208,7 +208,7 @@ class _ReferenceStage:
     def _reached(self, fill: Fill, weights: Mapping[int, float]) -> list[int]:
         return [layer for layer in weights if fill.kind == "warmup" and self.stage_of[layer] <= fill.stage]
 
-    def _loss(self, part: _Samples, weights: Mapping[int, float], divisors: Mapping[int, float]) -> torch.Tensor:
+    def _loss(self, part: Samples, weights: Mapping[int, float], divisors: Mapping[int, float]) -> torch.Tensor:
         shared = self.leaves[self.shared]
         projections = {
             layer: shared if stage == self.stage else shared.detach() for layer, stage in self.stage_of.items()
@@ -249,7 +249,7 @@ def _num_microbatches(config: Config) -> int:
     return BATCH_SIZE // config.parallel.data // config.training.micro_batch_size
 
 
-def _samples(config: Config, first: int, count: int, iteration: int) -> _Samples:
+def samples_of(config: Config, first: int, count: int, iteration: int) -> Samples:
     numbers = range(first, first + count)
     samples = [RandomSamples()[number] for number in numbers]
     tokens, labels, mask = (
@@ -257,7 +257,7 @@ def _samples(config: Config, first: int, count: int, iteration: int) -> _Samples
     )
     drops = config.training.layer_dropout is not None
     skipped = [skipped_layers(config, number, iteration) for number in numbers] if drops else None
-    return _Samples(tokens, labels, mask, skipped)
+    return Samples(tokens, labels, mask, skipped)
 
 
 def _leaves(parameters: Arrays) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import reference
-from helpers.one_step import BATCH_SIZE, Arrays, _samples, one_step
+from helpers.one_step import BATCH_SIZE, Arrays, one_step, samples_of
 from helpers.ranks import RankPool
 from helpers.shards import whole
 from helpers.tiny import tiny_config
@@ -62,7 +62,7 @@ def _weighted(exits: dict[str, Any]) -> dict[str, Any]:
 def _reference(config: Config, parameters: Arrays) -> tuple[dict[int, float], Arrays]:
     """Each exit's loss, and the gradients of all that belongs to exits."""
     leaves = {name: torch.tensor(value, requires_grad=name.startswith("exits.")) for name, value in parameters.items()}
-    samples = _samples(0, BATCH_SIZE)
+    samples = samples_of(config, 0, BATCH_SIZE, 0)
     logits = reference.exit_logits(leaves, config.model, config.exits, samples.tokens_BS)
     weights = dict(zip(config.exits.layers, config.exits.weights, strict=True))
     losses = {
