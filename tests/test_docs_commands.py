@@ -73,7 +73,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if _commands(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem == "recipes" else [])  # five runs
+        for page in PAGES
+        if _commands(page)
+    ],
+)
 def test_every_command_does_what_it_should(page: Path, checkout: Path) -> None:
     path = f"{checkout / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}

@@ -161,11 +161,11 @@ class Cluster:
         files |= {f"{name}-file": self.folder / f"munged.{name}" for name in ("pid", "log", "seed")}
         # --force: only root uses the socket, so the folder need not be open to everybody
         self._run("munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files.items()))
-        _wait_until(munge_socket.exists)
+        wait_until(munge_socket.exists)
         self._run("slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
             self._run("slurmd", "-D", "-N", node)
-        _wait_until(lambda: self._query("--format=%t") == ["idle", "idle"])
+        wait_until(lambda: self._query("--format=%t") == ["idle", "idle"])
 
     def _run(self, *command: str) -> None:
         with (self.folder / f"{command[0]}.said").open("ab") as log:
@@ -191,10 +191,11 @@ def processes_with(variable: str) -> list[int]:
     return found
 
 
-def _wait_until(is_there: Callable[[], bool]) -> None:
+def wait_until(is_there: Callable[[], bool]) -> None:
+    """For half a minute."""
     deadline = time.monotonic() + 30
     while not is_there():
-        assert time.monotonic() < deadline, "SLURM does not start"
+        assert time.monotonic() < deadline, "SLURM does not start, or does not end"
         time.sleep(0.05)
 
 

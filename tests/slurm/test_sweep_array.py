@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.long_run import has_iteration
 from helpers.slurm import Job
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_an_array_trains_every_run_and_queues_again_only_what_stopped(runs: Any) -> None:
     file = runs.config.parent / "sweep.txt"
     # the second task has the id of the whole array

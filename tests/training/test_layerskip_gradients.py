@@ -146,7 +146,7 @@ def _with_small_buckets(config: Config, iteration: int, repeats: int) -> dict[st
         gradients.DistributedDataParallelConfig = original  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("iteration", [3, 4, 5])
+@pytest.mark.parametrize("iteration", [3, *(pytest.param(later, marks=pytest.mark.slow) for later in (4, 5))])
 @pytest.mark.parametrize(
     ("parallel", "fewest"),
     [({}, 0.8), ({"distributed_optimizer": True}, 0.8), ({**_ZERO_BUBBLE, "distributed_optimizer": True}, 0.5)],

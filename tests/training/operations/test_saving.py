@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from helpers.disks import small_disk
 from helpers.runs import write_small_dataset
 
@@ -47,6 +48,7 @@ class _Run:
             time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_full_disk_and_a_stop_that_saves_nothing_is_a_failure(tmp_path: Path) -> None:
     write_small_dataset(tmp_path)
     path = tmp_path / "run.yaml"

@@ -58,7 +58,11 @@ def test_time_is_up_after_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert REASONS[requests.reason()] == reason
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGTERM],
+    ids=lambda number: number.name,
+)
 def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_been(
     start_run: Callable[..., Any], undisturbed: Losses, number: signal.Signals
 ) -> None:
