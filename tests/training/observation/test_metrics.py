@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.training.gate_loss import GateSums
 from megatron_ee.training.losses import ExitLoss
 from megatron_ee.training.observation.metrics import ExitMeter
 
@@ -69,3 +70,15 @@ def test_there_is_no_weighted_loss_where_one_of_its_parts_was_not_measured(mesh:
     meter = ExitMeter([2, 4], mesh)
     meter.add({4: _loss(2.0, 2.0)}, num_tokens=2, measured=[4])
     assert "train/loss" not in meter.read("train", {2: 0.5, 4: 0.5})
+
+
+def test_gates_have_means_of_their_own_and_no_part_in_the_loss(mesh: Mesh) -> None:
+    meter = ExitMeter([2, 4], mesh, gated=[2])
+    sums = GateSums(*map(torch.tensor, (1.0, 3.0, 2.0)))
+    meter.add({2: _loss(4.0, 1.0)._replace(gate=sums), 4: _loss(4.0, 2.0)}, num_tokens=4)
+    again = ExitMeter([2, 4], mesh, gated=[2])
+    again.load_state(meter.state())
+    figures = again.read("val", {2: 0.5, 4: 1.0})
+    of_gates = {name: value for name, value in figures.items() if "gate" in name}
+    assert of_gates == {"val/exit_2/gate_loss": 0.25, "val/exit_2/gate_accuracy": 0.75, "val/exit_2/gate_mean": 0.5}
+    assert figures["val/loss"] == 1.5
