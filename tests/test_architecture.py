@@ -55,7 +55,7 @@ DOORS = {
         ),
         *(
             f"config/{name}.py"
-            for name in ("parallel", "schema", "training", "loader", "explain", "errors", "__main__")
+            for name in ("parallel", "positions", "schema", "training", "loader", "explain", "errors", "__main__")
         ),
     },
     "jinja2": {"tokenizer/chat.py"},

@@ -26,6 +26,7 @@ from megatron_ee.config.fields import (
     list_as_tuple,
 )
 from megatron_ee.config.layerskip import LayerSkipConfig
+from megatron_ee.config.positions import RopeScaling
 
 Precision = Literal["fp32", "bf16", "fp16"]
 HeadKind = Literal["norm", "mlp", "block"]
@@ -54,6 +55,18 @@ class ModelConfig(Section):
     vocab_size: PositiveInt | Literal["auto"] = Field("auto", description="auto: the tokenizer's, rounded up to 64")
     tie_embeddings: bool = Field(False, description="the output projection is the input embedding")
     rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = Field(None, description="kind: linear, llama3 or yarn, and its settings")
+    max_position_embeddings: PositiveInt | None = Field(
+        None, description="the longest sequence that the model is made for; null: data.sequence_length"
+    )
+    qkv_bias: bool = Field(False, description="queries, keys and values have a bias, as Qwen2's")
+    qk_norm: bool = Field(False, description="each head's queries and keys are normalised (RMSNorm), as Qwen3's")
+    sliding_window: PositiveInt | None = Field(
+        None, description="positions that a query sees, its own among them; null: all up to its own"
+    )
+    sliding_window_layers: Layers | Literal["all"] = Field(
+        "all", description="layers whose attention the window holds for, ascending; the others see all"
+    )
     norm_epsilon: PositiveFloat = 1e-5
     init_std: PositiveFloat = 0.02
 
