@@ -65,6 +65,7 @@ DOORS = {
     "tqdm": {"training/loggers/console.py", "data/preprocess.py"},
     "transformers": {"tokenizer/huggingface.py"},
     "wandb": {"training/loggers/wandb.py"},
+    "xxhash": {"checkpoint/checksum.py"},
 }
 
 # Host logic: schedulers, plans, ledgers and settings are plain Python, tested in milliseconds.

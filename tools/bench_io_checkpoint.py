@@ -129,11 +129,15 @@ class _Bench:
         return _seconds(lambda: self._resume(verifies=verifies))
 
     def _resume(self, *, verifies: bool) -> None:
-        from megatron_ee.checkpoint.resume import checkpoint_to_resume
+        from megatron_ee.checkpoint.resume import ResumableCheckpoints
 
-        folder = checkpoint_to_resume(self._trainer.run_folder, self._trainer.mesh, verifies=verifies)
+        checkpoints = ResumableCheckpoints(self._trainer.run_folder, self._trainer.mesh, verifies=verifies)
+        folder = checkpoints.newest()
         assert folder is not None, "nothing is saved"
+        checkpoint = self._trainer.config.checkpoint.model_copy(update={"verify": verifies})
+        self._trainer.config = self._trainer.config.model_copy(update={"checkpoint": checkpoint})
         self._trainer.load(folder)
+        checkpoints.accept(folder)
 
     def _write(self) -> None:
         content = self._memory.numpy().data

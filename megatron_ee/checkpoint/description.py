@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError, DamagedError, sync_folder
 from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
-VERSION = 5
+VERSION = 6
 
 Trains = Literal["all", "exits"]
 
@@ -44,7 +44,7 @@ class Description:
     Attributes:
         precision: of the parameters: fp32, bf16 or fp16.
         tokenizer: its name, which says what it is and not where; its files, if it has any, lie beside format.json.
-        files: SHA-256 of every other file of the folder; what other files are bound to is the hash over these.
+        files: checksum of every other file of the folder; what other files are bound to is the SHA-256 over these.
         trains: what the run trains, and the checkpoint holds: all of the model, or its early exits alone.
         has_optimizer: whether it holds what a run goes on from, beside the parameters.
         initial: what the run began with; None: random parameters.

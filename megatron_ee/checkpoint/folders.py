@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_ee.errors import UserError
 
 FORMAT_FILE = "format.json"
+SHARD_SUFFIX = ".distcp"
 
 
 class CheckpointError(UserError):

@@ -24,7 +24,15 @@ from megatron_ee.checkpoint.reading import ShardReader
 
 
 class InPlaceStrategy(TorchDistLoadShardedStrategy):
-    """Which shard of the checkpoint goes where is megatron-core's plan; the rest of `load` is this."""
+    """Which shard of the checkpoint goes where is megatron-core's plan; the rest of `load` is this.
+
+    Args:
+        checksums: see `ShardReader`.
+    """
+
+    def __init__(self, checksums: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self._checksums = checksums
 
     def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path | str) -> Any:
         """Fill the tensors of a state; returns it with them in place of their shards. Collective."""
@@ -38,7 +46,7 @@ class InPlaceStrategy(TorchDistLoadShardedStrategy):
                 exact.append(shard)
         planner = MCoreLoadPlanner(shapes_validation_sharded_tensors=exact, allow_shape_mismatch_sharded_tensors=padded)
         state = mcore_to_pyt_state_dict(by_name, is_loading=True)
-        load(state, storage_reader=ShardReader(checkpoint_dir), planner=planner)
+        load(state, storage_reader=ShardReader(checkpoint_dir, self._checksums), planner=planner)
         return dict_list_map_outplace(lambda shard: shard.data, sharded_state_dict)
 
 

@@ -53,7 +53,7 @@ def open_initial(
     path, began_with = Path(config.checkpoint.initial), resumed.initial if resumed else None
     try:
         folder = mesh.from_main(lambda: find_initial(path, began_with))
-        description = verify(folder, mesh, reads_all=config.checkpoint.verify)
+        description = verify(folder, mesh, reads="all" if config.checkpoint.verify else "nothing")
     except CheckpointError as error:
         raise FieldError(FIELD, str(error).removeprefix("checkpoint: ")) from error
     _check_fits(folder, description, wanted)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Origin, Progress
-from megatron_ee.checkpoint.folders import CheckpointError, find_checkpoint, sync_folder
+from megatron_ee.checkpoint.folders import SHARD_SUFFIX, CheckpointError, find_checkpoint, sync_folder
 from megatron_ee.checkpoint.initial import find_initial
 from megatron_ee.checkpoint.saver import Saver
 from megatron_ee.checkpoint.sharded import differences, load_checkpoint, model_state, shape_of_trunk
@@ -55,7 +55,7 @@ def merge_exits(tuned: Path, destination: Path, device: Device, *, initial: Path
     tuned, exits = _open_tuned(tuned, mesh)
     assert exits.initial is not None, "a run that trains exits began with a model"
     initial = find_initial(initial or Path(exits.initial.path), exits.initial)
-    model = verify(initial, mesh, reads_all=True)
+    model = verify(initial, mesh, reads="all")
     if different := differences(shape_of_trunk(exits), shape_of_trunk(model)):
         raise CheckpointError(f"{tuned} is of another model than {initial}: {different}")
     merged = merged_exits(model.exits, exits.exits)
@@ -101,7 +101,7 @@ def merged_exits(of_model: ExitsConfig, tuned: ExitsConfig) -> ExitsConfig:
 
 def _open_tuned(path: Path, mesh: Mesh) -> tuple[Path, Description]:
     folder = find_checkpoint(path)
-    description = verify(folder, mesh, reads_all=True)
+    description = verify(folder, mesh, reads="all")
     if description.trains != "exits":
         raise CheckpointError(f"{folder} holds a whole model: it is not of a run with training.trains: exits")
     return folder, description
@@ -138,7 +138,7 @@ def _belongs_to(name: str, layers: tuple[int, ...]) -> bool:
 
 
 def _is_of_tokenizer(name: str) -> bool:
-    return name not in _OF_STATE and not name.endswith(".distcp")
+    return name not in _OF_STATE and not name.endswith(SHARD_SUFFIX)
 
 
 def _write(destination: Path, stage: Stage, description: Description, files: dict[str, bytes], mesh: Mesh) -> Path:

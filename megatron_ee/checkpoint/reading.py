@@ -1,5 +1,5 @@
-"""Reads shards in threads, each straight into the tensor that wants it: nothing is read twice, and copied only where a
-shard's bytes and the tensor's lie differently. Counterpart of `writing`."""
+"""Reads shards in threads, each straight into the tensor that wants it: nothing is read twice, not for its checksum
+either, and copied only where a shard's bytes and the tensor's lie differently. Counterpart of `writing`."""
 
 import os
 from collections.abc import Sequence
@@ -14,12 +14,27 @@ from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from megatron_ee.checkpoint.checksum import Checksum
+
 NUM_THREADS = 4
 """Files that a rank reads at the same time: one thread alone waits for the disk, then the disk for it."""
 
 
+_CHUNK = 2**22
+_LARGEST_GAP = 2**16
+"""Bytes between two tensors that lie one behind the other: what torch.save writes around each."""
+
+
 class ShardReader(CachedMetadataFileSystemReader):
-    """What torch.distributed.checkpoint reads the tensors of a step folder by."""
+    """What torch.distributed.checkpoint reads the tensors of a step folder by.
+
+    Args:
+        checksums: gets the checksum of each file that this rank reads from its beginning to its end; None: nobody asks.
+    """
+
+    def __init__(self, path: str | os.PathLike, checksums: dict[str, str] | None = None) -> None:
+        super().__init__(path)
+        self._checksums = checksums
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill the tensors of a plan.
@@ -45,10 +60,13 @@ class ShardReader(CachedMetadataFileSystemReader):
     def _read_file(self, name: str, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
         with open(os.path.join(self.path, name), "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            pieces = _Pieces(file, hashes=self._checksums is not None)
             for item in items:
-                self._read_item(file, item, planner)
+                self._read_item(file, pieces, item, planner)
+            if self._checksums is not None and (checksum := pieces.checksum_of_all()):
+                self._checksums[name] = checksum
 
-    def _read_item(self, file: BinaryIO, item: ReadItem, planner: LoadPlanner) -> None:
+    def _read_item(self, file: BinaryIO, pieces: "_Pieces", item: ReadItem, planner: LoadPlanner) -> None:
         content = self._slice_file(file, self.storage_data[item.storage_index])
         stored = torch.load(content, map_location="meta", weights_only=True)  # where and how it lies, without its bytes
         start = self._start(item) + stored.untyped_storage()._checkpoint_offset
@@ -57,10 +75,56 @@ class ShardReader(CachedMetadataFileSystemReader):
         if wanted.shape != target.shape:
             raise RuntimeError(f"{item.storage_index} is {tuple(wanted.shape)}, not {tuple(target.shape)}")
         if _lies_alike(wanted, target):
-            _fill(target, file, start + wanted.storage_offset() * wanted.itemsize)
+            pieces.fill(target, start + wanted.storage_offset() * wanted.itemsize)
         else:
-            target.copy_(_read(wanted, file, start))
+            target.copy_(_read(wanted, pieces, start))
         planner.commit_tensor(item, target)
+
+
+class _Pieces:
+    """A file that is read piece by piece; and its checksum, if that was from its beginning to its end."""
+
+    def __init__(self, file: BinaryIO, *, hashes: bool) -> None:
+        self._file = file
+        self._checksum = Checksum() if hashes else None
+        self._position = 0
+
+    def fill(self, tensor: torch.Tensor, start: int) -> None:
+        """Read a tensor's bytes, from so far into the file.
+
+        Raises:
+            EOFError: the file ends too early.
+        """
+        if self._checksum is not None:
+            self._pass_over(start)
+        self._file.seek(start)
+        left = tensor.flatten().view(torch.uint8).numpy().data
+        while left:
+            num_bytes = self._file.readinto(left[:_CHUNK])  # type: ignore[attr-defined]  # it may give less
+            if not num_bytes:
+                raise EOFError(f"{self._file.name} ends too early")
+            self._take(left[:num_bytes])
+            left = left[num_bytes:]
+
+    def checksum_of_all(self) -> str | None:
+        """At the end; None where pieces were left out, or read again."""
+        if self._checksum is not None:
+            self._pass_over(os.fstat(self._file.fileno()).st_size)
+        return None if self._checksum is None else self._checksum.hexdigest()
+
+    def _pass_over(self, stop: int) -> None:
+        """What lies before the next piece belongs to the file, too."""
+        if not 0 <= stop - self._position <= _LARGEST_GAP:
+            self._checksum = None
+            return
+        self._file.seek(self._position)
+        while self._position < stop and (between := self._file.read(stop - self._position)):
+            self._take(memoryview(between))
+
+    def _take(self, piece: memoryview) -> None:
+        if self._checksum is not None:
+            self._checksum.update(piece)
+            self._position += len(piece)
 
 
 def _lies_alike(wanted: torch.Tensor, target: torch.Tensor) -> bool:
@@ -69,22 +133,12 @@ def _lies_alike(wanted: torch.Tensor, target: torch.Tensor) -> bool:
     return one_piece and wanted.dtype == target.dtype and target.device.type == "cpu"
 
 
-def _read(wanted: torch.Tensor, file: BinaryIO, start: int) -> torch.Tensor:
+def _read(wanted: torch.Tensor, pieces: _Pieces, start: int) -> torch.Tensor:
     """In new memory; all of the storage where the wanted part lies in several pieces of it."""
     if wanted.is_contiguous():
         piece = torch.empty(wanted.shape, dtype=wanted.dtype)
-        _fill(piece, file, start + int(wanted.storage_offset()) * wanted.itemsize)
+        pieces.fill(piece, start + int(wanted.storage_offset()) * wanted.itemsize)
         return piece
     storage = torch.empty(wanted.untyped_storage().nbytes() // wanted.itemsize, dtype=wanted.dtype)
-    _fill(storage, file, start)
+    pieces.fill(storage, start)
     return storage.as_strided(wanted.shape, wanted.stride(), wanted.storage_offset())
-
-
-def _fill(tensor: torch.Tensor, file: BinaryIO, start: int) -> None:
-    left = tensor.flatten().view(torch.uint8).numpy().data
-    file.seek(start)
-    while left:
-        num_bytes = file.readinto(left)  # type: ignore[attr-defined]  # a file without a buffer may give less
-        if not num_bytes:
-            raise EOFError(f"{file.name} ends too early")
-        left = left[num_bytes:]

@@ -142,10 +142,10 @@ class Saver:
         problems = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         if not problems:
             try:
-                digests = self._write_metadata(
+                checksums = self._write_metadata(
                     folder, [outcome for outcome in outcomes if isinstance(outcome, Written)]
                 )
-                write_description(folder, replace(pending.description, files=digests))
+                write_description(folder, replace(pending.description, files=checksums))
             except OSError as error:
                 problems = [str(error)]
         if problems:
@@ -154,11 +154,11 @@ class Saver:
         link_latest(folder)
 
     def _write_metadata(self, folder: Path, parts: Sequence[Written]) -> dict[str, str]:
-        """Where each shard lies; returns the digests of all files."""
+        """Where each shard lies; returns the checksums of all files."""
         assert self._plans.metadata is not None
         places = {result.index: result.storage_data for part in parts for result in part.results}
         metadata = replace(self._plans.metadata, storage_data=places, version=CURRENT_DCP_VERSION)
-        digests = {name: digest for part in parts for name, digest in part.digests.items()}
-        digests[".metadata"] = write_file(folder / ".metadata", pickle.dumps(metadata))
-        digests["metadata.json"] = write_file(folder / "metadata.json", json.dumps(_BACKENDS).encode())
-        return digests
+        checksums = {name: checksum for part in parts for name, checksum in part.checksums.items()}
+        checksums[".metadata"] = write_file(folder / ".metadata", pickle.dumps(metadata))
+        checksums["metadata.json"] = write_file(folder / "metadata.json", json.dumps(_BACKENDS).encode())
+        return checksums

@@ -12,6 +12,7 @@ from megatron_ee.checkpoint.description import Description, read_description
 from megatron_ee.checkpoint.folders import CheckpointError
 from megatron_ee.checkpoint.in_place import InPlaceStrategy, keep_wholes
 from megatron_ee.checkpoint.unpickling import check_pickles
+from megatron_ee.checkpoint.verify import verify_shards
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
 
@@ -28,26 +29,58 @@ def trained_state(stage: Stage, mesh: Mesh) -> ShardedStateDict:
     return {name: entry for name, entry in model_state(stage, mesh).items() if name not in frozen}
 
 
-def load_checkpoint(folder: Path, state: ShardedStateDict, *, asks_for_all: bool = True) -> dict:
+class ReadError(CheckpointError):
+    """Shards could not be read. All ranks raise it together."""
+
+
+def load_checkpoint(
+    folder: Path,
+    state: ShardedStateDict,
+    *,
+    asks_for_all: bool = True,
+    checksums: dict[str, str] | None = None,
+) -> dict:
     """Read what `state` asks for, into its own tensors; every rank calls it.
 
     Args:
         asks_for_all: whether the ranks' states together are whole tensors, with a main copy each, which is checked.
+        checksums: gets the checksum of each file of shards that this rank has read whole; None: nobody asks.
 
     Raises:
-        CheckpointError: the checkpoint holds another model, or pickles that could run any code, or is damaged.
+        CheckpointError: the checkpoint holds another model, or pickles that could run any code.
+        ReadError: it is damaged.
     """
     check_pickles(folder)
     keep_wholes(state)
     try:
-        return dist_checkpointing.load(state, str(folder), InPlaceStrategy(), validate_access_integrity=asks_for_all)
+        return dist_checkpointing.load(
+            state, str(folder), InPlaceStrategy(checksums), validate_access_integrity=asks_for_all
+        )
     except dist_checkpointing.core.CheckpointingException as error:
         raise CheckpointError(f"{folder} doesn't fit this model: {error}") from error
-    except (CheckpointException, OSError, EOFError, UnpicklingError, RuntimeError) as error:
-        # what torch raises for files that are not what they were, which are found before where checkpoint.verify is on
-        causes = error.failures.values() if isinstance(error, CheckpointException) else ()
-        cause = next((str(cause) for cause, _ in causes), str(error))
-        raise CheckpointError(f"{folder} cannot be loaded: {cause}") from error
+    except CheckpointException as error:
+        cause = next((str(cause) for cause, _ in error.failures.values()), str(error))
+        raise ReadError(f"{folder} cannot be loaded: {cause}") from error
+    except (OSError, EOFError, UnpicklingError, RuntimeError) as error:
+        # of files that are not what they were, which are found before where checkpoint.verify is on
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+
+
+def load_verified(folder: Path, state: ShardedStateDict, mesh: Mesh) -> dict:
+    """`load_checkpoint`, which also compares the shards with what was saved, while they are read. The other files have
+    been verified before.
+
+    Raises:
+        DamagedError: a shard is missing, incomplete or changed; the state's tensors are of no use then.
+    """
+    checksums: dict[str, str] = {}
+    try:
+        loaded = load_checkpoint(folder, state, checksums=checksums)
+    except ReadError:
+        verify_shards(folder, mesh)  # it knows the file
+        raise
+    verify_shards(folder, mesh, known=checksums)
+    return loaded
 
 
 def names_in(folder: Path) -> frozenset[str]:

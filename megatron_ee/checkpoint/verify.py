@@ -1,45 +1,63 @@
-"""Whether a checkpoint is what was saved: its files against the SHA-256 of each, which its description holds."""
+"""Whether a checkpoint is what was saved: its files against the checksum of each, which its description holds."""
 
 import errno
-import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 
+from megatron_ee.checkpoint.checksum import checksum_of_file
 from megatron_ee.checkpoint.description import Description, read_description
-from megatron_ee.checkpoint.folders import CheckpointError, DamagedError
+from megatron_ee.checkpoint.folders import SHARD_SUFFIX, CheckpointError, DamagedError
 from megatron_ee.parallel.mesh import Mesh
 
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 _NUM_THREADS = 4
+_CHANGED = "is not what was saved"
+
+Reads = Literal["all", "all but shards", "nothing"]
 
 
-def verify(folder: Path, mesh: Mesh, *, reads_all: bool) -> Description:
+def verify(folder: Path, mesh: Mesh, *, reads: Reads) -> Description:
     """The description of a checkpoint without damage. Collective: ranks share the files, and agree.
 
     Args:
-        reads_all: whether all files are read and hashed, or only the description.
+        reads: what is read, and compared with its checksum, beside the description: all files; all but those of shards,
+            which are many times larger, for `load_verified`; or nothing.
 
     Raises:
         DamagedError: a file is missing, incomplete or changed; it names the first.
         CheckpointError: the checkpoint is of another format version, or its files cannot be read.
     """
     description = mesh.from_main(lambda: read_description(folder))
-    if not reads_all:
-        return description
-    share = sorted(description.files)[mesh.rank :: mesh.world_size]
-    answers: list[CheckpointError | None] = [None] * mesh.world_size
-    dist.all_gather_object(answers, _first_problem(folder, {name: description.files[name] for name in share}))
-    for problem in answers:
-        if problem is not None:
-            raise problem
+    if reads != "nothing":
+        _verify(folder, mesh, description, lambda name: reads == "all" or not _is_shard(name))
     return description
 
 
-def damage_of(path: Path, digest: str) -> str:
+def verify_shards(folder: Path, mesh: Mesh, *, known: Mapping[str, str] | None = None) -> None:
+    """Compare the files of shards with their checksums. Collective.
+
+    Args:
+        known: checksums of files that this rank has read already; each file is left to others where one rank has.
+
+    Raises:
+        DamagedError, CheckpointError: see `verify`.
+    """
+    known = known or {}
+    description = mesh.from_main(lambda: read_description(folder))
+    changed = sorted(name for name in known if known[name] != description.files.get(name))
+    _raise_first(DamagedError(_message(folder, changed[0], _CHANGED)) if changed else None, mesh)
+    read: list[list[str]] = [[] for _ in range(mesh.world_size)]
+    dist.all_gather_object(read, list(known))
+    of_any = {name for names in read for name in names}
+    _verify(folder, mesh, description, lambda name: _is_shard(name) and name not in of_any)
+
+
+def damage_of(path: Path, checksum: str) -> str:
     """What is wrong with a file of a checkpoint; empty for nothing.
 
     Raises:
@@ -47,15 +65,29 @@ def damage_of(path: Path, digest: str) -> str:
     """
     try:
         with path.open("rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # hashing need not wait for the disk
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            found = checksum_of_file(file)
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         if error.errno in _DAMAGE:
             return f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return "" if found == digest else "is not what was saved"
+    return "" if found == checksum else _CHANGED
+
+
+def _verify(folder: Path, mesh: Mesh, description: Description, is_meant: Callable[[str], bool]) -> None:
+    share = sorted(filter(is_meant, description.files))[mesh.rank :: mesh.world_size]
+    _raise_first(_first_problem(folder, {name: description.files[name] for name in share}), mesh)
+
+
+def _raise_first(problem: CheckpointError | None, mesh: Mesh) -> None:
+    """The problem of the first rank that has one, on all ranks."""
+    answers: list[CheckpointError | None] = [None] * mesh.world_size
+    dist.all_gather_object(answers, problem)
+    for answer in answers:
+        if answer is not None:
+            raise answer
 
 
 def _first_problem(folder: Path, files: Mapping[str, str]) -> CheckpointError | None:
@@ -64,10 +96,15 @@ def _first_problem(folder: Path, files: Mapping[str, str]) -> CheckpointError | 
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         try:
-            return _damage(folder, zip(files, pool.map(check, files), strict=True))
+            damage = zip(files, pool.map(check, files), strict=True)
+            return next((DamagedError(_message(folder, name, what)) for name, what in damage if what), None)
         except CheckpointError as error:
             return error
 
 
-def _damage(folder: Path, found: Iterable[tuple[str, str]]) -> DamagedError | None:
-    return next((DamagedError(f"{folder} is damaged: {name} {damage}") for name, damage in found if damage), None)
+def _message(folder: Path, name: str, damage: str) -> str:
+    return f"{folder} is damaged: {name} {damage}"
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(SHARD_SUFFIX)

@@ -1,6 +1,5 @@
 """Writes the files of one rank in threads of their own, hashing on the way: what was written is not read back."""
 
-import hashlib
 import os
 import threading
 import time
@@ -16,21 +15,24 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
 
+from megatron_ee.checkpoint.checksum import Checksum, checksum_of
+from megatron_ee.checkpoint.folders import SHARD_SUFFIX
+
 NUM_SHARD_FILES = 3
 """Files of a rank, written at the same time: while the disk takes one, others are hashed."""
 
 _CHUNK = 2**22
-_BYTES_BETWEEN_SYNCS = 2**26
+_BYTES_TO_BEGIN_WITH = 2**24
 
 Item = tuple[WriteItem, torch.Tensor | BytesIO]
 
 
 @dataclass
 class Written:
-    """What came of it: where each item lies, and the SHA-256 of each file by its name."""
+    """What came of it: where each item lies, and the checksum of each file by its name."""
 
     results: list[WriteResult] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
 class BackgroundWriting:
@@ -47,7 +49,7 @@ class BackgroundWriting:
     def __init__(self, folder: Path, prefix: str, items: Sequence[Item], files: Mapping[str, bytes]) -> None:
         self._tasks = [_Task(lambda: _write_files(folder, files))]
         for number, share in enumerate(_split(items)):
-            self._tasks.append(_Task(_writer_of(folder / f"{prefix}{number}.distcp", share)))
+            self._tasks.append(_Task(_writer_of(folder / f"{prefix}{number}{SHARD_SUFFIX}", share)))
 
     def wait(self, seconds: float = 0) -> bool:
         """Whether it has ended, well or not, at most so much later."""
@@ -68,17 +70,17 @@ class BackgroundWriting:
             if task.error is not None:
                 raise task.error
             all_of_it.results += task.written.results
-            all_of_it.digests |= task.written.digests
+            all_of_it.checksums |= task.written.checksums
         return all_of_it
 
 
 def write_file(path: Path, content: bytes) -> str:
-    """Write a small file to the disk itself; returns its SHA-256."""
+    """Write a small file to the disk itself; returns its checksum."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
+    return checksum_of(content)
 
 
 class _Task(threading.Thread):
@@ -100,8 +102,8 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
-        self._sha256 = hashlib.sha256()
-        self._unsynced = 0
+        self._checksum = Checksum()
+        self._waiting = 0
         self._error: OSError | None = None
         self.position = 0
 
@@ -127,22 +129,28 @@ class _HashedFile:
             raise self._error
 
     def close(self) -> str:
-        """See that it is on the disk; returns its SHA-256."""
+        """See that it is on the disk; returns its checksum."""
         with self._file:
             self.check()
             os.fsync(self._file.fileno())
-        return self._sha256.hexdigest()
+        return self._checksum.hexdigest()
 
     def _write(self, chunk: memoryview) -> None:
         if self._error is not None:
             return
-        self._sha256.update(chunk)
+        self._checksum.update(chunk)
         while chunk:
             num_bytes = self._file.write(chunk)
-            chunk, self._unsynced = chunk[num_bytes:], self._unsynced + num_bytes
-        if self._unsynced >= _BYTES_BETWEEN_SYNCS:  # or the disk would have nothing to do until the end
-            os.fdatasync(self._file.fileno())
-            self._unsynced = 0
+            chunk, self._waiting = chunk[num_bytes:], self._waiting + num_bytes
+        if self._waiting >= _BYTES_TO_BEGIN_WITH:
+            self._let_the_disk_begin()
+
+    def _let_the_disk_begin(self) -> None:
+        """Or it would have nothing to do until the end. Linux begins to write what it is told to forget, and nobody
+        waits for it, as one would for fdatasync."""
+        end = self._file.tell()
+        os.posix_fadvise(self._file.fileno(), end - self._waiting, self._waiting, os.POSIX_FADV_DONTNEED)
+        self._waiting = 0
 
 
 def _writer_of(path: Path, items: Sequence[Item]) -> Callable[[], Written]:
@@ -152,12 +160,12 @@ def _writer_of(path: Path, items: Sequence[Item]) -> Callable[[], Written]:
 def _write_items(path: Path, items: Sequence[Item]) -> Written:
     written, file = Written(), _HashedFile(path)
     try:
-        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # SHA-256 says more
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # ours covers more
             for item, data in items:
                 written.results.append(_write_item(file, path.name, item, data))
                 file.check()
     finally:
-        written.digests[path.name] = file.close()
+        written.checksums[path.name] = file.close()
     return written
 
 
@@ -178,7 +186,7 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> Written:
-    return Written(digests={name: write_file(folder / name, content) for name, content in files.items()})
+    return Written(checksums={name: write_file(folder / name, content) for name, content in files.items()})
 
 
 def _split(items: Sequence[Item]) -> list[list[Item]]:

@@ -1,5 +1,6 @@
 """The one place that knows whether a run is on CPUs or on GPUs. Choose the device before megatron-core is imported."""
 
+import gc
 import importlib.util
 import os
 import re
@@ -43,6 +44,12 @@ class Device:
         which have streams of their own: one that is awaited ahead may need what comes next."""
         if self.torch.type == "cuda":
             torch.cuda.current_stream(self.torch).synchronize()
+
+    def free_memory(self) -> None:
+        """Give back what objects held that nobody has any more: at once, in cycles too, and what torch keeps of it."""
+        gc.collect()
+        if self.torch.type == "cuda":
+            torch.cuda.empty_cache()
 
     def clock(self) -> Clock[Any]:
         """Times of what is done here, for which nothing waits."""

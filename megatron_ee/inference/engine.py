@@ -85,7 +85,7 @@ def load_engine(folder: Path, config: Config, device: Device) -> Engine:
         CheckpointError: the checkpoint is damaged, or of another format version.
     """
     mesh = open_mesh(ParallelConfig(), device)
-    description = verify(folder, mesh, reads_all=config.checkpoint.verify)
+    description = verify(folder, mesh, reads="all" if config.checkpoint.verify else "nothing")
     if description.trains == "exits":
         raise CheckpointError(f"checkpoint: {folder} holds exits alone; tools/merge_exits.py makes a model of it")
     (chunks,) = place(description.model, description.exits, ParallelConfig())

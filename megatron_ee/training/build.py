@@ -7,9 +7,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Progress, read_description
-from megatron_ee.checkpoint.folders import newest_checkpoint
+from megatron_ee.checkpoint.folders import DamagedError, newest_checkpoint
 from megatron_ee.checkpoint.initial import open_initial
-from megatron_ee.checkpoint.resume import checkpoint_to_resume
+from megatron_ee.checkpoint.resume import ResumableCheckpoints
 from megatron_ee.config import Config, to_yaml
 from megatron_ee.data.dataset import open_datasets
 from megatron_ee.device import Device
@@ -51,33 +51,12 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
     check_loggers(config.logging)
     # a rank that hangs is to be named before torch gives up on its messages
     mesh = open_mesh(config.parallel, device, timeout=max(TIMEOUT, 2 * timedelta(seconds=config.faults.hang_timeout)))
-    log = start_logging(is_main_rank=mesh.is_main)
+    start_logging(is_main_rank=mesh.is_main)
     run_folder = run_folder_of(config)
     lock = RunLock(run_folder)
     mesh.from_main(lock.take_if_begun)
-    checkpoint = _checkpoint_to_resume(config, run_folder, mesh)
-    tokenizer = open_tokenizer(config.data.tokenizer)
-    vocab_size = resolve_vocab_size(config.model, tokenizer)
-    resumed = read_description(checkpoint) if checkpoint is not None else None
-    initial = open_initial(config, describe(config, tokenizer.name, vocab_size), mesh, resumed=resumed)
-    layout, plan = _lay_out(config, vocab_size, mesh, parts.schedules)
-    num_samples = _num_train_samples(config, resumed, plan, mesh)
-    datasets = open_datasets(config, tokenizer, mesh, num_train_samples=num_samples)
-    trainer = assemble_trainer(
-        config,
-        mesh,
-        tokenizer,
-        datasets,
-        vocab_size=vocab_size,
-        layout=layout,
-        plan=plan,
-        initial=initial,
-        optimizer_backend=parts.optimizer_backend,
-        learning_rate_decay=parts.learning_rate_decay,
-    )
-    if checkpoint is not None:
-        trainer.load(checkpoint)
-        log.info("resumed from %s", checkpoint)
+    checkpoints = _resumable_checkpoints(config, run_folder, mesh)
+    trainer = _build_newest(config, mesh, parts, checkpoints)
     trainer.stop_requests = stop_requests or StopRequests(config.training.exit_duration)
     trainer.attempt = mesh.from_main(lambda: _begin_attempt(config, run_folder, lock))
     trainer.lock = lock
@@ -105,6 +84,47 @@ def _choose_parts(config: Config) -> _Parts:
         choose("optimizer.lr_decay", optimizer.lr_decay, DECAYS, plugins.learning_rate_decays),
         plugins.pipeline_schedules,
     )
+
+
+def _build_newest(config: Config, mesh: Mesh, parts: _Parts, checkpoints: ResumableCheckpoints) -> Trainer:
+    """A trainer at the newest good checkpoint, or at the run's beginning. That a checkpoint's shards are not what was
+    saved is found out when they are loaded: then another trainer is built, for the checkpoint before."""
+    checkpoint = checkpoints.newest()
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    vocab_size = resolve_vocab_size(config.model, tokenizer)
+    layout, plan = _lay_out(config, vocab_size, mesh, parts.schedules)
+    while True:
+        resumed = read_description(checkpoint) if checkpoint is not None else None
+        initial = open_initial(config, describe(config, tokenizer.name, vocab_size), mesh, resumed=resumed)
+        num_samples = _num_train_samples(config, resumed, plan, mesh)
+        trainer = assemble_trainer(
+            config,
+            mesh,
+            tokenizer,
+            open_datasets(config, tokenizer, mesh, num_train_samples=num_samples),
+            vocab_size=vocab_size,
+            layout=layout,
+            plan=plan,
+            initial=initial,
+            optimizer_backend=parts.optimizer_backend,
+            learning_rate_decay=parts.learning_rate_decay,
+        )
+        if checkpoint is None or _goes_on(trainer, checkpoint, checkpoints):
+            return trainer
+        del trainer
+        mesh.device.free_memory()  # the next trainer needs it
+        checkpoint = checkpoints.newest()
+
+
+def _goes_on(trainer: Trainer, checkpoint: Path, checkpoints: ResumableCheckpoints) -> bool:
+    try:
+        trainer.load(checkpoint)
+    except DamagedError as error:
+        checkpoints.pass_over(checkpoint, error)
+        return False
+    checkpoints.accept(checkpoint)
+    logging.getLogger("megatron_ee").info("resumed from %s", checkpoint)
+    return True
 
 
 def _lay_out(
@@ -140,11 +160,11 @@ def _announce(config: Config, device: Device, layout: Layout, plan: Plan, vocab_
         )
 
 
-def _checkpoint_to_resume(config: Config, run_folder: Path, mesh: Mesh) -> Path | None:
+def _resumable_checkpoints(config: Config, run_folder: Path, mesh: Mesh) -> ResumableCheckpoints:
     newest = mesh.from_main(lambda: newest_checkpoint(run_folder))
     if newest is not None and not config.checkpoint.resume:
         raise FieldError("checkpoint.resume", f"is false, but {run_folder} holds {newest.name}; take another name")
-    return checkpoint_to_resume(run_folder, mesh, verifies=config.checkpoint.verify)
+    return ResumableCheckpoints(run_folder, mesh, verifies=config.checkpoint.verify)
 
 
 def _num_train_samples(config: Config, resumed: Description | None, plan: Plan, mesh: Mesh) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Progress
-from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, trained_state
+from megatron_ee.checkpoint.sharded import check_same_model, load_checkpoint, load_verified, trained_state
 from megatron_ee.config import Config
 from megatron_ee.data.batch import Batch
 from megatron_ee.data.loader import BatchLoader
@@ -191,11 +191,14 @@ class Trainer:
 
         Raises:
             CheckpointError: the checkpoint is of another model.
+            DamagedError: its shards are not what was saved; this trainer is of no use then.
         """
         saved = check_same_model(folder, self.description)
         model = trained_state(self.stage, self.mesh)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=True)
-        state = load_checkpoint(folder, {"model": model, "optimizer": optimizer})
+        wanted = {"model": model, "optimizer": optimizer}
+        verifies = self.config.checkpoint.verify
+        state = load_verified(folder, wanted, self.mesh) if verifies else load_checkpoint(folder, wanted)
         own = state.get("model", {})  # a stage may have nothing to train
         self.stage.load_sharded(own, is_whole=self.config.training.trains == "all")
         self.optimizer.load_state_dict(state["optimizer"])

@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from megatron_ee.checkpoint import verify
+from megatron_ee.checkpoint.checksum import checksum_of
 from megatron_ee.checkpoint.sharded import load_checkpoint, model_state
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
@@ -33,11 +35,12 @@ class _Planner:
         self.committed.add(item.dest_index.fqn)
 
 
-def _read(folder: Path, *wanted: tuple[torch.Tensor, torch.Tensor, Sequence[int]]) -> None:
-    """Fill targets from files of one tensor each, beginning at offsets in it."""
+def _read(folder: Path, *wanted: tuple[torch.Tensor, torch.Tensor, Sequence[int]]) -> dict[str, str]:
+    """Fill targets from files of two tensors each, beginning at offsets in them; returns the checksums of files."""
     from megatron_ee.checkpoint.reading import ShardReader  # it imports megatron-core
 
-    reader, items = ShardReader(folder), []
+    checksums: dict[str, str] = {}
+    reader, items = ShardReader(folder, checksums), []
     for number, (stored, target, offsets) in enumerate(wanted):
         path, index = folder / f"{number // 2}.distcp", MetadataIndex(str(number))
         with path.open("ab") as file:
@@ -49,6 +52,7 @@ def _read(folder: Path, *wanted: tuple[torch.Tensor, torch.Tensor, Sequence[int]
     planner: Any = _Planner([target for _, target, _ in wanted])
     reader.read_data(LoadPlan(items[::-1]), planner).wait()
     assert len(planner.committed) == len(items)
+    return checksums
 
 
 PARTS: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]]]] = {
@@ -89,6 +93,23 @@ def test_a_shard_of_another_shape_is_refused(tmp_path: Path) -> None:
         _read(tmp_path, (torch.arange(7.0), torch.zeros(6, 7), (0,)))
 
 
+@pytest.mark.usefixtures("cpu")
+def test_a_file_that_is_read_whole_has_a_checksum(tmp_path: Path) -> None:
+    large_A = torch.arange(50000.0)
+    tensors = (large_A, STORED_AB, large_A.half())
+    wholes = [(stored, torch.empty_like(stored), (0,) * stored.dim()) for stored in tensors]
+    rows = (large_A, torch.empty(10), (100,))  # leaves out more than lies between tensors
+    checksums = _read(tmp_path, *wholes, *wholes[:1], rows, *wholes[1:2])
+    assert checksums == {name: checksum_of((tmp_path / name).read_bytes()) for name in ("0.distcp", "1.distcp")}
+
+
+@pytest.mark.usefixtures("cpu")
+def test_what_lies_between_parts_belongs_to_the_checksum(tmp_path: Path) -> None:
+    parts = [make() for make in PARTS.values()]
+    checksums = _read(tmp_path, *((stored, target, offsets) for stored, target, _, offsets in parts))
+    assert checksums == {path.name: checksum_of(path.read_bytes()) for path in tmp_path.iterdir()}
+
+
 def _train_one(config: Config) -> None:
     train(config, until=1, save=True)
 
@@ -115,3 +136,27 @@ def test_nothing_is_loaded_anywhere_but_where_it_belongs(tmp_path: Path, ranks: 
     ranks.run(2, _train_one, config)
     for apart in ranks.run(2, _loaded_elsewhere, config, tmp_path / "runs/whole/checkpoints/step_00000001"):
         assert not apart
+
+
+def _hashed_apart(config: Config) -> list[str]:
+    """Names of the files that a resume reads for their checksums alone."""
+    names = []
+
+    def damage_of(path: Path, checksum: str) -> str:
+        names.append(path.name)
+        return genuine(path, checksum)
+
+    genuine, verify.damage_of = verify.damage_of, damage_of
+    try:
+        build_trainer(config, choose_device("cpu"))
+    finally:
+        verify.damage_of = genuine
+    return names
+
+
+def test_shards_are_read_once_and_verified_on_the_way(tmp_path: Path, ranks: RankPool) -> None:
+    write_small_dataset(tmp_path)
+    config = run_config(tmp_path, name="whole", parallel={"pipeline": 2})
+    ranks.run(2, _train_one, config)
+    names = sorted(name for of_rank in ranks.run(2, _hashed_apart, config) for name in of_rank)
+    assert names == [".metadata", "common.pt", "config.yaml", "metadata.json"]
