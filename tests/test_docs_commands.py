@@ -67,6 +67,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path, text in MORE_CONFIGS.items():
         (folder / "configs" / path).parent.mkdir(exist_ok=True)
         (folder / "configs" / path).write_text(text)
+    (folder / "configs/published").symlink_to(ROOT / "configs/published")
     (folder / "bin").mkdir()
     (folder / "bin/sbatch").write_text(SBATCH)  # what a real one does with it: tests/slurm
     (folder / "bin/sbatch").chmod(0o755)

@@ -14,14 +14,13 @@ from typing import NamedTuple
 from megatron_ee.config import Config, open_config
 from megatron_ee.config.checks import BUILT_IN
 from megatron_ee.errors import FieldError, UserError
-from megatron_ee.model.vocabulary import resolve_vocab_size
+from megatron_ee.model.vocabulary import planned_vocab_size
 from megatron_ee.parallel.costs import ESTIMATED, chunk_costs, costs_of, weight_share
 from megatron_ee.parallel.layout import describe_layout, place
 from megatron_ee.parallel.pipeline.plan import Action, Fill, Kind, Plan
 from megatron_ee.parallel.pipeline.simulate import simulate
 from megatron_ee.parallel.pipeline.timeline import Span, Timeline, draw
 from megatron_ee.parallel.world import check_world, count_microbatches, data_parallel_size
-from megatron_ee.tokenizer import open_tokenizer
 from megatron_ee.training.observation.trace import Trace, TraceError, read_trace
 from megatron_ee.training.planning import MEGATRON, plan_step, schedule_of
 
@@ -82,7 +81,7 @@ def show(config: Config, world_size: int | None) -> Shown:
     data_size = data_parallel_size(parallel, world_size)
     num_microbatches = count_microbatches(training.global_batch_size, training.micro_batch_size, data_size)
 
-    vocab_size = resolve_vocab_size(config.model, open_tokenizer(config.data.tokenizer))
+    vocab_size = planned_vocab_size(config)
     costs = costs_of(config, vocab_size)
     layout = place(config.model, config.exits, parallel, costs, depth=config.depth)
     plan = plan_step(config, layout, vocab_size, num_microbatches)

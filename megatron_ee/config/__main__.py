@@ -12,10 +12,9 @@ from pathlib import Path
 from megatron_ee.config import Config, ParallelConfig, open_config, to_yaml
 from megatron_ee.config.checks import BUILT_IN
 from megatron_ee.errors import FieldError, UserError
-from megatron_ee.model.vocabulary import resolve_vocab_size
+from megatron_ee.model.vocabulary import planned_vocab_size
 from megatron_ee.parallel.estimate import describe, estimate
 from megatron_ee.parallel.world import check_world
-from megatron_ee.tokenizer import open_tokenizer
 
 
 def main() -> int:
@@ -49,8 +48,8 @@ def _look_at(config: Config, world_size: int | None, *, wants_estimate: bool) ->
     if not wants_estimate:
         return to_yaml(config)
     _check_schedule(config.parallel.schedule)
-    vocab_size = resolve_vocab_size(config.model, open_tokenizer(config.data.tokenizer))
-    return describe(estimate(config, world_size or _fewest_processes(config.parallel), vocab_size))
+    estimated = estimate(config, world_size or _fewest_processes(config.parallel), planned_vocab_size(config))
+    return describe(estimated)
 
 
 def _check_schedule(schedule: str) -> None:

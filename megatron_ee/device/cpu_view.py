@@ -5,8 +5,10 @@ torch. Replaced, for megatron alone, and why:
   torch.cuda.{current_device, device_count, set_device, synchronize, empty_cache}   placement and waiting
   torch.cuda.{get_rng_state, manual_seed, default_generators, random, _lazy_call}   its random-number tracker
   torch.{zeros, ones, empty, full, tensor, arange}                                  device="cuda" is the CPU
+  torch.compile                   identity: it decorates fusions for GPUs, whose compiler takes two seconds to import
   Tensor.cuda, Tensor.type        identity; and the "torch.cuda." prefix that its optimizers look for
 `Tensor` is one class for everybody, so its two methods look at their caller: outside megatron they are the originals.
+Megatron's own import of wandb finds nothing: it is for engines that we do not use, and takes another second.
 """
 
 import builtins
@@ -61,7 +63,7 @@ class _MegatronFinder(MetaPathFinder):
         cuda = _View(torch.cuda, {**waiting, **place, **random, **generators})
         factories = ("zeros", "ones", "empty", "full", "tensor", "arange")
         on_cpu = {name: partial(_create_on_cpu, getattr(torch, name)) for name in factories}
-        self.views = {torch: _View(torch, {"cuda": cuda, **on_cpu}), torch.cuda: cuda}
+        self.views = {torch: _View(torch, {"cuda": cuda, "compile": _leave_as_it_is, **on_cpu}), torch.cuda: cuda}
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name.startswith("megatron.") else None
@@ -71,6 +73,8 @@ class _MegatronFinder(MetaPathFinder):
 
     def _execute(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
         def import_(*args: Any, **kwargs: Any) -> Any:
+            if args[0] == "wandb":
+                raise ImportError("megatron-core has its own ways with wandb, which are not used")
             found = builtins.__import__(*args, **kwargs)
             return self.views.get(found, found)
 
@@ -82,6 +86,11 @@ def _create_on_cpu(factory: Callable[..., torch.Tensor], *args: Any, **kwargs: A
     if str(kwargs.get("device")).startswith("cuda"):
         kwargs["device"] = "cpu"
     return factory(*args, **kwargs)
+
+
+def _leave_as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """As `torch.compile` is called: with a function, or with options alone, for a decorator."""
+    return _leave_as_it_is if function is None else function
 
 
 def _for_megatron_only(method: str, replacement: Callable[..., Any]) -> None:

@@ -1,8 +1,10 @@
 """How many rows the embedding and the output projections have."""
 
-from megatron_ee.config import ModelConfig
+from pathlib import Path
+
+from megatron_ee.config import Config, ModelConfig
 from megatron_ee.errors import FieldError
-from megatron_ee.tokenizer import Tokenizer, padded_vocab_size
+from megatron_ee.tokenizer import Tokenizer, open_tokenizer, padded_vocab_size
 
 
 def resolve_vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> int:
@@ -18,3 +20,15 @@ def resolve_vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> int:
             "model.vocab_size", f"{model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens"
         )
     return model.vocab_size
+
+
+def planned_vocab_size(config: Config) -> int:
+    """`resolve_vocab_size` for looking at a config where its data may be missing: then its number counts, unchecked.
+
+    Raises:
+        FieldError: see `resolve_vocab_size`; or there is no such tokenizer, and no number either.
+    """
+    number, tokenizer = config.model.vocab_size, config.data.tokenizer
+    if number != "auto" and tokenizer != "bytes" and not Path(tokenizer).exists():
+        return number
+    return resolve_vocab_size(config.model, open_tokenizer(tokenizer))

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from megatron_ee.config import Config, GateKind, HeadKind, ModelConfig, ParallelConfig
 from megatron_ee.parallel.chunks import Chunk, Layout, count_idle, have_exits
-from megatron_ee.parallel.costs import costs_of
+from megatron_ee.parallel.costs import ModelCosts, chunk_costs, costs_of, weight_share
 from megatron_ee.parallel.layout import describe_layout, place
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.simulate import simulate
+from megatron_ee.parallel.pipeline.timeline import Timeline
 from megatron_ee.parallel.products import gate_width
 from megatron_ee.parallel.world import count_microbatches, data_parallel_size
 
@@ -51,6 +52,7 @@ class Estimate:
 
     Attributes:
         trained: of the parameters; what the checkpoint holds, with optimizer state.
+        bubble_fraction: the share of a step's time that stages idle, by `parallel.costs` and without fills.
         placement: a line for each stage: its layers, its exits and its share of the work.
     """
 
@@ -59,6 +61,7 @@ class Estimate:
     parameters: int
     trained: int
     checkpoint: int
+    bubble_fraction: float
     placement: tuple[str, ...]
     stages: tuple[StageEstimate, ...]
 
@@ -74,7 +77,7 @@ def estimate(config: Config, world_size: int, vocab_size: int) -> Estimate:
     num_microbatches = count_microbatches(training.global_batch_size, training.micro_batch_size, data_size)
     costs = costs_of(config, vocab_size)
     layout = place(config.model, config.exits, config.parallel, costs, depth=config.depth)
-    holdings = _holdings(config, layout, num_microbatches)
+    timeline = _timeline(config, layout, costs, num_microbatches)
     parameters = _all_parameters(config, vocab_size)
     only_exits = config.training.trains == "exits"
     trained = _exit_parameters(config, config.exits.layers, vocab_size) if only_exits else parameters
@@ -84,10 +87,11 @@ def estimate(config: Config, world_size: int, vocab_size: int) -> Estimate:
         parameters,
         trained,
         trained * _checkpoint_bytes(config),
+        timeline.bubble_fraction,
         tuple(describe_layout(layout, config.exits, costs)),
         tuple(
             _estimate_stage(config, chunks, vocab_size, held=held, data_size=data_size)
-            for chunks, held in zip(layout, holdings, strict=True)
+            for chunks, held in zip(layout, timeline.holdings, strict=True)
         ),
     )
 
@@ -98,7 +102,8 @@ def describe(estimated: Estimate) -> str:
         f"parameters: {estimated.parameters:,}"
         + (f", {estimated.trained:,} of them trained" if estimated.trained < estimated.parameters else ""),
         f"checkpoint: {_size(estimated.checkpoint)}",
-        f"data-parallel ranks: {estimated.data_size}, micro-batches a step: {estimated.num_microbatches}",
+        f"data-parallel ranks: {estimated.data_size}, micro-batches a step: {estimated.num_microbatches}, "
+        f"bubble: {estimated.bubble_fraction:.1%}",
         "",
         *estimated.placement,
         "",
@@ -290,11 +295,8 @@ def _checkpoint_bytes(config: Config) -> int:
     return size + MOMENTS * FP32 + (FP32 if size < FP32 else 0)
 
 
-def _holdings(config: Config, layout: Layout, num_microbatches: int) -> tuple[Held, ...]:
-    """How many micro-batches each stage holds at once, one in each of two chunks counting twice.
-
-    Fills are taken only where they don't hold more than 1F1B does.
-    """
+def _timeline(config: Config, layout: Layout, costs: ModelCosts, num_microbatches: int) -> Timeline:
+    """A step, without fills, which are taken only where they don't hold more than 1F1B does."""
     parallel = config.parallel
     alike = {"filled-1f1b": "1f1b", "megatron": "interleaved" if parallel.chunks > 1 else "1f1b"}
     only_exits = config.training.trains == "exits"
@@ -306,7 +308,9 @@ def _holdings(config: Config, layout: Layout, num_microbatches: int) -> tuple[He
         num_microbatches=num_microbatches,
         has_exits=have_exits(layout),
     )
-    return simulate(plan, lambda action: 1.0).holdings
+    weights = weight_share(config) if parallel.schedule == "zero-bubble" and not only_exits else None
+    cost = chunk_costs(layout, config.exits, costs, weights=weights)
+    return simulate(plan, cost, transfer=costs.transfer)
 
 
 def _size(num_bytes: int) -> str:

@@ -70,7 +70,7 @@ def test_view_is_inert_with_device_cuda(gpus: int) -> None:
 def test_torch_outside_megatron_is_unchanged() -> None:
     """In a fresh process: the same answers and errors from torch before and after, and megatron's own view beside."""
     printed = _fresh_process("""
-        import torch
+        import sys, torch
         def answers():
             probes = {
                 "type": lambda: torch.zeros(1).type(),
@@ -80,6 +80,7 @@ def test_torch_outside_megatron_is_unchanged() -> None:
                 "count": lambda: torch.cuda.device_count(),
                 "current": lambda: torch.cuda.current_device(),
                 "module": lambda: id(torch.cuda),
+                "compile": lambda: id(torch.compile),
             }
             seen = {}
             for name, probe in probes.items():
@@ -99,6 +100,8 @@ def test_torch_outside_megatron_is_unchanged() -> None:
         assert layers.torch.cuda.device_count() == 1
         assert eval("torch.zeros(1).cuda().type()", vars(clip_grads)) == "torch.cuda.FloatTensor"
         assert random._lazy_call(lambda: 7) == 7
+        assert layers.torch.compile(answers) is layers.torch.compile(dynamic=True)(answers) is answers
+        assert not {"torch._inductor", "wandb"} & sys.modules.keys(), "what takes longest to import"
         print("unchanged")
     """)
     assert printed == "unchanged"

@@ -1,5 +1,6 @@
 """The estimate against what a real rank holds."""
 
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.costs import chunk_costs, costs_of, weight_share
 from megatron_ee.parallel.estimate import (
     describe,
     estimate,
@@ -30,6 +32,7 @@ from megatron_ee.parallel.world import MeshError
 from megatron_ee.training.assemble import build_stage
 from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.optimizers.megatron import MegatronAdamW
+from megatron_ee.training.planning import plan_step
 
 CONFIGS = {
     "one stage": tiny_config(),
@@ -104,10 +107,40 @@ def test_activations_of_a_layer(name: str, ranks: RankPool) -> None:
 def test_a_table_shows_the_placement() -> None:
     config = tiny_config(parallel={"pipeline": 2}, exits={"layers": [2, 5]})
     lines = describe(estimate(config, 4, VOCAB_SIZE)).splitlines()
-    assert lines[2] == "data-parallel ranks: 2, micro-batches a step: 4"
+    assert lines[2].startswith("data-parallel ranks: 2, micro-batches a step: 4, bubble: ")
     assert lines[4].startswith("stage 0: layers 1-4, exits 2, ")
     assert lines[5].startswith("stage 1: layers 5-8, exits 5 final, 100.0% of the slowest stage's work, ")
     assert [line.split()[0] for line in lines[7:]] == ["stage", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"schedule": "1f1b"},
+        {"schedule": "gpipe"},
+        {"schedule": "interleaved", "chunks": 2},
+        {"schedule": "zero-bubble"},
+        {"schedule": "1f1b", "layout": [{"layers": 6}, {"layers": 2}]},
+    ],
+    ids=["1f1b", "gpipe", "interleaved", "zero bubble", "unequal stages"],
+)
+def test_the_bubble_is_that_of_the_planned_step(parallel: dict[str, Any]) -> None:
+    config = tiny_config(parallel={"pipeline": 2, **parallel})
+    layout = layout_of(config, VOCAB_SIZE)
+    weights = weight_share(config) if parallel["schedule"] == "zero-bubble" else None
+    cost = chunk_costs(layout, config.exits, costs_of(config, VOCAB_SIZE), weights=weights)
+    timeline = simulate(plan_step(config, layout, VOCAB_SIZE, 4), cost)
+    assert estimate(config, 4, VOCAB_SIZE).bubble_fraction == pytest.approx(timeline.bubble_fraction)
+    assert 0 < timeline.bubble_fraction < 1
+    assert estimate(tiny_config(), 1, VOCAB_SIZE).bubble_fraction == 0
+
+
+def test_thousands_of_microbatches_are_estimated_in_seconds() -> None:
+    training = {"train_iters": 8, "global_batch_size": 2048, "micro_batch_size": 1}
+    started = time.process_time()
+    estimated = estimate(tiny_config(parallel={"pipeline": 8}, training=training), 8, VOCAB_SIZE)
+    assert time.process_time() - started < 10
+    assert estimated.bubble_fraction < 0.5
 
 
 MLP = 3 * 32 * 48

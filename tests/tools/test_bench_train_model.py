@@ -27,6 +27,7 @@ GOALS = {
 }
 
 
+@pytest.mark.slow
 def test_a_small_run_reports_every_measure(tmp_path: Path) -> None:
     output = tmp_path / "train.json"
     command = [sys.executable, str(TOOLS / "bench_train_model.py"), "--small", "--output", str(output)]

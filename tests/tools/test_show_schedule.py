@@ -97,9 +97,15 @@ def test_idle_time_and_live_micro_batches_are_those_of_1f1b(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [SIZES, FILLED, INTERLEAVED, ZERO_BUBBLE], ids=["1f1b", "filled", "interleaved", "zero-bubble"]
+    ("overrides", "name", "begin"),
+    [
+        (SIZES, "a.png", b"\x89PNG"),
+        (FILLED, "a.svg", b"<?xml"),
+        pytest.param(INTERLEAVED, "a.png", b"\x89PNG", marks=pytest.mark.slow),
+        pytest.param(ZERO_BUBBLE, "a.svg", b"<?xml", marks=pytest.mark.slow),
+    ],
+    ids=["1f1b, png", "filled, svg", "interleaved, png", "zero-bubble, svg"],
 )
-@pytest.mark.parametrize(("name", "begin"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")], ids=["png", "svg"])
 def test_the_same_plan_is_the_same_picture(run: Path, overrides: tuple[str, ...], name: str, begin: bytes) -> None:
     pictures = []
     for folder in ("one", "two"):

@@ -59,30 +59,39 @@ CASES = [
     Case("schedules of each exit's own", {"weight_schedule": [{"start": 0.3}, {"start": 2.0}]}),
     Case("all", ALL),
     Case("all, other heads", {**ALL, "head": ["mlp", "block"], "projection": ["own", "shared"]}),
-    Case("token weights, two ranks a matrix", WEIGHTED, {"tensor": 2}),
-    Case("distillation, two ranks a matrix", DISTILLED, {"tensor": 2}),
     Case("gates, two ranks a matrix", GATES, {"tensor": 2}),
-    Case("gates, split positions", GATES, SEQUENCE),
     Case("all, split positions", ALL, SEQUENCE),
     Case("gates on both stages", {**GATES, **WEIGHTED, **HEATED}, EQUAL_STAGES),
-    Case("gates on both stages, split positions", {**GATES, **WEIGHTED}, {**SEQUENCE, **EQUAL_STAGES}),
     Case("all, two stages", ALL, EXITS_LAST),
     Case("all, two pipelines", ALL, data=2),
-    Case("gates, two pipelines of two stages", {**GATES, **WEIGHTED}, EQUAL_STAGES, data=2),
     Case("all, distributed optimizer", ALL, {"distributed_optimizer": True}, data=2),
     Case("all, megatron-core's schedule", ALL, {**EXITS_LAST, "schedule": "megatron"}),
     Case("gates, zero bubble", GATES, {**EQUAL_STAGES, "schedule": "zero-bubble"}),
     Case("all, exits just before their backward", {**ALL, "release": True}, EXITS_LAST),
 ]
+# Each of their halves is above, or with all the others.
+SWEEP = [
+    Case("token weights, two ranks a matrix", WEIGHTED, {"tensor": 2}),
+    Case("distillation, two ranks a matrix", DISTILLED, {"tensor": 2}),
+    Case("gates, split positions", GATES, SEQUENCE),
+    Case("gates on both stages, split positions", {**GATES, **WEIGHTED}, {**SEQUENCE, **EQUAL_STAGES}),
+    Case("gates, two pipelines of two stages", {**GATES, **WEIGHTED}, EQUAL_STAGES, data=2),
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SWEEP)], ids=lambda case: case.name
+)
 def test_equals_one_autograd_over_the_whole_model(case: Case, ranks: RankPool) -> None:
     config = case.config()
     assert_equals_reference(config, ranks.run(case.world_size, one_step, config))
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, SEQUENCE], ids=["one rank", "TP", "SP"])
+@pytest.mark.parametrize(
+    "parallel",
+    [pytest.param({}, marks=pytest.mark.slow), pytest.param({"tensor": 2}, marks=pytest.mark.slow), SEQUENCE],
+    ids=["one rank", "TP", "SP"],
+)
 def test_all_logits_at_once_are_the_same(parallel: dict[str, Any], ranks: RankPool) -> None:
     case = Case("", ALL, parallel)
     assert_equals_reference(case.config(0), ranks.run(case.world_size, one_step, case.config(0)))

@@ -63,27 +63,19 @@ class Case:
 
 CASES = [
     Case("one process"),
-    Case("one process, own norms", exits={"norm": "own"}),
     Case("one process, tied", model={"tie_embeddings": True}),
     Case("two stages", {"pipeline": 2}),
-    Case("two stages, tied", {"pipeline": 2}, model={"tie_embeddings": True}),
     Case("four stages", {"pipeline": 4}, iteration=4),
     Case("all logits at once", {"pipeline": 2}, exits={"loss_chunk_rows": 0}),
-    Case("tensor parallel", {"tensor": 2}),
     Case("sequence parallel", _SEQUENCE),
-    Case("sequence and pipeline", {**_SEQUENCE, "pipeline": 2}),
     Case("two data ranks", data=2),
-    Case("two data ranks of one sample", data=2, training={"micro_batch_size": 1}),
-    Case("full recomputation", {"pipeline": 2}, training={"recompute": "full"}),
     Case("full recomputation, SP", _SEQUENCE, training={"recompute": "full"}),
     Case("selective recomputation", training={"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}),
     Case("gpipe", {"pipeline": 2, "schedule": "gpipe"}),
     Case("two chunks", _CHUNKS),
     Case("exits just before their backward", {"pipeline": 2}, exits={"release": True}),
     Case("zero bubble", _ZERO_BUBBLE),
-    Case("zero bubble, full recomputation, SP", {**_ZERO_BUBBLE, **_SEQUENCE}, training={"recompute": "full"}),
     Case("megatron", {"pipeline": 2, "schedule": "megatron"}),
-    Case("megatron, two chunks", {"pipeline": 2, "chunks": 2, "schedule": "megatron"}),
     Case("filled", {"pipeline": 2, "schedule": "filled-1f1b"}, fills=(Fill("warmup", 0), Fill("cooldown", 1))),
     Case(
         "filled, turning where no exit has a loss",
@@ -106,18 +98,9 @@ CASES = [
         {"pipeline": 2},
         training={"layer_dropout": {"maximum": 0.97, "shape": "uniform"}},
     ),
-    Case(
-        "samples that skip nearly all, megatron",
-        {"pipeline": 2, "schedule": "megatron"},
-        training={"layer_dropout": {"maximum": 0.97, "shape": "uniform"}},
-    ),
     Case("dropout that grows", training={"layer_dropout": {**_DROPOUT, "curriculum": "exponential"}}, iteration=5),
-    Case("distributed optimizer", {"pipeline": 2, "distributed_optimizer": True}, data=2),
     Case("overlap", _OVERLAP, data=2, repeats=3),
-    Case("overlap, one sample", _OVERLAP, data=2, repeats=3, training={"micro_batch_size": 1}),
     Case("overlap, tied", _OVERLAP, data=2, repeats=3, model={"tie_embeddings": True}),
-    Case("overlap, stages", {"pipeline": 2, **_OVERLAP}, data=2, repeats=3),
-    Case("overlap, distributed optimizer", {**_OVERLAP, "distributed_optimizer": True}, data=2, repeats=3),
     Case(
         "overlap, distributed optimizer, chunks",
         {**_CHUNKS, **_OVERLAP, "distributed_optimizer": True},
@@ -127,9 +110,31 @@ CASES = [
     Case("overlap, zero bubble", {**_ZERO_BUBBLE, **_OVERLAP}, data=2, repeats=3),
     Case("overlap, megatron", {"schedule": "megatron", "pipeline": 2, **_OVERLAP}, data=2, repeats=3),
 ]
+# What each of them joins is above, one with another.
+SWEEP = [
+    Case("one process, own norms", exits={"norm": "own"}),
+    Case("two stages, tied", {"pipeline": 2}, model={"tie_embeddings": True}),
+    Case("tensor parallel", {"tensor": 2}),
+    Case("sequence and pipeline", {**_SEQUENCE, "pipeline": 2}),
+    Case("two data ranks of one sample", data=2, training={"micro_batch_size": 1}),
+    Case("full recomputation", {"pipeline": 2}, training={"recompute": "full"}),
+    Case("zero bubble, full recomputation, SP", {**_ZERO_BUBBLE, **_SEQUENCE}, training={"recompute": "full"}),
+    Case("megatron, two chunks", {"pipeline": 2, "chunks": 2, "schedule": "megatron"}),
+    Case(
+        "samples that skip nearly all, megatron",
+        {"pipeline": 2, "schedule": "megatron"},
+        training={"layer_dropout": {"maximum": 0.97, "shape": "uniform"}},
+    ),
+    Case("distributed optimizer", {"pipeline": 2, "distributed_optimizer": True}, data=2),
+    Case("overlap, one sample", _OVERLAP, data=2, repeats=3, training={"micro_batch_size": 1}),
+    Case("overlap, stages", {"pipeline": 2, **_OVERLAP}, data=2, repeats=3),
+    Case("overlap, distributed optimizer", {**_OVERLAP, "distributed_optimizer": True}, data=2, repeats=3),
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SWEEP)], ids=lambda case: case.name
+)
 def test_equals_a_loop_over_samples(case: Case, ranks: RankPool) -> None:
     config = case.config()
     results = ranks.run(case.world_size, one_step, config, case.fills, case.repeats, None, None, case.iteration)

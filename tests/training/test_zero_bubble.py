@@ -28,7 +28,11 @@ ZERO_BUBBLE = {"pipeline": 2, "schedule": "zero-bubble"}
 
 @pytest.mark.parametrize(
     ("precision", "more"),
-    [("fp32", {}), ("bf16", {"tensor": 2, "sequence": True}), ("fp16", {})],
+    [
+        ("fp32", {}),
+        pytest.param("bf16", {"tensor": 2, "sequence": True}, marks=pytest.mark.slow),
+        ("fp16", {}),
+    ],
     ids=["fp32", "bf16, SP", "fp16"],
 )
 def test_a_run_is_that_of_1f1b_bit_for_bit(tmp_path: Path, ranks: RankPool, precision: str, more: dict) -> None:

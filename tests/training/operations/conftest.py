@@ -13,7 +13,7 @@ from helpers.long_run import has_iteration, read_losses, write_long_run
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT_S = 120
-TRAIN_ITERS = 120
+TRAIN_ITERS = 60
 
 
 class StartedRun:
