@@ -11,9 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch.utils.checkpoint import checkpoint
 
@@ -21,17 +20,17 @@ from megatron_ee.config import ExitsConfig, ModelConfig
 from megatron_ee.device import Device
 from megatron_ee.model.attention import KeyValueStore, Launch, mask_within_documents
 from megatron_ee.model.deferred_weights import collect_products, deferring
-from megatron_ee.model.exit_head import ExitHead, enter_projection, make_projection
+from megatron_ee.model.exit_head import ExitHead, enter_projection
 from megatron_ee.model.layer_drop import KeptRows, run_kept
-from megatron_ee.model.layers import (
-    NOTHING_RECOMPUTED,
-    LayerParts,
-    Recompute,
-    layer_parts,
-    layer_spec,
-    transformer_config,
-)
+from megatron_ee.model.layers import NOTHING_RECOMPUTED, Recompute, layer_parts, transformer_config
 from megatron_ee.model.rotary import rotation_at
+from megatron_ee.model.stage_parts import (
+    make_embedding,
+    make_exits,
+    make_layers,
+    make_shared_norm,
+    make_shared_projection,
+)
 from megatron_ee.parallel.chunks import Chunk
 
 _ENGINE_STATE = "_extra_state"  # Transformer Engine's fp8 scales: a checkpoint has to fit layers without it, too
@@ -88,19 +87,15 @@ class Stage(MegatronModule):
         self._attention = parts.context
         self._attention.recomputes = "core_attn" in recompute.modules
         has_embedding = any(chunk.has_embedding for chunk in chunks)
-        self.embedding = self._make_embedding(vocab_size) if has_embedding else None
-        self.layers = self._make_layers(deferring(parts) if defer_weight_gradients else parts)
+        self.embedding = make_embedding(config, groups, vocab_size) if has_embedding else None
+        self.layers = make_layers(chunks, config, deferring(parts) if defer_weight_gradients else parts, groups)
         self.weight_products = collect_products(self.layers) if defer_weight_gradients else None
         own_exits = [layer for chunk in chunks for layer in chunk.exits]
         self.has_final_exit = model.num_layers in own_exits
-        self.exits = self._make_exits(own_exits, exits, parts, vocab_size)
-        self.norm: torch.nn.Module | None = None
-        if exits.norm == "shared" and own_exits:
-            self.norm = parts.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-        self.output: ColumnParallelLinear | None = None
-        if any(exits.projection_of(layer) == "shared" for layer in own_exits):
-            borrows = model.tie_embeddings and has_embedding
-            self.output = make_projection(config, groups, vocab_size, has_weight=not borrows)
+        self.exits = make_exits(own_exits, exits, config, parts, groups, vocab_size)
+        self.norm = make_shared_norm(own_exits, exits, config, parts)
+        borrows = model.tie_embeddings and has_embedding
+        self.output = make_shared_projection(own_exits, exits, config, groups, vocab_size, borrows=borrows)
         self._mark_copies()
         self.to(device.torch)
 
@@ -267,47 +262,6 @@ class Stage(MegatronModule):
             self.output.weight.shared = self._holds_copy
         if self.norm is not None:
             self.norm.weight.shared = not self.has_final_exit  # type: ignore[union-attr]
-
-    def _make_embedding(self, vocab_size: int) -> VocabParallelEmbedding:
-        return VocabParallelEmbedding(
-            vocab_size,
-            self.model.hidden_size,
-            init_method=self.config.init_method,
-            reduce_scatter_embeddings=self.config.sequence_parallel,
-            config=self.config,
-            tp_group=self.groups.tp,
-        )
-
-    def _make_layers(self, parts: LayerParts) -> torch.nn.ModuleDict:
-        numbers = [layer for chunk in self.chunks for layer in range(chunk.start + 1, chunk.stop + 1)]
-        spec = layer_spec(parts)
-        return torch.nn.ModuleDict(
-            {
-                str(layer): build_module(spec, config=self.config, layer_number=layer, pg_collection=self.groups)
-                for layer in numbers
-            }
-        )
-
-    def _make_exits(
-        self, own_exits: list[int], exits: ExitsConfig, parts: LayerParts, vocab_size: int
-    ) -> torch.nn.ModuleDict:
-        return torch.nn.ModuleDict(
-            {
-                str(layer): ExitHead(
-                    self.config,
-                    parts,
-                    self.groups,
-                    layer=layer,
-                    kind=exits.head_of(layer),
-                    vocab_size=vocab_size,
-                    owns_projection=exits.projection_of(layer) == "own",
-                    owns_norm=exits.norm == "own",
-                    temperature=exits.temperature_of(layer),
-                    gate=exits.gate_of(layer),
-                )
-                for layer in own_exits
-            }
-        )
 
     def _launch(
         self, positions: torch.Tensor, documents_BS: torch.Tensor | None, store: KeyValueStore | None
