@@ -4,7 +4,7 @@ Shapes: S positions, B sequences, H hidden size, V vocabulary. With tensor paral
 V, and with sequence parallelism hidden states are its share of S.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -18,12 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ee.config import ExitsConfig, ModelConfig
 from megatron_ee.device import Device
-from megatron_ee.model.attention import KeyValueStore, Launch, mask_within_documents
+from megatron_ee.model.attention import CoreAttention, KeyValueStore, Launch
 from megatron_ee.model.deferred_weights import collect_products, deferring
 from megatron_ee.model.exit_head import ExitHead, enter_projection
 from megatron_ee.model.layer_drop import KeptRows, run_kept
 from megatron_ee.model.layers import NOTHING_RECOMPUTED, Recompute, layer_parts, transformer_config
-from megatron_ee.model.rotary import rotation_at
+from megatron_ee.model.masks import Window, training_masks
+from megatron_ee.model.rotary import Rotary
 from megatron_ee.model.stage_parts import (
     make_embedding,
     make_exits,
@@ -83,9 +84,10 @@ class Stage(MegatronModule):
         super().__init__(config)
         self.chunks, self.model, self.groups, self.recompute = tuple(chunks), model, groups, recompute
         self.tp_group = groups.tp
-        parts = layer_parts(device)
+        parts = layer_parts(device, model)
         self._attention = parts.context
         self._attention.recomputes = "core_attn" in recompute.modules
+        self._rotary = Rotary(model, device.torch)
         has_embedding = any(chunk.has_embedding for chunk in chunks)
         self.embedding = make_embedding(config, groups, vocab_size) if has_embedding else None
         self.layers = make_layers(chunks, config, deferring(parts) if defer_weight_gradients else parts, groups)
@@ -115,11 +117,11 @@ class Stage(MegatronModule):
         return {name: copy for name, copy in copies.items() if isinstance(copy, torch.nn.Parameter)}
 
     @property
-    def attention_numbers(self) -> list[int]:
-        """The numbers under which a `KeyValueStore` hears of this stage's attentions: those of its layers, and beyond
-        the model's last layer those of exit heads."""
-        blocks = [self.head(int(layer)).block for layer in self.exits if self.head(int(layer)).attends]
-        return [int(module.layer_number) for module in (*self.layers.values(), *blocks)]
+    def attention_windows(self) -> Mapping[int, Window]:
+        """The numbers under which a `KeyValueStore` hears of this stage's attentions, those of its layers, and beyond
+        the model's last layer those of exit heads; and the window of each."""
+        attentions = [module for module in self.modules() if isinstance(module, CoreAttention)]
+        return {attention.layer_number: attention.window for attention in attentions}
 
     def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """Token ids (int64) to the hidden states x_SBH that enter layer 1."""
@@ -152,7 +154,8 @@ class Stage(MegatronModule):
             The output [S, B, H], and the hidden state at each exit passed. An exit on a chunk's input is passed when
             `start` is where the chunk begins.
         """
-        launch = self._launch(positions, documents_BS, store)
+        windows = {self.model.window_of(layer) for layer in range(start + 1, stop + 1)}
+        launch = self._launch(positions, documents_BS, store, windows)
         taps = {}
         if any(start == chunk.start and start in chunk.exits for chunk in self.chunks):
             taps[Tap(start)] = x_SBH
@@ -188,7 +191,7 @@ class Stage(MegatronModule):
         `run_layers`."""
         head = self.head(layer)
         if head.attends:
-            self._attention.launch = self._launch(positions, documents_BS, store)
+            self._attention.launch = self._launch(positions, documents_BS, store, {self.model.window_of(layer)})
         features_SBH = head.features(hidden_SBH)
         return features_SBH if self.norm is None else self.norm(features_SBH)
 
@@ -264,11 +267,16 @@ class Stage(MegatronModule):
             self.norm.weight.shared = not self.has_final_exit  # type: ignore[union-attr]
 
     def _launch(
-        self, positions: torch.Tensor, documents_BS: torch.Tensor | None, store: KeyValueStore | None
+        self,
+        positions: torch.Tensor,
+        documents_BS: torch.Tensor | None,
+        store: KeyValueStore | None,
+        windows: Collection[Window],
     ) -> Launch:
-        model, dtype = self.model, self.config.params_dtype
-        mask_B1SS = None if documents_BS is None else mask_within_documents(documents_BS, dtype)
-        return Launch(rotation_at(positions, model.head_dim, model.rope_theta, dtype), store, mask_B1SS)
+        rotation = self._rotary.at(positions, self.config.params_dtype)
+        if store is not None:
+            return Launch(rotation, store)
+        return Launch(rotation, masks=training_masks(windows, len(positions), documents_BS, like=rotation.cosine))
 
     def _run_layer(
         self, layer: int, x_SBH: torch.Tensor, launch: Launch, rows_K: torch.Tensor | None, *, shows_attention: bool

@@ -32,7 +32,7 @@ def make_layers(
     chunks: Sequence[Chunk], config: TransformerConfig, parts: LayerParts, groups: ProcessGroupCollection
 ) -> torch.nn.ModuleDict:
     """By their global numbers, counted from 1."""
-    spec = layer_spec(parts)
+    spec = layer_spec(parts, config)
     return torch.nn.ModuleDict(
         {
             str(layer): build_module(spec, config=config, layer_number=layer, pg_collection=groups)
