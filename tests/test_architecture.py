@@ -19,7 +19,7 @@ LEVELS = [
     ["training", "inference"],
     ["checkpoint"],
     ["data", "model"],
-    ["parallel"],
+    ["huggingface", "parallel"],
     ["config", "tokenizer", "device", "environment", "log", "plugins"],
     ["errors"],
 ]
@@ -77,6 +77,7 @@ WITHOUT_TORCH = [
     *(PACKAGE / "tokenizer").glob("*.py"),
     PACKAGE / "data/aside.py",
     PACKAGE / "data/sources.py",
+    *(PACKAGE / f"huggingface/{name}.py" for name in ("settings", "rope", "architecture", "names", "headers")),
     PACKAGE / "parallel/balance.py",
     PACKAGE / "parallel/costs.py",
     PACKAGE / "parallel/estimate.py",
