@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_ee.checkpoint.folders import FORMAT_FILE, CheckpointError, DamagedError, sync_folder
+from megatron_ee.checkpoint.folders import FORMAT_FILE, SHARD_SUFFIX, CheckpointError, DamagedError, sync_folder
 from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
 VERSION = 6
 
 Trains = Literal["all", "exits"]
+
+_OF_STATE = ("common.pt", "config.yaml", ".metadata", "metadata.json")
+"""Files of a step folder that every save writes anew, beside those of shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,11 @@ def read_description(folder: Path) -> Description:
     if description.hash != content["hash"] or any(Path(name).name != name for name in description.files):
         raise DamagedError(f"{path} is damaged (its list of files is not what was saved)")
     return description
+
+
+def is_beside_state(name: str) -> bool:
+    """Whether a file of a step folder is the tokenizer's, or came with the model: it is handed on as it is."""
+    return name not in _OF_STATE and not name.endswith(SHARD_SUFFIX)
 
 
 def _parse(content: Mapping[str, Any]) -> Description:

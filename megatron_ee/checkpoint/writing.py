@@ -1,16 +1,22 @@
 """Writes the files of one rank in threads of their own, hashing on the way: what was written is not read back."""
 
+import json
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # what torch's reader wants to find in the metadata
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    _StorageInfo,  # what torch's reader wants to find in the metadata
+)
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
@@ -18,13 +24,34 @@ from torch.utils.serialization import config
 from megatron_ee.checkpoint.checksum import Checksum, checksum_of
 from megatron_ee.checkpoint.folders import SHARD_SUFFIX
 
+_BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""What megatron-core reads by."""
+
 NUM_SHARD_FILES = 3
 """Files of a rank, written at the same time: while the disk takes one, others are hashed."""
 
 _CHUNK = 2**22
 _BYTES_TO_BEGIN_WITH = 2**24
 
-Item = tuple[WriteItem, torch.Tensor | BytesIO]
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A tensor that is made when its turn to be written comes, and is gone afterwards.
+
+    Attributes:
+        make: called in a thread of the writer's; what it raises, the writing does.
+    """
+
+    num_bytes: int
+    make: Callable[[], torch.Tensor]
+
+
+Item = tuple[WriteItem, torch.Tensor | BytesIO | Unread]
 
 
 @dataclass
@@ -81,6 +108,21 @@ def write_file(path: Path, content: bytes) -> str:
         file.flush()
         os.fsync(file.fileno())
     return checksum_of(content)
+
+
+def write_metadata(folder: Path, metadata: Metadata, parts: Sequence[Written]) -> dict[str, str]:
+    """Say where each shard lies; returns the checksums of all files.
+
+    Args:
+        metadata: names, shapes and offsets of the shards, yet without places in files.
+        parts: what all ranks have written.
+    """
+    places = {result.index: result.storage_data for part in parts for result in part.results}
+    metadata = replace(metadata, storage_data=places, version=CURRENT_DCP_VERSION)
+    checksums = {name: checksum for part in parts for name, checksum in part.checksums.items()}
+    checksums[".metadata"] = write_file(folder / ".metadata", pickle.dumps(metadata))
+    checksums["metadata.json"] = write_file(folder / "metadata.json", json.dumps(_BACKENDS).encode())
+    return checksums
 
 
 class _Task(threading.Thread):
@@ -169,8 +211,10 @@ def _write_items(path: Path, items: Sequence[Item]) -> Written:
     return written
 
 
-def _write_item(file: _HashedFile, name: str, item: WriteItem, data: torch.Tensor | BytesIO) -> WriteResult:
+def _write_item(file: _HashedFile, name: str, item: WriteItem, data: torch.Tensor | BytesIO | Unread) -> WriteResult:
     start = file.position
+    if isinstance(data, Unread):
+        data = data.make()
     if isinstance(data, BytesIO):
         file.write(data.getbuffer())
     else:
@@ -202,4 +246,6 @@ def _split(items: Sequence[Item]) -> list[list[Item]]:
 
 def _num_bytes(item: Item) -> int:
     data = item[1]
+    if isinstance(data, Unread):
+        return data.num_bytes
     return data.getbuffer().nbytes if isinstance(data, BytesIO) else data.nbytes
