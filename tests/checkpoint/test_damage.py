@@ -14,6 +14,7 @@ import torch
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
+from megatron_ee.checkpoint.description import VERSION
 from megatron_ee.checkpoint.folders import newest_checkpoint, step_folder
 from megatron_ee.checkpoint.unpickling import check_pickles
 from megatron_ee.config import Config
@@ -164,7 +165,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_stays(folder: Path, ranks
     _set_version(newest / "format.json", 3)
     for (answer,) in ranks.run(2, _resume, _config(folder, "older")):
         assert answer[0] == -1
-        assert f"{newest}/format.json: format version 3; this release reads 5" in answer[1]
+        assert f"{newest}/format.json: format version 3; this release reads {VERSION}" in answer[1]
     assert newest_checkpoint(run) == newest
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ee.checkpoint.description import Description, Progress, read_description, write_description
+from megatron_ee.checkpoint.description import VERSION, Description, Progress, read_description, write_description
 from megatron_ee.checkpoint.folders import (
     CheckpointError,
     find_checkpoint,
@@ -72,7 +72,7 @@ def test_a_description_reads_back(tmp_path: Path) -> None:
     [
         ("", "damaged"),
         ("{}", "damaged"),
-        ('{"version": 9}', "format version 9; this release reads 5"),
+        ('{"version": 9}', f"format version 9; this release reads {VERSION}"),
         ("[]", "damaged"),
     ],
 )
