@@ -51,6 +51,13 @@ SBATCH = """#!/bin/sh
 echo "$@" >> submitted
 """
 
+# Commands whose runs are like others of the page: they are started as far as torchrun, by an interpreter without it.
+WITHOUT_RANKS = ("scripts/sweep.sh configs/", "MAX_RESTARTS=3 ")
+PYTHON = f"""#!/bin/sh
+if [ "$1 $2" = "-m torch.distributed.run" ]; then echo "$@" >> started; exit; fi
+exec "{sys.executable}" "$@"
+"""
+
 
 def _commands(page: Path) -> list[str]:
     return [line for block in COMMANDS.findall(page.read_text()) for line in block.splitlines() if line]
@@ -71,6 +78,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bin").mkdir()
     (folder / "bin/sbatch").write_text(SBATCH)  # what a real one does with it: tests/slurm
     (folder / "bin/sbatch").chmod(0o755)
+    (folder / "bin/without-ranks").write_text(PYTHON)
+    (folder / "bin/without-ranks").chmod(0o755)
     return folder
 
 
@@ -84,12 +93,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_every_command_does_what_it_should(page: Path, checkout: Path) -> None:
     path = f"{checkout / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     for command in _commands(page):
+        python = str(checkout / "bin/without-ranks") if command.startswith(WITHOUT_RANKS) else sys.executable
         ran = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
             cwd=checkout,
-            env=environment,
+            env={**environment, "PYTHON": python},
             capture_output=True,
             text=True,
             timeout=300,
@@ -105,6 +115,8 @@ def test_what_they_submit_is_a_job_and_an_array(checkout: Path) -> None:
     job, array = (checkout / "submitted").read_text().splitlines()
     assert "--nodes=4 --gpus-per-node=8 --time=12:00:00" in job
     assert "--array=1-2%1" in array
+    first, second, alone = (checkout / "started").read_text().splitlines()
+    assert "optimizer.lr=1e-3" in first and "name=fast" in second and "name=steady" in alone
 
 
 def test_quoted_messages_are_those_of_the_code() -> None:
