@@ -38,6 +38,7 @@ DOORS = {
         "model/layers.py",
         "model/split_vocabulary.py",
         "model/stage.py",
+        "model/stage_parts.py",
         "checkpoint/in_place.py",
         "checkpoint/plans.py",
         "checkpoint/reading.py",
