@@ -46,6 +46,8 @@ DOORS = {
         "training/overlap.py",
         "training/megatron_runtime.py",
         "training/optimizers/adam_state.py",
+        "training/optimizers/adamw.py",
+        "training/optimizers/loss_scale.py",
         "training/optimizers/megatron.py",
     },
     "pydantic": {
@@ -58,6 +60,9 @@ DOORS = {
             for name in ("parallel", "positions", "schema", "training", "loader", "explain", "errors", "__main__")
         ),
     },
+    "apex": {"training/optimizers/fused.py"},
+    "deepspeed": {"training/optimizers/deepspeed_zero.py"},
+    "transformer_engine": {"training/optimizers/fused.py"},
     "jinja2": {"tokenizer/chat.py"},
     "pydantic_core": {"config/explain.py"},
     "yaml": {"config/loader.py", "config/dialect.py"},
