@@ -87,6 +87,7 @@ WITHOUT_TORCH = [
     PACKAGE / "parallel/estimate.py",
     PACKAGE / "parallel/chunks.py",
     PACKAGE / "parallel/layout.py",
+    PACKAGE / "parallel/optimizer_memory.py",
     PACKAGE / "parallel/products.py",
     PACKAGE / "parallel/world.py",
     *(path for path in (PACKAGE / "parallel/pipeline").glob("*.py") if path.name != "runtime.py"),

@@ -151,8 +151,9 @@ def _prepare_deepspeed(device: Device) -> None:
     if device.torch.type == "cpu":
         # it would take any GPU that it sees
         accelerator.set_accelerator(CPU_Accelerator())
-        # its messages through shared memory would be compiled for a minute first; gloo's are as right
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would try what this machine's compiler can do, and on CPUs spend a minute on compiling messages through
+    # shared memory. It reads from here that there is nothing to compile; torch's messages are as right.
+    deepspeed.ops.__compatible_ops__ = {}
     comm.init_distributed(device.backend, auto_mpi_discovery=False, verbose=False)
 
 
