@@ -48,6 +48,8 @@ DOORS = {
         "training/overlap.py",
         "training/megatron_runtime.py",
         "training/optimizers/adam_state.py",
+        "training/optimizers/adamw.py",
+        "training/optimizers/loss_scale.py",
         "training/optimizers/megatron.py",
     },
     "pydantic": {
@@ -60,6 +62,9 @@ DOORS = {
             for name in ("parallel", "positions", "schema", "training", "loader", "explain", "errors", "__main__")
         ),
     },
+    "apex": {"training/optimizers/fused.py"},
+    "deepspeed": {"training/optimizers/deepspeed_zero.py"},
+    "transformer_engine": {"training/optimizers/fused.py"},
     "jinja2": {"tokenizer/chat.py"},
     "pydantic_core": {"config/explain.py"},
     "yaml": {"config/loader.py", "config/dialect.py"},
@@ -89,6 +94,7 @@ WITHOUT_TORCH = [
     PACKAGE / "parallel/estimate.py",
     PACKAGE / "parallel/chunks.py",
     PACKAGE / "parallel/layout.py",
+    PACKAGE / "parallel/optimizer_memory.py",
     PACKAGE / "parallel/products.py",
     PACKAGE / "parallel/world.py",
     *(path for path in (PACKAGE / "parallel/pipeline").glob("*.py") if path.name != "runtime.py"),

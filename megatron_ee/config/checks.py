@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_ee.config.checks_exits import exit_problems
 from megatron_ee.config.checks_layout import layout_problems
 from megatron_ee.config.checks_model import length_problems
+from megatron_ee.config.checks_optimizer import optimizer_problems
 from megatron_ee.config.checks_tuning import tuning_problems
 from megatron_ee.errors import did_you_mean
 
@@ -18,7 +19,7 @@ Problems = Iterator[tuple[str, str]]
 # Names that need no plug-in, by the field that chooses among them.
 BUILT_IN: Mapping[str, tuple[str, ...]] = {
     "parallel.schedule": ("1f1b", "gpipe", "interleaved", "filled-1f1b", "zero-bubble", "megatron"),
-    "optimizer.backend": ("megatron",),
+    "optimizer.backend": ("megatron", "torch", "deepspeed", "apex", "transformer_engine"),
     "optimizer.lr_decay": ("cosine", "linear", "wsd", "constant"),
     "inference.exit.measure": ("max_probability", "gate"),
 }
@@ -41,6 +42,7 @@ def problems_of(config: "Config") -> Problems:
     yield from length_problems(config)
     yield from _data_problems(config)
     yield from _training_problems(config)
+    yield from optimizer_problems(config)
     yield from tuning_problems(config)
     yield from _name_problems(config)
 
@@ -77,8 +79,6 @@ def _schedule_problems(config: "Config") -> Problems:
         yield "parallel.chunks", f"{parallel.chunks} chunks need pipeline of at least 2, not {parallel.pipeline}"
     if parallel.schedule == "filled-1f1b" and parallel.pipeline < 2:
         yield "parallel.schedule", "filled-1f1b needs pipeline of at least 2, not 1: one stage is never idle"
-    if parallel.distributed_optimizer and config.optimizer.backend != "megatron":
-        yield "parallel.distributed_optimizer", f"true needs optimizer.backend megatron, not {config.optimizer.backend}"
     if parallel.schedule == "zero-bubble" and parallel.pipeline < 2:
         yield "parallel.schedule", "zero-bubble needs pipeline of at least 2, not 1: one stage waits for no gradient"
     if config.exits.release and parallel.schedule == "megatron":
@@ -154,5 +154,7 @@ def _name_problems(config: "Config") -> Problems:
     }
     for path, name in chosen.items():
         names = BUILT_IN[path]
-        if name not in names:
+        if (path, name) == ("parallel.schedule", "deepspeed"):
+            yield path, "DeepSpeed's pipeline runs models of its own, without exits: it is an optimizer.backend alone"
+        elif name not in names:
             yield path, f"{name!r} must be {', '.join(map(repr, names))} or a plug-in's{did_you_mean(name, names)}"

@@ -83,10 +83,24 @@ class TrainingConfig(Section):
     )
 
 
+class DeepSpeedConfig(Section):
+    """What DeepSpeed does of a step: it sums gradients over data ranks, which share the optimizer's state."""
+
+    stage: PositiveInt = Field(1, description="of ZeRO; only stage 1 goes with pipelines that run their own backward")
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="cpu: the optimizer's state is kept in the host's memory, and updated there"
+    )
+
+
 class OptimizerConfig(Section):
     """AdamW with a linear warm-up of the learning rate, then a decay to `min_lr`."""
 
-    backend: str = Field("megatron", description="megatron (megatron-core's AdamW), or a plug-in's")
+    backend: str = Field(
+        "megatron",
+        description="whose AdamW: megatron (megatron-core's), torch, deepspeed (ZeRO stage 1), apex or "
+        "transformer_engine (fused, on GPUs), or a plug-in's",
+    )
+    deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description="of backend deepspeed")
     lr: PositiveFloat = 3e-4
     min_lr: NonNegativeFloat = 0.0
     lr_warmup_iters: NonNegativeInt = 0

@@ -7,15 +7,14 @@ from megatron_ee.config import Config, GateKind, HeadKind, ModelConfig, Parallel
 from megatron_ee.parallel.chunks import Chunk, Layout, count_idle, have_exits
 from megatron_ee.parallel.costs import ModelCosts, chunk_costs, costs_of, weight_share
 from megatron_ee.parallel.layout import describe_layout, place
+from megatron_ee.parallel.optimizer_memory import FP32, MOMENTS, optimizer_memory
 from megatron_ee.parallel.pipeline.schedules import build_plan
 from megatron_ee.parallel.pipeline.simulate import simulate
 from megatron_ee.parallel.pipeline.timeline import Timeline
 from megatron_ee.parallel.products import gate_width
 from megatron_ee.parallel.world import count_microbatches, data_parallel_size
 
-FP32 = 4  # bytes of a gradient, a moment or a master weight
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a parameter or an activation
-MOMENTS = 2  # AdamW's
 
 # Numbers that are kept: of both norms of a layer in hidden states, and of its MLP in units of its inner width.
 _NORM_NUMBERS, _NORM_INPUTS = 6, 2
@@ -32,6 +31,7 @@ class StageEstimate:
     Attributes:
         activations: what F keeps until B, and B until W where it is apart, for all micro-batches that live at once, and
             what one exit's X or one recomputed layer takes besides.
+        host: what is offloaded to the host's memory, and not in `total`.
     """
 
     chunks: tuple[Chunk, ...]
@@ -40,6 +40,7 @@ class StageEstimate:
     gradients: int
     optimizer: int
     activations: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -98,6 +99,7 @@ def estimate(config: Config, world_size: int, vocab_size: int) -> Estimate:
 
 def describe(estimated: Estimate) -> str:
     """The estimate as text: the whole model, the placement, and a table of memory, one line a stage."""
+    offloads = any(stage.host for stage in estimated.stages)
     lines = [
         f"parameters: {estimated.parameters:,}"
         + (f", {estimated.trained:,} of them trained" if estimated.trained < estimated.parameters else ""),
@@ -107,12 +109,14 @@ def describe(estimated: Estimate) -> str:
         "",
         *estimated.placement,
         "",
-        f"{'stage':<7}{'weights':>11}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'each rank':>11}",
+        f"{'stage':<7}{'weights':>11}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'each rank':>11}"
+        + (f"{'host':>11}" if offloads else ""),
     ]
     for number, stage in enumerate(estimated.stages):
         sizes = (stage.weights, stage.gradients, stage.optimizer)
         columns = "".join(f"{_size(size):>11}" for size in sizes)
-        lines.append(f"{number:<7}{columns}{_size(stage.activations):>13}{_size(stage.total):>11}")
+        host = f"{_size(stage.host):>11}" if offloads else ""
+        lines.append(f"{number:<7}{columns}{_size(stage.activations):>13}{_size(stage.total):>11}{host}")
     return "\n".join(lines) + "\n"
 
 
@@ -181,15 +185,15 @@ def _estimate_stage(
     ranks = config.parallel.tensor
     trained = _exit_parameters(config, _exits_of(chunks), vocab_size, ranks) if only_exits else parameters
     size = BYTES[config.training.precision]
-    masters = size < FP32
-    shared_by = data_size if config.parallel.distributed_optimizer else 1
+    optimizer = optimizer_memory(config, trained, size=size, data_size=data_size)
     return StageEstimate(
         chunks,
         parameters,
         weights=parameters * size,
         gradients=trained * FP32,
-        optimizer=trained * FP32 * (MOMENTS + masters) // shared_by,
+        optimizer=optimizer.device,
         activations=round(_stage_activations(config, chunks, vocab_size, held)),
+        host=optimizer.host,
     )
 
 

@@ -34,7 +34,7 @@ from megatron_ee.training.lr_schedule import DECAYS, Decay
 from megatron_ee.training.operations.attempts import Attempt, open_attempt
 from megatron_ee.training.operations.run_lock import RunLock
 from megatron_ee.training.operations.stopping import StopRequests
-from megatron_ee.training.optimizers import BACKENDS, Backend
+from megatron_ee.training.optimizers import BACKENDS, Backend, check_backend
 from megatron_ee.training.planning import FILLED, plan_step, schedule_of
 from megatron_ee.training.trainer import Trainer
 
@@ -49,6 +49,7 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
         UserError: the processes, the dataset or the run's checkpoints don't fit the config.
     """
     parts = _choose_parts(config)
+    check_backend(config.optimizer.backend, device)
     check_loggers(config.logging)
     # a rank that hangs is to be named before torch gives up on its messages
     mesh = open_mesh(config.parallel, device, timeout=max(TIMEOUT, 2 * timedelta(seconds=config.faults.hang_timeout)))

@@ -25,6 +25,10 @@ class StageGradients:
 
     Collective: every rank builds it and calls its methods together.
 
+    Attributes:
+        sums_over_data: false where the optimizer makes the sums over data ranks itself, after all others. Then those
+            of shared weights are made here nevertheless, and are on the first data rank, with zeros on the others.
+
     Args:
         parallel: whether data ranks share the optimizer's state, and whether their sums overlap the backward.
         varies: whether it depends on the step and the data rank which parameters get a gradient.
@@ -43,7 +47,7 @@ class StageGradients:
             stage,
             pg_collection=mesh.groups,
         )
-        self._mesh, self._parallel = mesh, parallel
+        self._mesh, self._parallel, self.sums_over_data = mesh, parallel, True
         self._trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
         self._shared: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
         copies = {name: copy for name, copy in stage.shared_parameters.items() if copy.requires_grad}
@@ -74,7 +78,8 @@ class StageGradients:
     def reduce(self, factor: float = 1.0) -> None:
         """Sum over data-parallel ranks and multiply by this stage's factor; then sum over the stages that hold a copy
         of a shared weight; and what sees only its rank's share of positions or heads, over tensor-parallel ranks."""
-        self.ddp.finish_grad_sync()
+        if self.sums_over_data:
+            self.ddp.finish_grad_sync()
         if factor != 1.0:
             self.ddp.scale_gradients(factor)
         if self._of_shares:
@@ -84,16 +89,23 @@ class StageGradients:
             for parameter, summed in zip(self._of_shares, torch.split(together, sizes), strict=True):
                 _gradient(parameter).copy_(summed.view_as(parameter))
         for parameter, owners in self._shared:
+            if not self.sums_over_data:
+                dist.all_reduce(_gradient(parameter), group=self._mesh.groups.dp)
             dist.all_reduce(_gradient(parameter), group=owners)
+            if not self.sums_over_data and self._mesh.data_rank > 0:
+                # sums are in another order on each stage, and copies would part: so that there is one summand
+                _gradient(parameter).zero_()
 
     def norm(self) -> float:
         """The 2-norm over all stages; what several ranks hold counts once. After `reduce`, and where data ranks share
         no optimizer state: then each has the sums of its share only."""
-        assert not self._parallel.distributed_optimizer, "no rank has all sums"
-        own = [_gradient(parameter) for parameter in self._trained if self._counts(parameter)]
+        assert self.sums_over_data and not self._parallel.distributed_optimizer, "no rank has all sums"
+        own = [_gradient(parameter) for parameter in self._trained if self.counts_in_norm(parameter)]
         return float(get_grad_norm_fp32(own, grad_stats_parallel_group=self._mesh.groups.mp))
 
-    def _counts(self, parameter: torch.nn.Parameter) -> bool:
+    def counts_in_norm(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether it is this rank's to count: neither another stage's copy nor another tensor-parallel rank's, and no
+        gate's."""
         return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
             parameter, self._mesh.groups.tp
         )

@@ -434,6 +434,30 @@ BETWEEN_FIELDS: Cases = {
             "plugins: [mine.py]\noptimizer: {backend: mine}\nparallel: {distributed_optimizer: true}",
             "3:12: parallel.distributed_optimizer: true needs optimizer.backend megatron, not mine",
         ),
+        "a distributed optimizer, and DeepSpeed's": (
+            "optimizer: {backend: deepspeed}\nparallel: {distributed_optimizer: true}",
+            "2:12: parallel.distributed_optimizer: true needs optimizer.backend megatron, not deepspeed; it shares the "
+            "state by itself",
+        ),
+        "sums that begin early, and DeepSpeed's own": (
+            "optimizer: {backend: deepspeed}\nparallel: {overlap_grad_reduce: true}",
+            "2:12: parallel.overlap_grad_reduce: true begins sums over data ranks that optimizer.backend deepspeed "
+            "makes itself, after the backward",
+        ),
+        "a stage of ZeRO with a backward of its own": (
+            "optimizer: {backend: deepspeed, deepspeed: {stage: 2}}",
+            "1:45: optimizer.deepspeed.stage: 2 must be 1: beyond it DeepSpeed cuts up gradients within a backward of "
+            "its own, and here the pipeline runs the backward",
+        ),
+        "settings of a backend that is not chosen": (
+            "optimizer: {deepspeed: {offload: cpu}}",
+            "1:13: optimizer.deepspeed: needs optimizer.backend deepspeed, not megatron",
+        ),
+        "DeepSpeed's own pipeline": (
+            "parallel: {schedule: deepspeed}",
+            "1:12: parallel.schedule: DeepSpeed's pipeline runs models of its own, without exits: it is an "
+            "optimizer.backend alone",
+        ),
         "traced after its end": (
             "logging: {trace_iterations: [3, 11]}",
             "1:33: logging.trace_iterations.1: 11 is beyond training.train_iters = 10",

@@ -277,6 +277,20 @@ def test_a_distributed_optimizer_is_shared_by_data_parallel_ranks() -> None:
         assert (shared.weights, shared.gradients) == (alone.weights, alone.gradients)
 
 
+def test_zero_keeps_a_share_with_master_weights_and_offloads_it() -> None:
+    for precision, size in (("fp32", 4), ("bf16", 2)):
+        training = {"precision": precision}
+        (plain,) = estimate(tiny_config(training=training, optimizer={"backend": "torch"}), 4, VOCAB_SIZE).stages
+        (zero,) = estimate(tiny_config(training=training, optimizer={"backend": "deepspeed"}), 4, VOCAB_SIZE).stages
+        offload = {"backend": "deepspeed", "deepspeed": {"offload": "cpu"}}
+        estimated = estimate(tiny_config(training=training, optimizer=offload), 4, VOCAB_SIZE)
+        (offloaded,) = estimated.stages
+        assert (zero.optimizer, zero.host) == (4 * 3 * plain.parameters // 4, 0)
+        assert (offloaded.optimizer, offloaded.host) == (0, (4 * 4 + size) * plain.parameters // 4)
+        assert offloaded.total == plain.weights + plain.gradients + plain.activations
+        assert describe(estimated).splitlines()[-2].endswith("each rank       host")
+
+
 def test_processes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(MeshError, match="3 processes don't divide into 2 stages"):
         estimate(tiny_config(parallel={"pipeline": 2}), 3, VOCAB_SIZE)

@@ -7,9 +7,13 @@ from megatron_ee.config import OptimizerConfig
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.gradients import StageGradients
+from megatron_ee.training.optimizers.adamw import torch_adamw
+from megatron_ee.training.optimizers.deepspeed_zero import ZeroAdamW
+from megatron_ee.training.optimizers.fused import apex_adamw, transformer_engine_adamw
 from megatron_ee.training.optimizers.megatron import MegatronAdamW
+from megatron_ee.training.optimizers.requirements import check_backend
 
-__all__ = ["BACKENDS", "Backend", "OptimizerBackend"]
+__all__ = ["BACKENDS", "Backend", "OptimizerBackend", "check_backend"]
 
 
 class OptimizerBackend(Protocol):
@@ -41,4 +45,10 @@ class OptimizerBackend(Protocol):
 
 Backend = Callable[[Stage, OptimizerConfig, Mesh, StageGradients], OptimizerBackend]
 
-BACKENDS: Mapping[str, Backend] = {"megatron": MegatronAdamW}
+BACKENDS: Mapping[str, Backend] = {
+    "megatron": MegatronAdamW,
+    "torch": torch_adamw,
+    "deepspeed": ZeroAdamW,
+    "apex": apex_adamw,
+    "transformer_engine": transformer_engine_adamw,
+}

@@ -1,7 +1,7 @@
 """The default backend: megatron-core's AdamW, with its clipping; plain, or with its state shared by data ranks."""
 
 import math
-from fnmatch import fnmatch
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
@@ -16,7 +18,8 @@ from megatron_ee.config import OptimizerConfig
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.gradients import StageGradients
-from megatron_ee.training.optimizers.adam_state import AdamState, open_adam_state
+from megatron_ee.training.optimizers.adam_state import AdamState, Slot
+from megatron_ee.training.optimizers.weight_decay import has_decay
 
 
 class MegatronAdamW:
@@ -51,7 +54,7 @@ class MegatronAdamW:
         for group in self._optimizer.param_groups:
             if mesh.device.torch.type == "cpu" and "fused" in group:  # torch's AdamW, which would loop over operators
                 group["fused"] = True
-        self._state: AdamState = open_adam_state(stage, self._optimizer.chained_optimizers, mesh)
+        self._state = _open_state(stage, self._optimizer.chained_optimizers, mesh)
 
     @property
     def loss_scale(self) -> float:
@@ -94,11 +97,49 @@ class MegatronAdamW:
 
 
 def _without_decay(config: OptimizerConfig, stage: Stage) -> ParamKey:
-    """Norms (all vectors are), and what the config's patterns name. A copy of a shared weight has the name of the
-    original, or copies would part."""
-
     def matches(parameter: torch.nn.Parameter, name: str) -> bool:
-        global_name = stage.global_name(name.removeprefix("module."))
-        return parameter.dim() == 1 or any(fnmatch(global_name, pattern) for pattern in config.no_weight_decay)
+        return not has_decay(config, stage, name.removeprefix("module."), parameter)
 
     return ParamKey(with_name_predicate=ParamWithNamePredicate(name="without_decay", fn=matches))
+
+
+def _open_state(stage: Stage, optimizers: Sequence[MegatronOptimizer], mesh: Mesh) -> AdamState:
+    """The state of the optimizers that update a stage's parameters.
+
+    megatron-core's own way back from disk is left aside: without Transformer Engine and Apex, 0.16.1 fails on an
+    optimizer that has not stepped yet, and makes one `step` tensor serve all parameters, which then count every step
+    many times.
+    """
+    names = {parameter: name for name, parameter in stage.named_parameters()}
+    slots = [
+        slot
+        for optimizer in optimizers
+        for slot in (_ranges_of if isinstance(optimizer, DistributedOptimizer) else _wholes_of)(optimizer, names)
+    ]
+    scalers = [getattr(optimizer, "grad_scaler", None) for optimizer in optimizers]
+    return AdamState(slots, [scaler for scaler in scalers if scaler is not None], mesh)
+
+
+def _wholes_of(optimizer: MegatronOptimizer, names: dict[torch.nn.Parameter, str]) -> Iterator[Slot]:
+    """Where every data rank has all of the state."""
+    copies: dict[torch.Tensor, torch.nn.Parameter] = {}
+    if isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        for models, mains in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
+            copies.update(zip(mains, models, strict=True))
+    for main in optimizer.get_parameters():
+        parameter = copies.get(main, main)
+        yield Slot(names[parameter], parameter, main, optimizer.optimizer)
+
+
+def _ranges_of(optimizer: DistributedOptimizer, names: dict[torch.nn.Parameter, str]) -> Iterator[Slot]:
+    """Where each data rank has a range of the state, of each parameter in its buckets: the distributed optimizer cuts
+    each gradient bucket into as many equal ranges as there are data ranks."""
+    for buffer in optimizer.buffers:
+        for parameter in buffer.params:
+            if parameter not in optimizer.model_param_group_index_map:
+                yield Slot(names[parameter], parameter, None, optimizer.optimizer, slice(0, 0))
+                continue
+            group, place = optimizer.model_param_group_index_map[parameter]
+            main = optimizer.optimizer.param_groups[group]["params"][place]
+            part = optimizer._get_model_param_range_map(parameter)["param"]
+            yield Slot(names[parameter], parameter, main, optimizer.optimizer, slice(part.start, part.end))
