@@ -11,22 +11,30 @@ import torch
 from helpers.optimizer_steps import NUM_STEPS, assert_near, backend_steps, reference_steps, steps_config
 from helpers.ranks import RankPool
 from helpers.shards import whole
+from helpers.tiny import VOCAB_SIZE
 
+from megatron_ee.checkpoint.sharded import model_state
 from megatron_ee.config import Config
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.layout import layout_of
+from megatron_ee.parallel.mesh import Mesh
+from megatron_ee.training.assemble import build_stage
+from megatron_ee.training.gradients import StageGradients
+from megatron_ee.training.optimizers import BACKENDS, OptimizerBackend
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "PP2xDP2": (4, {"pipeline": 2, "data": 2}),
     "TP2": (2, {"tensor": 2, "sequence": True}),
 }
-BACKENDS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "megatron": {},
     "torch": {},
     "deepspeed": {},
     "deepspeed, offload": {"deepspeed": {"offload": "cpu"}},
 }
-CASES = [(layout, backend) for layout in LAYOUTS for backend in BACKENDS]
-QUICK = [("one", "torch"), ("one", "deepspeed"), *(("PP2xDP2", backend) for backend in BACKENDS), ("TP2", "torch")]
+CASES = [(layout, backend) for layout in LAYOUTS for backend in SETTINGS]
+QUICK = [("one", "torch"), ("one", "deepspeed"), *(("PP2xDP2", backend) for backend in SETTINGS), ("TP2", "torch")]
 QUICK.append(("TP2", "deepspeed, offload"))
 
 
@@ -99,7 +107,7 @@ def _check(config: Config, results: list[Any]) -> None:
 )
 def test_three_steps_are_those_of_torch_in_one_process(ranks: RankPool, layout: str, backend: str) -> None:
     world_size, parallel = LAYOUTS[layout]
-    config = steps_config(backend.split(",")[0], parallel, optimizer=BACKENDS[backend])
+    config = steps_config(backend.split(",")[0], parallel, optimizer=SETTINGS[backend])
     _check(config, ranks.run(world_size, backend_steps, config))
 
 
@@ -108,6 +116,48 @@ def test_fused_libraries_step_alike(ranks: RankPool, backend: str) -> None:
     world_size, parallel = LAYOUTS["PP2xDP2"]
     config = steps_config(backend, parallel)
     _check(config, ranks.run(world_size, _with_stubs, config))
+
+
+def _open(backend: str, mesh: Mesh) -> tuple[Stage, OptimizerBackend]:
+    config = steps_config(backend, {})
+    stage = build_stage(config, layout_of(config, VOCAB_SIZE), VOCAB_SIZE, mesh)
+    gradients = StageGradients(stage, mesh, config.parallel)
+    return stage, BACKENDS[backend](stage, config.optimizer, mesh, gradients)
+
+
+def _step(stage: Stage, optimizer: OptimizerBackend, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    for parameter in stage.parameters():
+        parameter.main_grad.normal_(generator=generator)
+    optimizer.step(1e-2)
+
+
+def _move(mesh: Mesh, source: tuple[Stage, OptimizerBackend], target: tuple[Stage, OptimizerBackend]) -> None:
+    """Parameters, and the optimizer's state as a checkpoint has it."""
+    target[0].load_state_dict(source[0].state_dict())
+    state = source[1].sharded_state_dict(model_state(source[0], mesh))
+    tensors = {
+        name: {kind: entry.data.clone() for kind, entry in kinds.items()} for name, kinds in state["tensors"].items()
+    }
+    target[1].load_state_dict({**state, "tensors": tensors})
+
+
+@pytest.mark.parametrize("backend", ["apex", "transformer_engine"])
+def test_fused_libraries_take_over_from_torch_and_back(mesh: Mesh, backend: str) -> None:
+    """They count steps for all parameters together, torch for each by itself."""
+    with stub_libraries():
+        whole_run, first, second, third = (_open(name, mesh) for name in ("torch", "torch", backend, "torch"))
+        for number in range(6):
+            _step(*whole_run, number)
+        previous = None
+        for part, numbers in ((first, (0, 1)), (second, (2, 3)), (third, (4, 5))):
+            if previous is not None:
+                _move(mesh, previous, part)
+            for number in numbers:
+                _step(*part, number)
+            previous = part
+    for own, expected in zip(third[0].parameters(), whole_run[0].parameters(), strict=True):
+        torch.testing.assert_close(own, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("schedule", ["zero-bubble", "megatron"])
@@ -124,11 +174,11 @@ def test_deepspeed_on_stages_with_unequal_groups(ranks: RankPool) -> None:
     _check(config, ranks.run(4, backend_steps, config))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SETTINGS)
 def test_gradients_that_are_no_numbers_change_nothing_anywhere(ranks: RankPool, backend: str) -> None:
     """One rank has one. All skip the step, which leaves no trace in moments and counts."""
     world_size, parallel = LAYOUTS["PP2xDP2"]
-    config = steps_config(backend.split(",")[0], parallel, optimizer=BACKENDS[backend])
+    config = steps_config(backend.split(",")[0], parallel, optimizer=SETTINGS[backend])
     results = ranks.run(world_size, _poisoned, config)
     expected, norms = reference_steps(config, whole(before for before, _, _ in results), left_out=1)
     assert_near(whole(after for _, after, _ in results), expected)
