@@ -37,6 +37,7 @@ DOORS = {
         "model/layers.py",
         "model/split_vocabulary.py",
         "model/stage.py",
+        "checkpoint/huggingface.py",
         "checkpoint/in_place.py",
         "checkpoint/plans.py",
         "checkpoint/reading.py",
@@ -55,7 +56,17 @@ DOORS = {
         ),
         *(
             f"config/{name}.py"
-            for name in ("parallel", "positions", "schema", "training", "loader", "explain", "errors", "__main__")
+            for name in (
+                "parallel",
+                "positions",
+                "schema",
+                "training",
+                "loader",
+                "like",
+                "explain",
+                "errors",
+                "__main__",
+            )
         ),
     },
     "jinja2": {"tokenizer/chat.py"},
@@ -89,6 +100,8 @@ WITHOUT_TORCH = [
     PACKAGE / "checkpoint/folders.py",
     PACKAGE / "checkpoint/description.py",
     PACKAGE / "checkpoint/prune.py",
+    PACKAGE / "checkpoint/fingerprint.py",
+    PACKAGE / "checkpoint/models.py",
     PACKAGE / "training/curriculum.py",
     PACKAGE / "training/loss_weights.py",
     PACKAGE / "training/lr_schedule.py",
@@ -101,6 +114,8 @@ WITHOUT_TORCH = [
     PACKAGE / "training/planning.py",
     PACKAGE / "training/observation/step_times.py",
     PACKAGE / "training/observation/trace.py",
+    PACKAGE / "inference/declared_exits.py",
+    PACKAGE / "inference/opening.py",
     PACKAGE / "inference/request.py",
     PACKAGE / "inference/show.py",
 ]
