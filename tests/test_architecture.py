@@ -19,7 +19,8 @@ LEVELS = [
     ["training", "inference"],
     ["checkpoint"],
     ["data", "model"],
-    ["huggingface", "parallel"],
+    ["huggingface"],
+    ["parallel"],
     ["config", "tokenizer", "device", "environment", "log", "plugins"],
     ["errors"],
 ]
@@ -88,7 +89,10 @@ WITHOUT_TORCH = [
     *(PACKAGE / "tokenizer").glob("*.py"),
     PACKAGE / "data/aside.py",
     PACKAGE / "data/sources.py",
-    *(PACKAGE / f"huggingface/{name}.py" for name in ("settings", "rope", "architecture", "names", "headers")),
+    *(
+        PACKAGE / f"huggingface/{name}.py"
+        for name in ("settings", "rope", "architecture", "names", "headers", "exit_files", "truncated")
+    ),
     PACKAGE / "parallel/balance.py",
     PACKAGE / "parallel/costs.py",
     PACKAGE / "parallel/estimate.py",

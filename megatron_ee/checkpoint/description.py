@@ -15,6 +15,9 @@ VERSION = 5
 
 Trains = Literal["all", "exits"]
 
+_OF_STATE = ("common.pt", "config.yaml", ".metadata", "metadata.json")
+"""Files of a step folder that every save writes anew, beside those of shards."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -123,6 +126,11 @@ def read_description(folder: Path) -> Description:
     if description.hash != content["hash"] or any(Path(name).name != name for name in description.files):
         raise DamagedError(f"{path} is damaged (its list of files is not what was saved)")
     return description
+
+
+def is_beside_state(name: str) -> bool:
+    """Whether a file of a step folder is the tokenizer's, or came with the model: it is handed on as it is."""
+    return name not in _OF_STATE and not name.endswith(".distcp")
 
 
 def _parse(content: Mapping[str, Any]) -> Description:

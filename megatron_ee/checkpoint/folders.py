@@ -6,6 +6,9 @@ A Hugging Face folder stands for one wherever a model is read and no optimizer's
 import itertools
 import logging
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ee.errors import UserError
@@ -108,3 +111,26 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def written_aside(destination: Path) -> Iterator[Path]:
+    """A new folder, beside the destination and under another name, that becomes the destination at the end; of one that
+    is not completed, for whatever reason, nothing stays.
+
+    Raises:
+        UserError: the destination exists, or cannot be written.
+    """
+    if destination.exists():
+        raise UserError(f"{destination} exists; give a folder that does not")
+    aside = destination.with_name(f".{destination.name}.{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        sync_folder(aside)
+        aside.rename(destination)
+        sync_folder(destination.parent)
+    except OSError as error:
+        raise UserError(f"{destination} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # it is not there any more where all went well

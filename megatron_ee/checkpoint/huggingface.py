@@ -76,7 +76,7 @@ def open_huggingface(path: Path, mesh: Mesh, *, tokenizer: str = "") -> HuggingF
     folder = mesh.on_all_ranks(lambda: open_folder(path))
     description = Description(
         model=folder.described.model,
-        exits=ExitsConfig(),
+        exits=_weighted(folder.exits, folder.described.model.num_layers),
         precision=folder.precision,
         tokenizer=name or tokenizer,
         vocab_size=folder.described.vocab_size,
@@ -85,6 +85,11 @@ def open_huggingface(path: Path, mesh: Mesh, *, tokenizer: str = "") -> HuggingF
         has_optimizer=False,
     )
     return HuggingFaceSource(folder, description, mesh)
+
+
+def _weighted(exits: ExitsConfig, num_layers: int) -> ExitsConfig:
+    """With the weights that a config gives exits by default: the folder says nothing of how they were trained."""
+    return exits.model_copy(update={"weights": tuple(layer / num_layers for layer in exits.layers)})
 
 
 def _name_of_tokenizer(path: Path) -> str:

@@ -1,12 +1,11 @@
 """Makes one model of exits that were trained alone and the model that they were trained on."""
 
-import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ee.checkpoint.description import Description, Origin, Progress, read_description
-from megatron_ee.checkpoint.folders import CheckpointError, find_checkpoint, is_huggingface, sync_folder
+from megatron_ee.checkpoint.description import Description, Origin, Progress, is_beside_state, read_description
+from megatron_ee.checkpoint.folders import CheckpointError, find_checkpoint, is_huggingface, written_aside
+from megatron_ee.checkpoint.from_huggingface import OF_MODEL
 from megatron_ee.checkpoint.saver import Saver
 from megatron_ee.checkpoint.sharded import differences, model_state, shape_of_trunk
 from megatron_ee.checkpoint.sources import StepFolder, find_source, open_source
@@ -19,9 +18,6 @@ from megatron_ee.model.stage import Stage
 from megatron_ee.model.trainable import EXITS
 from megatron_ee.parallel.layout import place
 from megatron_ee.parallel.mesh import Mesh, open_mesh
-
-_OF_STATE = ("common.pt", "config.yaml", ".metadata", "metadata.json")
-"""Files of a step folder that are written anew; beside those of shards. The others are the tokenizer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +73,9 @@ def merge_exits(tuned: Path, destination: Path, device: Device, *, initial: Path
     for folder, part in ((source, of_model), (StepFolder(tuned, exits), of_tuned)):
         stage.load_sharded(folder.load(part), is_whole=False)
     files = {"config.yaml": to_yaml(config).encode()}
-    files |= {name: (whole / name).read_bytes() for name in read_description(whole).files if _is_of_tokenizer(name)}
+    files |= {name: (whole / name).read_bytes() for name in read_description(whole).files if is_beside_state(name)}
+    if is_huggingface(initial):
+        files |= {name: (initial / name).read_bytes() for name in OF_MODEL if (initial / name).is_file()}
     step = _write(destination, stage, description, files, mesh)
     kept = tuple(layer for layer in merged.layers if layer not in exits.exits.layers)
     return Merged(step, initial, tuned, exits.exits.layers, kept)
@@ -140,22 +138,11 @@ def _belongs_to(name: str, layers: tuple[int, ...]) -> bool:
     return name.startswith(EXITS) and int(name.split(".")[1]) in layers
 
 
-def _is_of_tokenizer(name: str) -> bool:
-    return name not in _OF_STATE and not name.endswith(".distcp")
-
-
 def _write(destination: Path, stage: Stage, description: Description, files: dict[str, bytes], mesh: Mesh) -> Path:
-    aside = destination.with_name(f".{destination.name}.{os.getpid()}")
-    try:
+    with written_aside(destination) as aside:
         saver = Saver(aside, mesh, files)
         saver.start(lambda: {"model": model_state(stage, mesh)}, description, copies=False)
         step = saver.finish()
         assert step is not None, "the folder was empty"
         (aside / "config.yaml").write_bytes(files["config.yaml"])
-        aside.rename(destination)
-        sync_folder(destination.parent)
-    except OSError as error:
-        raise UserError(f"{destination} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # it is not there any more where all went well
     return destination / step.relative_to(aside)

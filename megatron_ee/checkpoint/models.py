@@ -7,6 +7,7 @@ from megatron_ee.checkpoint.folders import find_checkpoint, is_huggingface
 from megatron_ee.config import ExitsConfig, ModelConfig
 from megatron_ee.errors import UserError
 from megatron_ee.huggingface.architecture import model_config_of
+from megatron_ee.huggingface.exit_files import read_exits
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -30,9 +31,9 @@ def exits_in(path: Path) -> ExitsConfig:
     """The early exits beside a Hugging Face model; none where it says nothing of any.
 
     Raises:
-        UserError: exits.json cannot be read.
+        UserError: exits.json, or the model's config.json, cannot be read.
     """
-    return ExitsConfig()
+    return read_exits(path, model_config_of(path).model)
 
 
 def has_tokenizer(path: Path) -> bool:

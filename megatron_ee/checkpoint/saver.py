@@ -1,32 +1,21 @@
 """Saves a run's checkpoints: a moment for a copy, and the rest while training goes on."""
 
-import json
-import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 
 from megatron_ee.checkpoint.description import Description, write_description
 from megatron_ee.checkpoint.folders import is_whole, link_latest, step_folder
 from megatron_ee.checkpoint.plans import SavePlans
 from megatron_ee.checkpoint.staging import Staging
-from megatron_ee.checkpoint.writing import BackgroundWriting, Item, Written, write_file
+from megatron_ee.checkpoint.writing import BackgroundWriting, Item, Written, write_metadata
 from megatron_ee.errors import UserError
 from megatron_ee.parallel.mesh import Mesh
-
-_BACKENDS = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-"""What megatron-core reads by."""
 
 _POLL_S = 0.2
 
@@ -133,8 +122,8 @@ class Saver:
             return str(error)
 
     def _copy(self, items: Sequence[Item]) -> list[Item]:
-        tensors = iter(self._staging.copy([data for _, data in items if not isinstance(data, BytesIO)]))
-        return [(item, data if isinstance(data, BytesIO) else next(tensors)) for item, data in items]
+        tensors = iter(self._staging.copy([data for _, data in items if isinstance(data, torch.Tensor)]))
+        return [(item, next(tensors) if isinstance(data, torch.Tensor) else data) for item, data in items]
 
     def _complete(self, pending: _Pending, outcomes: Sequence[Written | str]) -> None:
         """The last steps, which only the main rank does."""
@@ -142,9 +131,9 @@ class Saver:
         problems = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         if not problems:
             try:
-                digests = self._write_metadata(
-                    folder, [outcome for outcome in outcomes if isinstance(outcome, Written)]
-                )
+                assert self._plans.metadata is not None
+                written = [outcome for outcome in outcomes if isinstance(outcome, Written)]
+                digests = write_metadata(folder, self._plans.metadata, written)
                 write_description(folder, replace(pending.description, files=digests))
             except OSError as error:
                 problems = [str(error)]
@@ -152,13 +141,3 @@ class Saver:
             shutil.rmtree(folder, ignore_errors=True)
             raise SaveError(f"{folder} cannot be written: {'; '.join(problems)}")
         link_latest(folder)
-
-    def _write_metadata(self, folder: Path, parts: Sequence[Written]) -> dict[str, str]:
-        """Where each shard lies; returns the digests of all files."""
-        assert self._plans.metadata is not None
-        places = {result.index: result.storage_data for part in parts for result in part.results}
-        metadata = replace(self._plans.metadata, storage_data=places, version=CURRENT_DCP_VERSION)
-        digests = {name: digest for part in parts for name, digest in part.digests.items()}
-        digests[".metadata"] = write_file(folder / ".metadata", pickle.dumps(metadata))
-        digests["metadata.json"] = write_file(folder / "metadata.json", json.dumps(_BACKENDS).encode())
-        return digests

@@ -1,20 +1,34 @@
 """Writes the files of one rank in threads of their own, hashing on the way: what was written is not read back."""
 
 import hashlib
+import json
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # what torch's reader wants to find in the metadata
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    _StorageInfo,  # what torch's reader wants to find in the metadata
+)
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
+
+_BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""What megatron-core reads by."""
 
 NUM_SHARD_FILES = 3
 """Files of a rank, written at the same time: while the disk takes one, others are hashed."""
@@ -22,7 +36,20 @@ NUM_SHARD_FILES = 3
 _CHUNK = 2**22
 _BYTES_BETWEEN_SYNCS = 2**26
 
-Item = tuple[WriteItem, torch.Tensor | BytesIO]
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A tensor that is made when its turn to be written comes, and is gone afterwards.
+
+    Attributes:
+        make: called in a thread of the writer's; what it raises, the writing does.
+    """
+
+    num_bytes: int
+    make: Callable[[], torch.Tensor]
+
+
+Item = tuple[WriteItem, torch.Tensor | BytesIO | Unread]
 
 
 @dataclass
@@ -79,6 +106,21 @@ def write_file(path: Path, content: bytes) -> str:
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(content).hexdigest()
+
+
+def write_metadata(folder: Path, metadata: Metadata, parts: Sequence[Written]) -> dict[str, str]:
+    """Say where each shard lies; returns the digests of all files.
+
+    Args:
+        metadata: names, shapes and offsets of the shards, yet without places in files.
+        parts: what all ranks have written.
+    """
+    places = {result.index: result.storage_data for part in parts for result in part.results}
+    metadata = replace(metadata, storage_data=places, version=CURRENT_DCP_VERSION)
+    digests = {name: digest for part in parts for name, digest in part.digests.items()}
+    digests[".metadata"] = write_file(folder / ".metadata", pickle.dumps(metadata))
+    digests["metadata.json"] = write_file(folder / "metadata.json", json.dumps(_BACKENDS).encode())
+    return digests
 
 
 class _Task(threading.Thread):
@@ -161,8 +203,10 @@ def _write_items(path: Path, items: Sequence[Item]) -> Written:
     return written
 
 
-def _write_item(file: _HashedFile, name: str, item: WriteItem, data: torch.Tensor | BytesIO) -> WriteResult:
+def _write_item(file: _HashedFile, name: str, item: WriteItem, data: torch.Tensor | BytesIO | Unread) -> WriteResult:
     start = file.position
+    if isinstance(data, Unread):
+        data = data.make()
     if isinstance(data, BytesIO):
         file.write(data.getbuffer())
     else:
@@ -194,4 +238,6 @@ def _split(items: Sequence[Item]) -> list[list[Item]]:
 
 def _num_bytes(item: Item) -> int:
     data = item[1]
+    if isinstance(data, Unread):
+        return data.num_bytes
     return data.getbuffer().nbytes if isinstance(data, BytesIO) else data.nbytes

@@ -76,7 +76,6 @@ def read_model(config: Mapping[str, Any], where: str = CONFIG_FILE) -> HuggingFa
     settings = Settings(config, where, {**_OF_ALL, **ARCHITECTURES[architecture]})
     _refuse_what_is_lacking(settings)
     window, window_layers = _window(settings, architecture)
-    rope_theta, rope_scaling = rope_of(settings)
     fields = {
         "num_layers": settings.whole("num_hidden_layers"),
         "hidden_size": settings.whole("hidden_size"),
@@ -84,8 +83,6 @@ def read_model(config: Mapping[str, Any], where: str = CONFIG_FILE) -> HuggingFa
         "ffn_hidden_size": settings.whole("intermediate_size"),
         "vocab_size": settings.whole("vocab_size"),
         "tie_embeddings": settings.flag("tie_word_embeddings"),
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling,
         "max_position_embeddings": settings.whole("max_position_embeddings"),
         "qkv_bias": architecture == "Qwen2ForCausalLM",
         "qk_norm": architecture == "Qwen3ForCausalLM",
@@ -96,7 +93,10 @@ def read_model(config: Mapping[str, Any], where: str = CONFIG_FILE) -> HuggingFa
         **{name: settings.whole(name) for name in ("num_key_value_heads", "head_dim") if settings.get(name)},
     }
     try:
-        model = ModelConfig.model_validate(fields)
+        rope_theta, rope_scaling = rope_of(settings)
+        model = ModelConfig.model_validate(fields | {"rope_theta": rope_theta, "rope_scaling": rope_scaling})
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{where}: {_reason(error)}") from error
     return HuggingFaceModel(architecture, model, _precision(settings), MappingProxyType(dict(config)))

@@ -7,10 +7,11 @@ from types import MappingProxyType
 
 import torch
 
-from megatron_ee.config import Precision
+from megatron_ee.config import ExitsConfig, Precision
 from megatron_ee.errors import UserError
 from megatron_ee.huggingface.architecture import HuggingFaceModel, model_config_of
-from megatron_ee.huggingface.headers import StoredTensor, read_headers
+from megatron_ee.huggingface.exit_files import EXIT_WEIGHTS_FILE, EXITS_FILE, exit_recipes, read_exits
+from megatron_ee.huggingface.headers import StoredTensor, read_header, read_headers
 from megatron_ee.huggingface.names import Recipe, recipes_of
 
 PRECISIONS: Mapping[str, Precision] = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
@@ -28,13 +29,15 @@ class Folder:
 
     Attributes:
         described: what its config.json says.
-        tensors: theirs, by name, unread.
-        recipes: how each of our parameters but exits' is made of them, by our name.
+        exits: what lies beside it in exits.json; none where there is no such file.
+        tensors: theirs, and the exits' own, by name, unread.
+        recipes: how each of our parameters is made of them, by our name.
         precision: what the tensors are of, whatever config.json says.
     """
 
     path: Path
     described: HuggingFaceModel
+    exits: ExitsConfig
     tensors: Mapping[str, StoredTensor]
     recipes: Mapping[str, Recipe]
     precision: Precision
@@ -69,19 +72,19 @@ def open_folder(path: Path) -> Folder:
     described = model_config_of(path)
     tensors = {name: of for name, of in read_headers(path).items() if not name.endswith(_NOT_PARAMETERS)}
     recipes = recipes_of(described.model)
-    expected = {name: shape for recipe in recipes.values() for name, shape in recipe.tensors.items()}
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise UserError(f"{path}: the tensor {name} is missing")
-        if tensors[name].shape != shape:
-            raise UserError(f"{tensors[name].file}: {name} is {list(tensors[name].shape)}, not {list(shape)}")
+    _check_tensors(path, tensors, recipes)
     if described.model.tie_embeddings and _HEAD in tensors:
         _check_tied(tensors)
         del tensors[_HEAD]
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise UserError(f"{tensors[unknown[0]].file}: {unknown[0]}: a {described.architecture} has no such tensor")
+    _refuse_unknown(tensors, recipes, f"a {described.architecture}")
+    exits = read_exits(path, described.model)
+    if of_exits := exit_recipes(described.model, exits):
+        stored = read_header(path / EXIT_WEIGHTS_FILE)
+        _check_tensors(path / EXIT_WEIGHTS_FILE, stored, of_exits)
+        _refuse_unknown(stored, of_exits, EXITS_FILE)
+        tensors, recipes = tensors | stored, recipes | of_exits
     precision = _precision(tensors)
-    return Folder(path, described, MappingProxyType(tensors), MappingProxyType(recipes), precision)
+    return Folder(path, described, exits, MappingProxyType(tensors), MappingProxyType(recipes), precision)
 
 
 def read_tensor(stored: StoredTensor, name: str, rows: slice | None = None) -> torch.Tensor:
@@ -111,6 +114,23 @@ def _fill(tensor: torch.Tensor, stored: StoredTensor, name: str, row: int) -> No
                 left = left[num_bytes:]
     except OSError as error:
         raise UserError(f"{stored.file}: {name} cannot be read: {error.strerror}") from error
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, StoredTensor], recipes: Mapping[str, Recipe]) -> None:
+    for name, shape in _expected(recipes).items():
+        if name not in tensors:
+            raise UserError(f"{path}: the tensor {name} is missing")
+        if tensors[name].shape != shape:
+            raise UserError(f"{tensors[name].file}: {name} is {list(tensors[name].shape)}, not {list(shape)}")
+
+
+def _refuse_unknown(tensors: Mapping[str, StoredTensor], recipes: Mapping[str, Recipe], what: str) -> None:
+    if unknown := sorted(tensors.keys() - _expected(recipes).keys()):
+        raise UserError(f"{tensors[unknown[0]].file}: {unknown[0]}: {what} has no such tensor")
+
+
+def _expected(recipes: Mapping[str, Recipe]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for recipe in recipes.values() for name, shape in recipe.tensors.items()}
 
 
 def _check_tied(tensors: Mapping[str, StoredTensor]) -> None:

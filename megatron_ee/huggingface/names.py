@@ -100,9 +100,9 @@ def layer_recipes(model: ModelConfig, prefix: str, layer: int) -> list[Recipe]:
     ]
 
 
-def renamed(recipe: Recipe, name: str) -> Recipe:
-    """The recipe of the same tensors for a parameter of another name."""
-    return Recipe(name, recipe.shape, recipe.tensors, recipe.pieces)
+def own_recipe(name: str, shape: Shape) -> Recipe:
+    """Of a parameter that is stored as it is, under our name."""
+    return _whole(name, name, shape)
 
 
 def _whole(ours: str, theirs: str, shape: Shape) -> Recipe:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 ARCHITECTURES = ("Llama", "Qwen2", "Qwen3", "Mistral")
 
@@ -30,7 +31,7 @@ _OF: dict[str, dict[str, Any]] = {
 def make_model(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A model of transformers' whose every parameter is random, norms and biases too."""
     fields = {
-        "vocab_size": 96,
+        "vocab_size": 320,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 4,
@@ -70,3 +71,16 @@ def rewrite_config(folder: Path, **fields: Any) -> Path:
     content = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
     return folder
+
+
+def tensors_of(folder: Path, pattern: str = "model*.safetensors") -> dict[str, torch.Tensor]:
+    """All tensors of a folder's files, by the format's own library."""
+    return {name: value for path in sorted(folder.glob(pattern)) for name, value in load_file(path).items()}
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """The same names, dtypes and bits."""
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype and ours[name].shape == value.shape, name
+        assert torch.equal(ours[name].contiguous().view(torch.uint8), value.contiguous().view(torch.uint8)), name

@@ -27,7 +27,12 @@ from megatron_ee.inference.engine import load_engine
 from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.inference.request import Request
 
-FIELDS = {"vocab_size": 330, "eos_token_id": 329, "bos_token_id": 329}
+FIELDS = {
+    "vocab_size": 330,
+    "eos_token_id": 329,
+    "bos_token_id": 329,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
 SHARED = ("exits.layers=all", "exits.norm=shared")
 PROMPT = (5, 80, 200, 7, 31)
 NEW_TOKENS = 12

@@ -327,7 +327,7 @@ def _merge_on_a_full_disk(tuned: Path, destination: Path) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_ee.checkpoint.saver.write_file", full)
+        patch.setattr("megatron_ee.checkpoint.writing.write_file", full)
         return _merge(tuned, destination)
 
 
