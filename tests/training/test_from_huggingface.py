@@ -17,9 +17,12 @@ from helpers.shards import Pieces, pieces_of, whole
 from helpers.tokenizers import write_bpe_folder
 from safetensors.torch import load_file, save_file
 
+from megatron_ee.checkpoint.folders import newest_checkpoint
+from megatron_ee.checkpoint.from_huggingface import import_model
 from megatron_ee.checkpoint.merge import merge_exits
 from megatron_ee.checkpoint.models import read_model
-from megatron_ee.config import Config
+from megatron_ee.checkpoint.to_huggingface import export_model
+from megatron_ee.config import Config, load_config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
 from megatron_ee.huggingface.folder import Folder
@@ -131,7 +134,9 @@ def test_each_rank_reads_its_own_share_and_new_exits_are_copies(folder: Path, ra
 
 
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2}], ids=["stages", "tensor-parallel ranks"])
-def test_the_first_loss_is_that_of_transformers(folder: Path, ranks: RankPool, parallel: dict[str, Any]) -> None:
+def test_the_first_loss_is_that_of_transformers_and_of_the_imported_model(
+    folder: Path, ranks: RankPool, parallel: dict[str, Any]
+) -> None:
     exits = {"layers": [2], "norm": "shared", **CONSTANT}
     name = f"first-{'-'.join(parallel)}"
     result = ranks.run(2, _first_loss, _config(folder, name, exits=exits, parallel=parallel))[0]
@@ -140,6 +145,12 @@ def test_the_first_loss_is_that_of_transformers(folder: Path, ranks: RankPool, p
     for of, layer in ((model, 4), (cut, 2)):
         loss = _loss(of, result["batch"])
         assert result["figures"][f"train/exit_{layer}/loss"] == pytest.approx(loss, abs=1e-5)
+    if not (folder / "runs/imported").exists():
+        import_model(folder / "llama", folder / "runs/imported", tokenizer="bytes")
+    imported = _config(folder, f"{name}-imported", model="runs/imported", exits=exits, parallel=parallel)
+    of_imported = ranks.run(2, _first_loss, imported)[0]["figures"]
+    for layer in (2, 4):
+        assert of_imported[f"train/exit_{layer}/loss"] == result["figures"][f"train/exit_{layer}/loss"]
 
 
 def _loss(model: Any, batch: list[np.ndarray]) -> float:
@@ -281,6 +292,31 @@ def test_no_rank_waits_for_one_that_cannot_read(folder: Path, ranks: RankPool) -
     config = _config(folder, "unread", parallel={"pipeline": 2})
     messages = ranks.run(2, _refused_while_reading, config, "embedding.weight")
     assert messages == ["checkpoint.initial: embedding.weight cannot be read"] * 2
+
+
+def test_exits_that_lie_beside_the_model_come_with_it(folder: Path, ranks: RankPool) -> None:
+    """Tuned on the folder, merged, and exported again: a folder whose exits are kept, trained on and added to."""
+    ranks.run(1, _stop_at_three, _tune_config(folder, "first"))
+    assert ranks.run(1, _merge, folder / "runs/first", folder / "runs/both") == [""]
+    export_model(folder / "runs/both", folder / "exported")
+    begun = ranks.run(1, _begin, _config(folder, "onwards", model="exported", exits=EXITS))[0]
+    assert f"begins with {folder / 'exported'}, exits 1, 3 as trained" in begun["lines"]
+    merged = newest_checkpoint(folder / "runs/both")
+    again = ranks.run(
+        1, _begin, _config(folder, "again", model="exported", exits=EXITS, checkpoint={"initial": str(merged)})
+    )
+    _assert_equal(whole([begun["pieces"]]), whole([again[0]["pieces"]]))
+    exits = {"layers": [1, 2], "head": ["norm", "mlp"], **CONSTANT}
+    more = _config(folder, "more", model="exported", exits=exits, training={"trains": "exits"})
+    ranks.run(1, _stop_at_three, more)
+    assert ranks.run(1, _merge, folder / "runs/more", folder / "runs/three") == [""]
+    of_three = load_config(folder / "runs/three/config.yaml").exits
+    assert (of_three.layers, of_three.head) == ((1, 2, 3), ("norm", "mlp", "mlp"))
+    other = _config(folder, "o2", model="exported", exits={"layers": [3], **CONSTANT}, training={"trains": "exits"})
+    assert "has an exit 3 (mlp head, own norm, own projection" in ranks.run(1, refusal, other)[0]
+    (folder / "exported/exits.safetensors").unlink()
+    (message,) = ranks.run(1, refusal, more.model_copy(update={"name": "o3"}))
+    assert message.startswith(f"checkpoint.initial: {folder / 'exported'}/exits.safetensors: ")
 
 
 def test_another_tokenizer_than_its_own_is_refused(folder: Path, ranks: RankPool) -> None:
