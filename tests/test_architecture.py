@@ -39,6 +39,7 @@ DOORS = {
         "model/split_vocabulary.py",
         "model/stage.py",
         "checkpoint/huggingface.py",
+        "model/stage_parts.py",
         "checkpoint/in_place.py",
         "checkpoint/plans.py",
         "checkpoint/reading.py",

@@ -73,6 +73,9 @@ def check(config: Config, output: Path) -> None:
     ranks = config.parallel.tensor
     if ranks > 1:
         raise FieldError("parallel.tensor", f"{ranks} ranks share each matrix, but costs are measured by one process")
+    window, length = config.model.sliding_window, config.data.sequence_length
+    if window is not None and window < length and config.model.sliding_window_layers != "all":
+        raise FieldError("model.sliding_window_layers", "makes layers of two kinds, but costs are measured of one")
     if output.is_dir():
         raise FieldError("--output", f"{output} is a folder, not a file")
     try:

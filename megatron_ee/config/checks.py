@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ee.config.checks_exits import exit_problems
 from megatron_ee.config.checks_layout import layout_problems
+from megatron_ee.config.checks_model import length_problems
 from megatron_ee.config.checks_tuning import tuning_problems
 from megatron_ee.errors import did_you_mean
 
@@ -37,6 +38,7 @@ def problems_of(config: "Config") -> Problems:
     yield from _split_problems(config)
     yield from _schedule_problems(config)
     yield from layout_problems(config)
+    yield from length_problems(config)
     yield from _data_problems(config)
     yield from _training_problems(config)
     yield from tuning_problems(config)

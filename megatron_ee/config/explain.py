@@ -18,6 +18,9 @@ from megatron_ee.config.fields import Section
 from megatron_ee.config.schema import Config
 from megatron_ee.errors import did_you_mean, nearest_name
 
+TAG = "kind"
+"""The field that tells sections apart where a field takes several."""
+
 
 class Choice(NamedTuple):
     """One of the kinds of value that a field takes: a type and its limits (pydantic's metadata objects)."""
@@ -95,6 +98,12 @@ def _findings(details: ErrorDetails) -> list[Finding]:
             path, choices = _walk(path[:-1])
         case "value_error":
             return _between_fields(path, details["ctx"]["error"])
+        case "union_tag_not_found":
+            return [Finding((*path, TAG), "required, but missing", is_missing=True)]
+        case "union_tag_invalid":
+            tags = [tag for choice in choices for tag in _tags(choice.type)]
+            tag = value[TAG]
+            return [Finding((*path, TAG), f"{show(tag)} must be {_either(map(show, tags))}{_hint(tag, tags)}")]
         case "finite_number":
             return [Finding(path, f"{show(value)} is not a finite number")]
     subject = show(value)
@@ -104,9 +113,12 @@ def _findings(details: ErrorDetails) -> list[Finding]:
     if kind.endswith("_type") and len(choices) == 1:
         return [Finding(path, f"{subject} is not {_words(choices[0]._replace(limits=()))}")]
     names = [name for choice in choices if get_origin(choice.type) is Literal for name in get_args(choice.type)]
-    hint = did_you_mean(value, names) if isinstance(value, str) else ""
-    allowed = [words for choice in choices for words in _each_in_words(choice)]
-    return [Finding(path, f"{subject} must be {_either(allowed)}{hint}", of_union=len(choices) > 1)]
+    allowed = dict.fromkeys(words for choice in choices for words in _each_in_words(choice))
+    return [Finding(path, f"{subject} must be {_either(allowed)}{_hint(value, names)}", of_union=len(choices) > 1)]
+
+
+def _hint(value: Any, names: list[str]) -> str:
+    return did_you_mean(value, names) if isinstance(value, str) else ""
 
 
 def _between_fields(section: KeyPath, error: ValueError) -> list[Finding]:
@@ -136,7 +148,15 @@ def _walk(loc: KeyPath) -> tuple[KeyPath, list[Choice]]:
     for key in loc:
         if inside := [choice for outer in choices for choice in _inside(outer.type, key)]:
             path, choices = (*path, key), inside
+        else:
+            choices = [choice for choice in choices if key in _tags(choice.type)] or choices
     return path, choices
+
+
+def _tags(kind: Any) -> tuple[Any, ...]:
+    """What says that a section is of this kind, where a field takes sections of several."""
+    field = kind.model_fields.get(TAG) if _is_section(kind) else None
+    return get_args(field.annotation) if field else ()
 
 
 def _is_section(kind: Any) -> bool:

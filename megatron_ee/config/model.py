@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_ee.config.checks import InvalidFieldsError
 from megatron_ee.config.checks_exits import exits_problems
+from megatron_ee.config.checks_model import model_problems
 from megatron_ee.config.exit_losses import (
     DistillationConfig,
     GateKind,
@@ -72,24 +73,14 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problems = []
-        if self.num_attention_heads % self.num_key_value_heads:
-            problems.append(
-                (
-                    "num_key_value_heads",
-                    f"{self.num_key_value_heads} must divide num_attention_heads = {self.num_attention_heads}",
-                )
-            )
-        if "head_dim" not in self.model_fields_set and self.hidden_size % self.num_attention_heads:
-            heads = self.num_attention_heads
-            problems.append(
-                ("hidden_size", f"{self.hidden_size} doesn't divide over {heads} heads, nor is head_dim set")
-            )
-        if self.head_dim % 2:
-            problems.append(("head_dim", f"{self.head_dim} must be even: rotary positions turn pairs of channels"))
-        if problems:
+        if problems := list(model_problems(self)):
             raise InvalidFieldsError(problems)
         return self
+
+    def window_of(self, layer: int) -> int | None:
+        """Positions that a query of this layer sees at most, its own among them; None: all up to its own."""
+        windowed = self.sliding_window_layers == "all" or layer in self.sliding_window_layers
+        return self.sliding_window if windowed else None
 
 
 _LISTS = {

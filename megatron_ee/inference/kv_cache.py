@@ -3,8 +3,11 @@
 Shapes: S rows of a launch, T positions up to the launch's last, G key-value heads, D head dimension; batch is 1.
 """
 
+from collections.abc import Mapping
+
 import torch
 
+from megatron_ee.model.masks import Window, decoding_masks
 from megatron_ee.model.stage import Stage
 
 
@@ -19,24 +22,26 @@ class KeyValueCache:
         def empty() -> torch.Tensor:
             return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
 
-        self._layers = {number: (empty(), empty()) for number in stage.attention_numbers}
+        self._windows = stage.attention_windows
+        self._layers = {number: (empty(), empty()) for number in self._windows}
         self._positions_S = torch.empty(0, dtype=torch.int64)
-        self._mask_ST = torch.empty(0, 0, dtype=torch.bool)
+        self._masks_ST: Mapping[Window, torch.Tensor] = {}
 
     def begin_launch(self, positions_S: torch.Tensor) -> None:
         """Say which positions the rows of the coming layers are; int64, ascending."""
         self._positions_S = positions_S
-        seen_T = torch.arange(int(positions_S[-1]) + 1, device=positions_S.device)
-        self._mask_ST = seen_T <= positions_S[:, None]
+        self._masks_ST = decoding_masks(set(self._windows.values()), positions_S)
 
     def extend(
         self, layer: int, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Write the launch's rows; each sees all positions up to its own. See `KeyValueStore`."""
+        """Write the launch's rows; each sees all positions up to its own, or those of the layer's window. See
+        `KeyValueStore`."""
         keys, values = self._layers[layer]
         keys[self._positions_S], values[self._positions_S] = key_SBGD, value_SBGD
-        length = self._mask_ST.shape[1]
-        return keys[:length], values[:length], self._mask_ST
+        mask_ST = self._masks_ST[self._windows[layer]]
+        length = mask_ST.shape[1]
+        return keys[:length], values[:length], mask_ST
 
     def read(self, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [length, 1, G, D] of the first positions of a layer."""

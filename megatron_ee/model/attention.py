@@ -3,7 +3,9 @@
 Shapes: S query positions, T positions attended to, B batch, H query heads, G key-value heads, D head dimension.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ee.model.masks import Window
 from megatron_ee.model.rotary import Rotation, rotate
 
 
@@ -25,6 +28,9 @@ class KeyValueStore(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Store this launch's keys and values; return all that its queries may see.
 
+        Args:
+            layer: the attention's number: see `Stage.attention_windows`.
+
         Returns:
             key [T, B, G, D], value [T, B, G, D], and a boolean mask [S, T]: true where query s sees position t.
         """
@@ -35,40 +41,26 @@ class Launch(NamedTuple):
     """What the attentions of all layers that run together have in common.
 
     Attributes:
-        store: past keys and values; None: causal self-attention within the sequence.
-        mask_B1SS: added to a query's scores; None: it sees every position up to its own. Not with a store.
+        store: past keys and values, and what is seen of them; None: self-attention within the sequence.
+        masks: of attentions with the same window: what is added to a query's scores, [1 or B, 1, S, S]; None: it sees
+            every position up to its own. Not with a store.
     """
 
     rotation: Rotation
     store: KeyValueStore | None = None
-    mask_B1SS: torch.Tensor | None = None
+    masks: Mapping[Window, torch.Tensor | None] = MappingProxyType({})
 
     def of_rows(self, rows_K: torch.Tensor) -> "Launch":
         """The launch of some of the sequences only; not with a store."""
         assert self.store is None, "layers are skipped in training only"
-        mask_K1SS = None if self.mask_B1SS is None else self.mask_B1SS.index_select(0, rows_K)
+        masks = {
+            window: mask if mask is None or len(mask) == 1 else mask.index_select(0, rows_K)
+            for window, mask in self.masks.items()
+        }
         if self.rotation.cosine.shape[1] == 1:  # all sequences are at the same positions
-            return self._replace(mask_B1SS=mask_K1SS)
+            return self._replace(masks=masks)
         rotation = Rotation(*(part.index_select(1, rows_K) for part in self.rotation))
-        return Launch(rotation, mask_B1SS=mask_K1SS)
-
-
-def mask_within_documents(documents_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """mask_B1SS of sequences that hold several documents: a query sees what is not after it, of its own document.
-
-    It is S^2 numbers a sequence, made once for all layers of a launch: 0 where a query sees a position, minus infinity
-    elsewhere. (Of a boolean one torch would make these numbers in each layer, and keep them until its backward.) A mask
-    keeps torch from the fastest kernels of a GPU, which take lengths of documents instead (torch.nn.attention.varlen):
-    `CoreAttention` is the place to call them.
-
-    Args:
-        documents_BS: integers; positions of one document have the same.
-        dtype: of the queries.
-    """
-    length = documents_BS.shape[1]
-    past_SS = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
-    sees_B1SS = (documents_BS[:, None, :, None] == documents_BS[:, None, None, :]) & past_SS
-    return torch.zeros(sees_B1SS.shape, dtype=dtype, device=sees_B1SS.device).masked_fill_(~sees_B1SS, -torch.inf)
+        return Launch(rotation, masks=masks)
 
 
 class AttentionContext:
@@ -78,10 +70,16 @@ class AttentionContext:
 
     Attributes:
         recomputes: whether the backward of an attention computes it again, instead of keeping what it made.
+
+    Args:
+        window_of: a layer's window.
     """
 
     launch: Launch
     recomputes = False
+
+    def __init__(self, window_of: Callable[[int], Window]) -> None:
+        self.window_of = window_of
 
 
 class CoreAttention(MegatronModule):
@@ -103,6 +101,8 @@ class CoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.context = context
+        # The block in the head of an exit after a layer is numbered on from the last layer: it has that layer's window.
+        self.window = context.window_of((layer_number - 1) % config.num_layers + 1)
 
     def forward(
         self,
@@ -121,10 +121,12 @@ class CoreAttention(MegatronModule):
     def _attend(
         self, launch: Launch, query_SBHD: torch.Tensor, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor
     ) -> torch.Tensor:
-        rotation, store, mask = launch
+        rotation, store, masks = launch
         query_SBHD, key_SBGD = rotate(query_SBHD, rotation), rotate(key_SBGD, rotation)
-        if store is not None:
-            assert mask is None, "a store says what its queries see"
+        if store is None:
+            mask = masks[self.window]
+        else:
+            assert not masks, "a store says what its queries see"
             key_SBGD, value_SBGD, mask = store.extend(self.layer_number, key_SBGD, value_SBGD)
         context_BHSD = scaled_dot_product_attention(
             query_SBHD.permute(1, 2, 0, 3),

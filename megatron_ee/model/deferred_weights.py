@@ -56,7 +56,8 @@ class WeightProducts:
 
 
 class DeferredLinear(torch.nn.Module):
-    """Mixed into one of megatron-core's linear layers, without bias. A frozen weight leaves nothing behind."""
+    """Mixed into one of megatron-core's linear layers. A frozen weight leaves nothing behind; the gradient of a bias,
+    which is a sum, is not deferred."""
 
     weight: torch.nn.Parameter
     tp_group: torch.distributed.ProcessGroup
@@ -84,11 +85,12 @@ class DeferredLinear(torch.nn.Module):
         """megatron-core's name for the product itself."""
         if not settings["weight"].requires_grad:
             return super()._forward_impl(**settings)  # type: ignore[misc]
-        assert settings["bias"] is None, "only of weights"
         names = ("allreduce_dgrad", "sequence_parallel")
-        return _InputGradient.apply(  # type: ignore[no-untyped-call]
+        y_SBO: torch.Tensor = _InputGradient.apply(  # type: ignore[no-untyped-call]
             settings["input"], settings["weight"], self, *(settings[name] for name in names)
         )
+        bias_O = settings["bias"]
+        return y_SBO if bias_O is None else y_SBO + bias_O
 
 
 class DeferredColumnParallelLinear(DeferredLinear, ColumnParallelLinear):

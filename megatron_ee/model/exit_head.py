@@ -58,7 +58,7 @@ class ExitHead(MegatronModule):
             self.mlp = build_module(mlp_spec(parts), config=config, tp_group=groups.tp)
         elif kind == "block":
             self.block = build_module(
-                layer_spec(parts), config=config, layer_number=config.num_layers + layer, pg_collection=groups
+                layer_spec(parts, config), config=config, layer_number=config.num_layers + layer, pg_collection=groups
             )
         self.norm = norm() if owns_norm else None
         self.output = make_projection(config, groups, vocab_size) if owns_projection else None

@@ -19,6 +19,9 @@ from megatron_ee.device import Device
 from megatron_ee.model.attention import AttentionContext, CoreAttention
 from megatron_ee.model.swiglu import swiglu
 
+HEAD_NORMS = ("q_layernorm.weight", "k_layernorm.weight")
+"""What the names of the weights end with that all heads of an attention share."""
+
 
 class RMSNorm(torch.nn.Module):
     """arXiv 1910.07467. Not torch's own module: megatron-core's wrapper of that refuses sequence parallelism."""
@@ -68,17 +71,19 @@ class LayerParts:
     context: AttentionContext
 
 
-def layer_parts(device: Device) -> LayerParts:
+def layer_parts(device: Device, model: ModelConfig) -> LayerParts:
     """Transformer Engine's parts on a device that has them, megatron-core's own elsewhere."""
+    context = AttentionContext(model.window_of)
     if not device.has_transformer_engine:
-        return LayerParts(RMSNorm, ColumnParallelLinear, RowParallelLinear, AttentionContext())
+        return LayerParts(RMSNorm, ColumnParallelLinear, RowParallelLinear, context)
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 
-    return LayerParts(TENorm, TEColumnParallelLinear, TERowParallelLinear, AttentionContext())
+    return LayerParts(TENorm, TEColumnParallelLinear, TERowParallelLinear, context)
 
 
-def layer_spec(parts: LayerParts) -> ModuleSpec:
+def layer_spec(parts: LayerParts, config: TransformerConfig) -> ModuleSpec:
     """A pre-norm layer: attention, then SwiGLU, each added to the residual stream."""
+    head_norm = parts.norm if config.qk_layernorm else None
     return ModuleSpec(
         module=Layer,
         submodules=TransformerLayerSubmodules(
@@ -90,6 +95,8 @@ def layer_spec(parts: LayerParts) -> ModuleSpec:
                     linear_qkv=parts.column_linear,
                     core_attention=ModuleSpec(module=CoreAttention, params={"context": parts.context}),
                     linear_proj=parts.row_linear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -132,10 +139,6 @@ def transformer_config(
     Args:
         recomputed_modules: parts of a layer that its backward computes again: core_attn, mlp, layernorm.
     """
-
-    def leave(weight: torch.Tensor) -> torch.Tensor:
-        return weight
-
     unfused: dict[str, Any] = dict.fromkeys(_FUSED, False)
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -150,6 +153,8 @@ def transformer_config(
         activation_func=silu,
         use_te_activation_func=True,  # that is: the one of the spec, whoever made it
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -159,9 +164,13 @@ def transformer_config(
         sequence_parallel=sequence_parallel,
         recompute_granularity="selective" if recomputed_modules else None,
         recompute_modules=list(recomputed_modules) or None,
-        init_method=leave,
-        output_layer_init_method=leave,
-        embedding_init_method=leave,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         calculate_per_token_loss=True,  # gradients are summed over data-parallel ranks: losses are normalised already
         **unfused,
     )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight

@@ -8,28 +8,43 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from megatron_ee.config import ModelConfig
+from megatron_ee.model.frequencies import attention_factor_of, frequencies_of
+
 
 class Rotation(NamedTuple):
-    """Cosine and sine of the angle of each pair of channels at each position: [S, 1 or B, 1, D/2]."""
+    """Cosine and sine of the angle of each pair of channels at each position: [S, 1 or B, 1, D/2]. Both are multiplied
+    by the model's attention factor."""
 
     cosine: torch.Tensor
     sine: torch.Tensor
 
 
-def rotation_at(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """
+class Rotary:
+    """How a model turns queries and keys.
+
     Args:
-        positions: [S], or [S, B] where the sequences of a batch are at different positions; integers.
-        dtype: of what will be rotated.
+        device: where positions will be.
     """
-    channels = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-    frequencies = theta ** (-channels / head_dim)
-    angles = positions.reshape(positions.shape[0], -1, 1, 1).to(torch.float64) * frequencies
-    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def __init__(self, model: ModelConfig, device: torch.device | None = None) -> None:
+        self._frequencies = frequencies_of(model.head_dim, model.rope_theta, model.rope_scaling).to(device)
+        self._attention_factor = attention_factor_of(model.rope_scaling)
+
+    def at(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+        """
+        Args:
+            positions: [S], or [S, B] where the sequences of a batch are at different positions; integers.
+            dtype: of what will be rotated.
+        """
+        angles = positions.reshape(positions.shape[0], -1, 1, 1).to(torch.float64) * self._frequencies
+        cosine, sine = (self._attention_factor * part for part in (angles.cos(), angles.sin()))
+        return Rotation(cosine.to(dtype), sine.to(dtype))
 
 
 def rotate(x_SBND: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Queries or keys, turned by their positions. Nothing of them is kept for the backward: it turns back."""
+    """Queries or keys, turned by their positions. Nothing of them is kept for the backward: it turns back. (Where there
+    is an attention factor it multiplies the gradient too, as it should.)"""
     rotated: torch.Tensor = _Rotate.apply(x_SBND, *rotation)  # type: ignore[no-untyped-call]
     return rotated
 

@@ -4,34 +4,34 @@ Shapes: S positions, B sequences, H hidden size, V vocabulary. With tensor paral
 V, and with sequence parallelism hidden states are its share of S.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ee.config import ExitsConfig, ModelConfig
 from megatron_ee.device import Device
-from megatron_ee.model.attention import KeyValueStore, Launch, mask_within_documents
+from megatron_ee.model.attention import CoreAttention, KeyValueStore, Launch
 from megatron_ee.model.deferred_weights import collect_products, deferring
-from megatron_ee.model.exit_head import ExitHead, enter_projection, make_projection
+from megatron_ee.model.exit_head import ExitHead, enter_projection
 from megatron_ee.model.layer_drop import KeptRows, run_kept
-from megatron_ee.model.layers import (
-    NOTHING_RECOMPUTED,
-    LayerParts,
-    Recompute,
-    layer_parts,
-    layer_spec,
-    transformer_config,
+from megatron_ee.model.layers import NOTHING_RECOMPUTED, Recompute, layer_parts, transformer_config
+from megatron_ee.model.masks import Window, training_masks
+from megatron_ee.model.rotary import Rotary
+from megatron_ee.model.stage_parts import (
+    make_embedding,
+    make_exits,
+    make_layers,
+    make_shared_norm,
+    make_shared_projection,
 )
-from megatron_ee.model.rotary import rotation_at
 from megatron_ee.parallel.chunks import Chunk
 
 _ENGINE_STATE = "_extra_state"  # Transformer Engine's fp8 scales: a checkpoint has to fit layers without it, too
@@ -84,23 +84,20 @@ class Stage(MegatronModule):
         super().__init__(config)
         self.chunks, self.model, self.groups, self.recompute = tuple(chunks), model, groups, recompute
         self.tp_group = groups.tp
-        parts = layer_parts(device)
+        parts = layer_parts(device, model)
         self._attention = parts.context
         self._attention.recomputes = "core_attn" in recompute.modules
+        self._rotary = Rotary(model, device.torch)
         has_embedding = any(chunk.has_embedding for chunk in chunks)
-        self.embedding = self._make_embedding(vocab_size) if has_embedding else None
-        self.layers = self._make_layers(deferring(parts) if defer_weight_gradients else parts)
+        self.embedding = make_embedding(config, groups, vocab_size) if has_embedding else None
+        self.layers = make_layers(chunks, config, deferring(parts) if defer_weight_gradients else parts, groups)
         self.weight_products = collect_products(self.layers) if defer_weight_gradients else None
         own_exits = [layer for chunk in chunks for layer in chunk.exits]
         self.has_final_exit = model.num_layers in own_exits
-        self.exits = self._make_exits(own_exits, exits, parts, vocab_size)
-        self.norm: torch.nn.Module | None = None
-        if exits.norm == "shared" and own_exits:
-            self.norm = parts.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-        self.output: ColumnParallelLinear | None = None
-        if any(exits.projection_of(layer) == "shared" for layer in own_exits):
-            borrows = model.tie_embeddings and has_embedding
-            self.output = make_projection(config, groups, vocab_size, has_weight=not borrows)
+        self.exits = make_exits(own_exits, exits, config, parts, groups, vocab_size)
+        self.norm = make_shared_norm(own_exits, exits, config, parts)
+        borrows = model.tie_embeddings and has_embedding
+        self.output = make_shared_projection(own_exits, exits, config, groups, vocab_size, borrows=borrows)
         self._mark_copies()
         self.to(device.torch)
 
@@ -120,11 +117,11 @@ class Stage(MegatronModule):
         return {name: copy for name, copy in copies.items() if isinstance(copy, torch.nn.Parameter)}
 
     @property
-    def attention_numbers(self) -> list[int]:
-        """The numbers under which a `KeyValueStore` hears of this stage's attentions: those of its layers, and beyond
-        the model's last layer those of exit heads."""
-        blocks = [self.head(int(layer)).block for layer in self.exits if self.head(int(layer)).attends]
-        return [int(module.layer_number) for module in (*self.layers.values(), *blocks)]
+    def attention_windows(self) -> Mapping[int, Window]:
+        """The numbers under which a `KeyValueStore` hears of this stage's attentions, those of its layers, and beyond
+        the model's last layer those of exit heads; and the window of each."""
+        attentions = [module for module in self.modules() if isinstance(module, CoreAttention)]
+        return {attention.layer_number: attention.window for attention in attentions}
 
     def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """Token ids (int64) to the hidden states x_SBH that enter layer 1."""
@@ -157,7 +154,8 @@ class Stage(MegatronModule):
             The output [S, B, H], and the hidden state at each exit passed. An exit on a chunk's input is passed when
             `start` is where the chunk begins.
         """
-        launch = self._launch(positions, documents_BS, store)
+        windows = {self.model.window_of(layer) for layer in range(start + 1, stop + 1)}
+        launch = self._launch(positions, documents_BS, store, windows)
         taps = {}
         if any(start == chunk.start and start in chunk.exits for chunk in self.chunks):
             taps[Tap(start)] = x_SBH
@@ -193,7 +191,7 @@ class Stage(MegatronModule):
         `run_layers`."""
         head = self.head(layer)
         if head.attends:
-            self._attention.launch = self._launch(positions, documents_BS, store)
+            self._attention.launch = self._launch(positions, documents_BS, store, {self.model.window_of(layer)})
         features_SBH = head.features(hidden_SBH)
         return features_SBH if self.norm is None else self.norm(features_SBH)
 
@@ -268,53 +266,17 @@ class Stage(MegatronModule):
         if self.norm is not None:
             self.norm.weight.shared = not self.has_final_exit  # type: ignore[union-attr]
 
-    def _make_embedding(self, vocab_size: int) -> VocabParallelEmbedding:
-        return VocabParallelEmbedding(
-            vocab_size,
-            self.model.hidden_size,
-            init_method=self.config.init_method,
-            reduce_scatter_embeddings=self.config.sequence_parallel,
-            config=self.config,
-            tp_group=self.groups.tp,
-        )
-
-    def _make_layers(self, parts: LayerParts) -> torch.nn.ModuleDict:
-        numbers = [layer for chunk in self.chunks for layer in range(chunk.start + 1, chunk.stop + 1)]
-        spec = layer_spec(parts)
-        return torch.nn.ModuleDict(
-            {
-                str(layer): build_module(spec, config=self.config, layer_number=layer, pg_collection=self.groups)
-                for layer in numbers
-            }
-        )
-
-    def _make_exits(
-        self, own_exits: list[int], exits: ExitsConfig, parts: LayerParts, vocab_size: int
-    ) -> torch.nn.ModuleDict:
-        return torch.nn.ModuleDict(
-            {
-                str(layer): ExitHead(
-                    self.config,
-                    parts,
-                    self.groups,
-                    layer=layer,
-                    kind=exits.head_of(layer),
-                    vocab_size=vocab_size,
-                    owns_projection=exits.projection_of(layer) == "own",
-                    owns_norm=exits.norm == "own",
-                    temperature=exits.temperature_of(layer),
-                    gate=exits.gate_of(layer),
-                )
-                for layer in own_exits
-            }
-        )
-
     def _launch(
-        self, positions: torch.Tensor, documents_BS: torch.Tensor | None, store: KeyValueStore | None
+        self,
+        positions: torch.Tensor,
+        documents_BS: torch.Tensor | None,
+        store: KeyValueStore | None,
+        windows: Collection[Window],
     ) -> Launch:
-        model, dtype = self.model, self.config.params_dtype
-        mask_B1SS = None if documents_BS is None else mask_within_documents(documents_BS, dtype)
-        return Launch(rotation_at(positions, model.head_dim, model.rope_theta, dtype), store, mask_B1SS)
+        rotation = self._rotary.at(positions, self.config.params_dtype)
+        if store is not None:
+            return Launch(rotation, store)
+        return Launch(rotation, masks=training_masks(windows, len(positions), documents_BS, like=rotation.cosine))
 
     def _run_layer(
         self, layer: int, x_SBH: torch.Tensor, launch: Launch, rows_K: torch.Tensor | None, *, shows_attention: bool

@@ -23,10 +23,19 @@ from megatron_ee.parallel.products import (
     head_products,
     layer_products,
     mlp_products,
+    positions_seen,
 )
 
 ESTIMATED = "estimated"
 VERSION = 1  # of the file
+
+# Fields that later releases added, and what a file of before was measured for.
+_ADDED = {
+    "model.qkv_bias": False,
+    "model.qk_norm": False,
+    "model.sliding_window": None,
+    "model.sliding_window_layers": "all",
+}
 
 _DURATIONS = ("layer_forward", "layer_backward", "embedding_forward", "embedding_backward", "transfer")
 
@@ -106,16 +115,18 @@ def costs_of(config: Config, vocab_size: int) -> ModelCosts:
 
 
 def estimated_costs(config: Config, vocab_size: int) -> ModelCosts:
-    """In multiply-adds of matrix products. What has none costs nothing: the embedding's look-up, messages."""
+    """In multiply-adds of matrix products. What has none costs nothing: the embedding's look-up, messages. Where some
+    layers have windows, a layer costs what they do on average."""
     model, training, length = config.model, config.training, config.data.sequence_length
     share = training.micro_batch_size * length / config.parallel.tensor  # tokens, by the share of each product
+    seen = _seen(config)
     return ModelCosts(
-        layer_forward=share * layer_products(model, length),
+        layer_forward=share * layer_products(model, seen),
         layer_backward=share * _backward_products(config),
         embedding_forward=0.0,
         embedding_backward=0.0,
         exits={
-            kind: share * (1 + BACKWARD) * head_products(model, kind, length, vocab_size) for kind in get_args(HeadKind)
+            kind: share * (1 + BACKWARD) * head_products(model, kind, seen, vocab_size) for kind in get_args(HeadKind)
         },
     )
 
@@ -123,8 +134,8 @@ def estimated_costs(config: Config, vocab_size: int) -> ModelCosts:
 def weight_share(config: Config) -> float:
     """The share of a layer's backward, estimated or measured, that is W where a plan has any: of its matrices'
     products, one for each of the forward. Attention's core has no weights."""
-    length = config.data.sequence_length
-    matrices = layer_products(config.model, length) - core_attention_products(config.model, length)
+    seen = _seen(config)
+    matrices = layer_products(config.model, seen) - core_attention_products(config.model, seen)
     return matrices / _backward_products(config)
 
 
@@ -200,11 +211,15 @@ def read_costs(path: Path, config: Config, vocab_size: int) -> ModelCosts:
     return ModelCosts(exits=measured_exits, **durations)
 
 
-def _backward_products(config: Config) -> int:
+def _seen(config: Config) -> float:
+    return positions_seen(config.model, config.data.sequence_length, range(1, config.model.num_layers + 1))
+
+
+def _backward_products(config: Config) -> float:
     """Of a token in a layer's backward, with what it computes again."""
-    model, training, length = config.model, config.training, config.data.sequence_length
-    layer = layer_products(model, length)
-    of_module = {"core_attn": core_attention_products(model, length), "mlp": mlp_products(model), "layernorm": 0}
+    model, training, seen = config.model, config.training, _seen(config)
+    layer = layer_products(model, seen)
+    of_module = {"core_attn": core_attention_products(model, seen), "mlp": mlp_products(model), "layernorm": 0}
     again = {
         "none": 0,
         "selective": sum(of_module[module] for module in set(training.recompute_modules)),
@@ -222,8 +237,10 @@ def _measured_for(config: Config, vocab_size: int) -> dict[str, Any]:
     model, training = config.model, config.training
     modules = f" of {', '.join(sorted(training.recompute_modules))}" if training.recompute == "selective" else ""
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "ffn_hidden_size")
+    added = config.model_dump(mode="json", include={"model": {name.removeprefix("model.") for name in _ADDED}})
     return {
         **{f"model.{name}": getattr(model, name) for name in names},
+        **{f"model.{name}": value for name, value in added["model"].items()},
         "model.vocab_size": vocab_size,
         "data.sequence_length": config.data.sequence_length,
         "training.micro_batch_size": training.micro_batch_size,
@@ -234,6 +251,7 @@ def _measured_for(config: Config, vocab_size: int) -> dict[str, Any]:
 
 
 def _check_measured_for(path: Path, measured: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    measured = {**_ADDED, **measured}
     differences = [
         f"{name} = {measured.get(name)}, not {value}" for name, value in wanted.items() if measured.get(name) != value
     ]

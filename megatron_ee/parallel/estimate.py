@@ -112,10 +112,13 @@ def describe(estimated: Estimate) -> str:
 
 
 def layer_parameters(model: ModelConfig, ranks: int = 1) -> int:
-    """Attention, SwiGLU and two norms, on one of the tensor-parallel ranks."""
+    """Attention, SwiGLU and two norms, on one of the tensor-parallel ranks. What norms heads is whole on each."""
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     attention = heads * model.head_dim * model.hidden_size
-    return (attention + _mlp_parameters(model)) // ranks + 2 * model.hidden_size
+    if model.qkv_bias:
+        attention += (heads - model.num_attention_heads) * model.head_dim
+    norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
+    return (attention + _mlp_parameters(model)) // ranks + norms
 
 
 def head_parameters(model: ModelConfig, kind: HeadKind, ranks: int = 1) -> int:
@@ -141,8 +144,9 @@ def layer_activations(parallel: ParallelConfig, model: ModelConfig, recomputed: 
     """Numbers that one layer keeps for its backward, per token, on one of the tensor-parallel ranks.
 
     Both norms keep their input, its normalised form and their output; attention keeps queries, keys and values,
-    the first two turned by their positions, and its output; SwiGLU keeps its input, gate and factor, and its output.
-    Transformer Engine's fused layers keep less.
+    the first two turned by their positions, and its output; norms of queries and keys keep their input and its
+    normalised form; SwiGLU keeps its input, gate and factor, and its output. Transformer Engine's fused layers keep
+    less.
 
     Args:
         recomputed: modules that keep only their input. (Attention keeps no scores as it is: its core saves nothing.)
@@ -152,7 +156,8 @@ def layer_activations(parallel: ParallelConfig, model: ModelConfig, recomputed: 
     of_mlp = 0 if "mlp" in recomputed else _MLP_NUMBERS * model.ffn_hidden_size
     of_norms = _NORM_INPUTS if "layernorm" in recomputed else _NORM_NUMBERS
     of_hidden_states = of_norms * _hidden(parallel, model)
-    return of_hidden_states + (2 * queries + 2 * keys + of_mlp) / ranks
+    of_heads = (2 + 2 * model.qk_norm) * (queries + keys)
+    return of_hidden_states + (of_heads + of_mlp) / ranks
 
 
 def weight_products(parallel: ParallelConfig, model: ModelConfig) -> float:
@@ -222,8 +227,7 @@ def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: in
         kept_of_layer = 0.0  # and what waits at each exit is its hidden state
     waits = not exits.release and parallel.schedule != "megatron"
     of_microbatch = (num_layers * kept_of_layer + gradients * waits) / len(chunks) + 2 * hidden
-    if config.data.format == "messages" and config.data.packing:
-        of_microbatch += config.data.sequence_length  # the mask between documents
+    of_microbatch += _mask_numbers(config, chunks)
     in_passing = max(whole_layer - kept_of_layer, gradients * (not waits))
     if own_exits:
         in_passing = max(in_passing, *(_exit_activations(config, layer) for layer in own_exits))
@@ -234,6 +238,17 @@ def _stage_activations(config: Config, chunks: tuple[Chunk, ...], vocab_size: in
     of_waiting = num_layers * weight_products(parallel, model)
     of_all = max((before * of_microbatch + after * of_waiting for before, after in held), default=0.0)
     return (of_all + in_passing) * size * tokens + logits * rows
+
+
+def _mask_numbers(config: Config, chunks: tuple[Chunk, ...]) -> float:
+    """Numbers per token of the masks that layers share: of each kind of window, a row of each sequence where documents
+    are packed; where they are not, windows alone need one, which all sequences share."""
+    length = config.data.sequence_length
+    layers = [layer for chunk in chunks for layer in range(chunk.start + 1, chunk.stop + 1)]
+    seen = {min(length, config.model.window_of(layer) or length) for layer in layers}
+    if config.data.format == "messages" and config.data.packing:
+        return len(seen) * length
+    return len(seen - {length}) * length / config.training.micro_batch_size
 
 
 def _layer_activations(config: Config) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ee.config import ParallelConfig
+from megatron_ee.model.layers import HEAD_NORMS
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.overlap import OverlappingSums
@@ -50,8 +51,10 @@ class StageGradients:
             owners = _open_group_of_owners(name in copies, mesh)
             if name in copies and owners is not None:
                 self._shared.append((copies[name], owners))
-        self._of_split_positions = [
-            parameter for parameter in self._trained if getattr(parameter, "sequence_parallel", False)
+        self._of_shares = [
+            parameter
+            for name, parameter in stage.named_parameters()
+            if parameter.requires_grad and mesh.tensor_size > 1 and _sees_a_share(name, parameter)
         ]
 
     @property
@@ -70,15 +73,15 @@ class StageGradients:
 
     def reduce(self, factor: float = 1.0) -> None:
         """Sum over data-parallel ranks and multiply by this stage's factor; then sum over the stages that hold a copy
-        of a shared weight; and what sees only its rank's share of the positions, over tensor-parallel ranks."""
+        of a shared weight; and what sees only its rank's share of positions or heads, over tensor-parallel ranks."""
         self.ddp.finish_grad_sync()
         if factor != 1.0:
             self.ddp.scale_gradients(factor)
-        if self._of_split_positions:
-            together = torch.cat([_gradient(parameter).flatten() for parameter in self._of_split_positions])
+        if self._of_shares:
+            together = torch.cat([_gradient(parameter).flatten() for parameter in self._of_shares])
             dist.all_reduce(together, group=self._mesh.groups.tp)
-            sizes = [parameter.numel() for parameter in self._of_split_positions]
-            for parameter, summed in zip(self._of_split_positions, torch.split(together, sizes), strict=True):
+            sizes = [parameter.numel() for parameter in self._of_shares]
+            for parameter, summed in zip(self._of_shares, torch.split(together, sizes), strict=True):
                 _gradient(parameter).copy_(summed.view_as(parameter))
         for parameter, owners in self._shared:
             dist.all_reduce(_gradient(parameter), group=owners)
@@ -103,6 +106,12 @@ def _open_group_of_owners(trains_copy: bool, mesh: Mesh) -> dist.ProcessGroup | 
     by_stage = mesh.sum_over_ranks(holds).view(mesh.pipeline_size, -1).amax(1).tolist()
     owners = [number for number, has_it in enumerate(by_stage) if has_it]
     return mesh.group_over_stages(owners) if owners else None
+
+
+def _sees_a_share(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether tensor-parallel ranks have a parameter in full, but each its share of what it is applied to: positions
+    with sequence parallelism, and always heads."""
+    return bool(getattr(parameter, "sequence_parallel", False)) or name.endswith(HEAD_NORMS)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -32,6 +32,14 @@ junk = st.recursive(
 )
 
 
+SCALINGS: list[dict[str, Any] | None] = [
+    None,
+    {"kind": "linear", "factor": 2},
+    {"kind": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4},
+    {"kind": "yarn", "factor": 4, "original_max_position_embeddings": 64, "attention_factor": None},
+]
+
+
 @st.composite
 def valid_trees(draw: st.DrawFn) -> dict[str, Any]:
     schedule = draw(st.sampled_from(["1f1b", "gpipe", "interleaved"]))
@@ -50,11 +58,19 @@ def valid_trees(draw: st.DrawFn) -> dict[str, Any]:
         for count, at_start, next_at_start in zip(stages, moved, [*moved[1:], False], strict=True)
     ]
     some_exits, at_most = (st.sampled_from(layers), 3) if layers else (st.nothing(), 0)
+    model = {
+        "qkv_bias": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()),
+        "rope_scaling": draw(st.sampled_from(SCALINGS).map(lambda scaling: scaling and dict(scaling))),
+        "sliding_window": draw(counts),
+        "sliding_window_layers": draw(st.sampled_from(["all", layers])),
+    }
     return {
         "name": draw(st.text(string.ascii_letters + string.digits, min_size=1)),
         "runs": draw(texts),
         "seed": draw(st.integers(0, 2**32 - 1)),
         "model": {
+            **model,
             "num_layers": sum(stages),
             "hidden_size": draw(counts),
             "num_attention_heads": tensor * draw(st.integers(1, 64)),

@@ -287,6 +287,54 @@ BETWEEN_FIELDS: Cases = {
             "1:65: model.head_dim: 15 must be even: rotary positions turn pairs of channels",
         ),
     },
+    "windows": {
+        "beyond the last layer": (
+            "model:\n  num_layers: 8\n  hidden_size: 64\n  num_attention_heads: 4\n  sliding_window: 16\n"
+            "  sliding_window_layers: [2, 9]",
+            "6:30: model.sliding_window_layers.1: 9 is beyond num_layers = 8",
+        ),
+        "of layer 0": (
+            "model: {num_layers: 8, hidden_size: 64, num_attention_heads: 4, sliding_window: 16, "
+            "sliding_window_layers: [0]}",
+            "1:109: model.sliding_window_layers.0: 0 must be a positive integer",
+        ),
+        "without a width": (
+            "model: {num_layers: 8, hidden_size: 64, num_attention_heads: 4, sliding_window_layers: [1]}",
+            "1:65: model.sliding_window_layers: [1] needs sliding_window, which is null",
+        ),
+        "that do not ascend": (
+            "model: {num_layers: 8, hidden_size: 64, num_attention_heads: 4, sliding_window: 9, "
+            "sliding_window_layers: [3, 1]}",
+            "1:84: model.sliding_window_layers: [3, 1] must ascend, without duplicates",
+        ),
+    },
+    "rotary positions": {
+        "beyond what the model is made for": (
+            "data:\n  sequence_length: 4096\n"
+            "model: {num_layers: 8, hidden_size: 64, num_attention_heads: 4, max_position_embeddings: 2048}",
+            "2:3: data.sequence_length: 4096 is beyond model.max_position_embeddings = 2048",
+        ),
+        "slow that are fast": (
+            "model:\n  num_layers: 8\n  hidden_size: 64\n  num_attention_heads: 4\n"
+            "  rope_scaling: {kind: llama3, factor: 8, low_freq_factor: 4}",
+            "5:43: model.rope_scaling.low_freq_factor: 4.0 must be below high_freq_factor = 4.0",
+        ),
+        "a ramp that goes nowhere": (
+            "model:\n  num_layers: 8\n  hidden_size: 64\n  num_attention_heads: 4\n"
+            "  rope_scaling: {kind: yarn, factor: 8, original_max_position_embeddings: 64, beta_slow: 33}",
+            "5:79: model.rope_scaling.beta_slow: 33.0 must be below beta_fast = 32.0",
+        ),
+        "all of one frequency": (
+            "model:\n  num_layers: 8\n  hidden_size: 64\n  num_attention_heads: 4\n  rope_theta: 1\n"
+            "  rope_scaling: {kind: yarn, factor: 8, original_max_position_embeddings: 64}",
+            "5:3: model.rope_theta: 1.0 must be above 1 for rope_scaling of kind yarn",
+        ),
+        "of a kind that is not known": (
+            "model:\n  num_layers: 8\n  hidden_size: 64\n  num_attention_heads: 4\n"
+            "  rope_scaling: {kind: dynamic, factor: 8}",
+            "5:18: model.rope_scaling.kind: 'dynamic' must be 'linear', 'llama3' or 'yarn'",
+        ),
+    },
     "vocabulary": {
         "over tensor-parallel ranks": (
             "parallel: {tensor: 4}\nmodel: {num_layers: 8, hidden_size: 64, num_attention_heads: 4, vocab_size: 321}",

@@ -1,5 +1,7 @@
 """Models for tests that need one in this very process."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,10 +14,16 @@ from megatron_ee.parallel.mesh import Mesh
 
 
 def whole_model(
-    mesh: Mesh, *, exits: list[int], dtype: torch.dtype = torch.float32, head: str | list[str] = "norm", **more: Any
+    mesh: Mesh,
+    *,
+    exits: list[int],
+    dtype: torch.dtype = torch.float32,
+    head: str | list[str] = "norm",
+    model: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
 ) -> Stage:
-    """The tiny model on one stage, for inference; `more` are fields of the section `exits`."""
-    config = tiny_config(exits={"layers": exits, "head": head, **more})
+    """The tiny model on one stage, for inference; `model` and `more` are fields of the sections `model` and `exits`."""
+    config = tiny_config(model=dict(model), exits={"layers": exits, "head": head, **more})
     (chunks,) = place(config.model, config.exits, config.parallel)
     stage = Stage(
         config.model, config.exits, chunks, vocab_size=VOCAB_SIZE, groups=mesh.groups, device=mesh.device, dtype=dtype

@@ -1,6 +1,6 @@
 """One training step on real ranks, and the same by one autograd over the plain model of `reference.py`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from megatron_ee.config import Config
 from megatron_ee.data.loader import BatchLoader, SampleSource
 from megatron_ee.device import choose_device
 from megatron_ee.model.layer_drop import KeptRows
+from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.chunks import Layout
 from megatron_ee.parallel.layout import layout_of
 from megatron_ee.parallel.mesh import Mesh, open_mesh
@@ -39,6 +40,7 @@ def one_step(
     frozen_stage: int | None = None,
     source: SampleSource | None = None,
     iteration: int = 0,
+    change: Callable[[Stage], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """On each rank: a step on the first global batch, then the optimizer's.
 
@@ -47,12 +49,14 @@ def one_step(
         repeats: how often the gradients are computed; overlapped sums begin in the second time.
         source: of the samples; None: `RandomSamples`.
         iteration: whose weights and probabilities of layer dropout hold, in the last of them.
+        change: of the initial parameters.
     """
     mesh = open_mesh(config.parallel, choose_device("cpu"))
     layout = layout_of(config, VOCAB_SIZE)
     stage = build_stage(config, layout, VOCAB_SIZE, mesh)
     if mesh.pipeline_rank == frozen_stage:
         stage.requires_grad_(False)
+    change(stage)
     parameters = pieces_of(stage, lambda parameter: parameter)
     buffers = StageGradients(stage, mesh, config.parallel, varies=gradients_vary(config))
     size = config.training.micro_batch_size

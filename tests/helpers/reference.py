@@ -1,5 +1,6 @@
 """The model once more in plain torch, without megatron-core and without any split: the oracle of the real one."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -155,8 +156,17 @@ def _gate(parameters: Parameters, prefix: str, model: ModelConfig, kind: str, x:
 
 def _attention_branch(parameters: Parameters, prefix: str, model: ModelConfig, x: torch.Tensor) -> torch.Tensor:
     normed = _norm(x, parameters[f"{prefix}input_layernorm.weight"], model.norm_epsilon)
-    qkv, projection = (parameters[f"{prefix}self_attention.linear_{name}.weight"] for name in ("qkv", "proj"))
-    return _attention(normed, qkv, model) @ projection.T
+    prefix, layer = f"{prefix}self_attention.", int(prefix.split(".")[1])
+    mixed = normed @ parameters[f"{prefix}linear_qkv.weight"].T
+    if model.qkv_bias:
+        mixed = mixed + parameters[f"{prefix}linear_qkv.bias"]
+    query, key, value = _heads(mixed, model)
+    if model.qk_norm:
+        query, key = (
+            _norm(heads, parameters[f"{prefix}{name}_layernorm.weight"], model.norm_epsilon)
+            for name, heads in (("q", query), ("k", key))
+        )
+    return _attention(query, key, value, model, layer) @ parameters[f"{prefix}linear_proj.weight"].T
 
 
 def _mlp_branch(parameters: Parameters, prefix: str, model: ModelConfig, x: torch.Tensor) -> torch.Tensor:
@@ -165,27 +175,64 @@ def _mlp_branch(parameters: Parameters, prefix: str, model: ModelConfig, x: torc
     return (silu(gate) * up) @ parameters[f"{prefix}mlp.linear_fc2.weight"].T
 
 
-def _attention(x: torch.Tensor, qkv: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-    groups, size = model.num_key_value_heads, model.head_dim
-    per_group = model.num_attention_heads // groups
-    batch, length, _ = x.shape
-    mixed = (x @ qkv.T).view(batch, length, groups, per_group + 2, size)  # a group's queries, then its key and value
-    query, key, value = mixed[..., :per_group, :], mixed[..., per_group, :], mixed[..., per_group + 1, :]
+def _heads(mixed: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [B, S, groups, a group's heads, D]; keys and values [B, S, groups, D]."""
+    groups, per_group = model.num_key_value_heads, model.num_attention_heads // model.num_key_value_heads
+    mixed = mixed.unflatten(-1, (groups, per_group + 2, model.head_dim))  # a group's queries, then its key and value
+    return mixed[..., :per_group, :], mixed[..., per_group, :], mixed[..., per_group + 1, :]
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, model: ModelConfig, layer: int
+) -> torch.Tensor:
     query, key = _rotate(query, model), _rotate(key.unsqueeze(3), model).squeeze(3)
-    scores = torch.einsum("bsgqd,btgd->bgqst", query, key) / size**0.5
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    shares = scores.masked_fill(future, -torch.inf).softmax(-1)
-    return torch.einsum("bgqst,btgd->bsgqd", shares, value).reshape(batch, length, -1)
+    scores = torch.einsum("bsgqd,btgd->bgqst", query, key) / model.head_dim**0.5
+    windowed = model.sliding_window_layers == "all" or layer in model.sliding_window_layers
+    window = model.sliding_window if windowed else None
+    ago = torch.arange(query.shape[1])[:, None] - torch.arange(query.shape[1])
+    hidden = (ago < 0) if window is None else (ago < 0) | (ago >= window)
+    shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("bgqst,btgd->bsgqd", shares, value).flatten(2)
 
 
 def _rotate(x: torch.Tensor, model: ModelConfig) -> torch.Tensor:
     """x [B, S, ...heads, D]: channel i turns with channel i + D/2."""
-    size = model.head_dim
-    frequencies = model.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    size, factor = model.head_dim, 1.0
+    frequencies = torch.tensor([_frequency(channel, model) for channel in range(size // 2)], dtype=torch.float64)
+    if model.rope_scaling is not None and model.rope_scaling.kind == "yarn":
+        factor = model.rope_scaling.attention_factor or 1 + math.log(model.rope_scaling.factor) / 10
     angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), frequencies).to(x.dtype)
-    cos, sin = (part.view(1, x.shape[1], 1, 1, size // 2) for part in (angles.cos(), angles.sin()))
+    cos, sin = (factor * part.view(1, x.shape[1], 1, 1, size // 2) for part in (angles.cos(), angles.sin()))
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _frequency(channel: int, model: ModelConfig) -> float:
+    """Radians a position: those of low frequency are divided by the factor, those of high ones are not."""
+    plain = model.rope_theta ** (-2 * channel / model.head_dim)
+    scaling = model.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    length = scaling.original_max_position_embeddings
+    if scaling.kind == "llama3":
+        waves = length * plain / (2 * math.pi)
+        if waves <= scaling.low_freq_factor:
+            return plain / scaling.factor
+        if waves >= scaling.high_freq_factor:
+            return plain
+        high = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        return high * plain + (1 - high) * plain / scaling.factor
+    # the channel c at which length * theta ** (-2 c / D) = 2 pi * turns
+    ends = [
+        model.head_dim / 2 * math.log(length / (2 * math.pi * turns), model.rope_theta)
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    ]
+    start, end = (math.floor(ends[0]), math.ceil(ends[1])) if scaling.truncate else ends
+    start, end = max(start, 0), min(end, model.head_dim - 1)
+    low = min(max((channel - start) / (end - start), 0), 1) if start != end else float(channel > start)
+    return (1 - low) * plain + low * plain / scaling.factor
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -26,6 +26,14 @@ KINDS = {
     "fp64, one norm": (torch.float64, "norm"),
     "fp32, MLP and block": (torch.float32, ["mlp", "block"]),
     "fp64, block and MLP": (torch.float64, ["block", "mlp"]),
+    "fp64, windows": (torch.float64, ["block", "mlp"]),
+}
+WINDOWS = {  # the block's layer has one, too; shorter than prompts
+    "sliding_window": 4,
+    "sliding_window_layers": [2, 3, 6, 8],
+    "qkv_bias": True,
+    "qk_norm": True,
+    "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
 }
 
 
@@ -33,7 +41,8 @@ KINDS = {
 def stage(request: pytest.FixtureRequest, mesh: Mesh) -> Stage:
     dtype, head = KINDS[request.param]
     norm = "shared" if "one norm" in request.param else "own"
-    return whole_model(mesh, exits=EXITS, dtype=dtype, head=head, norm=norm)
+    model = WINDOWS if "windows" in request.param else {}
+    return whole_model(mesh, exits=EXITS, dtype=dtype, head=head, norm=norm, model=model)
 
 
 def _decoder(stage: Stage, thresholds: dict[int, float], *, max_pending: int = 1000) -> Decoder:
@@ -196,7 +205,7 @@ def _full_cache(stage: Stage, tokens: list[int]) -> KeyValueCache:
 
 def _assert_same_store(stage: Stage, actual: KeyValueCache, expected: KeyValueCache, length: int) -> None:
     """Of all layers, and of blocks in exit heads."""
-    for number in stage.attention_numbers:
+    for number in stage.attention_windows:
         for ours, theirs in zip(actual.read(number, length), expected.read(number, length), strict=True):
             assert float((ours - theirs).abs().max()) <= _tolerance(stage), f"attention {number}"
 

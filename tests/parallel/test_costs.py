@@ -40,6 +40,19 @@ def test_hand_count_of_the_tiny_model() -> None:
     )
 
 
+def test_windows_narrow_attention() -> None:
+    """A query sees 4 positions instead of all, in half of the layers; a layer costs what they do on average."""
+    full, windowed, mixed = (
+        estimated_costs(tiny_config(model={"sliding_window": window, "sliding_window_layers": layers}), VOCAB_SIZE)
+        for window, layers in ((SEQUENCE_LENGTH, "all"), (4, "all"), (4, [1, 2, 3, 4]))
+    )
+    assert full == estimated_costs(tiny_config(), VOCAB_SIZE)
+    narrower = SEQUENCE_LENGTH * 2 * (SEQUENCE_LENGTH - 4) * 32
+    assert full.layer_forward - windowed.layer_forward == narrower
+    assert full.layer_forward - mixed.layer_forward == narrower / 2
+    assert full.exits["block"] - windowed.exits["block"] == 3 * narrower
+
+
 @pytest.mark.parametrize(
     ("training", "again"),
     [
@@ -113,6 +126,11 @@ def test_a_file_reads_back_for_what_it_was_measured_for(measured: Path) -> None:
         ({"training": {"micro_batch_size": 2}}, "was measured for training.micro_batch_size = 1, not 2"),
         ({"training": {"precision": "bf16"}}, "was measured for training.precision = fp32, not bf16"),
         (
+            {"model": {"qk_norm": True, "sliding_window": 4, "sliding_window_layers": [1, 2]}},
+            "was measured for model.qk_norm = False, not True; model.sliding_window = None, not 4; "
+            "model.sliding_window_layers = all, not [1, 2]",
+        ),
+        (
             {"training": {"recompute": "selective", "recompute_modules": ["mlp", "core_attn"]}},
             "was measured for training.recompute = none, not selective of core_attn, mlp",
         ),
@@ -125,6 +143,16 @@ def test_a_file_for_something_else_is_refused_by_name(measured: Path, changes: d
     assert str(caught.value) == f"parallel.costs: {measured} {said}"
     with pytest.raises(FieldError, match=r"model\.vocab_size = 64, not 128"):
         costs_of(_config(measured), 128)
+
+
+def test_a_file_of_before_is_of_a_model_without_what_was_added(measured: Path) -> None:
+    content = json.loads(measured.read_text())
+    for name in ("qkv_bias", "qk_norm", "sliding_window", "sliding_window_layers"):
+        del content["measured_for"][f"model.{name}"]
+    measured.write_text(json.dumps(content))
+    assert costs_of(_config(measured), VOCAB_SIZE) == MEASURED
+    with pytest.raises(FieldError, match=r"model\.qkv_bias = False, not True"):
+        costs_of(_config(measured, model={"qkv_bias": True}), VOCAB_SIZE)
 
 
 def _set(*path: str, to: Any) -> Callable[[dict[str, Any]], object]:

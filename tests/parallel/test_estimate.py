@@ -60,6 +60,11 @@ CONFIGS = {
         model={"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1},
         exits={"layers": [2, 5], "gate": "mlp", "head": "mlp"},
     ),
+    "biases, normalised heads, windows": tiny_config(
+        parallel={"tensor": 2},
+        model={"qkv_bias": True, "qk_norm": True, "sliding_window": 4, "sliding_window_layers": [1, 8]},
+        exits={"layers": [2, 5], "head": ["norm", "block"]},
+    ),
     "one norm for all exits": tiny_config(parallel={"pipeline": 4}, exits={"layers": "all", "norm": "shared"}),
 }
 
@@ -289,6 +294,22 @@ def _kept_bytes(stage: Stage, config: Config) -> int:
         y, _ = stage.run_layers(x, torch.arange(length), chunk.start, chunk.stop)
     kept[y.untyped_storage().data_ptr()] = y.nbytes
     return sum(kept.values())
+
+
+def test_masks_of_windows_are_counted() -> None:
+    """All sequences share them, unless documents are packed, and so do all layers that see alike."""
+    tokens, live = SEQUENCE_LENGTH, 2
+    plain = _activations(training={"micro_batch_size": 2})
+    for window, layers, kinds in ((4, "all", 1), (4, [1, 3], 1), (4, [5, 8], 0), (12, "all", 0)):
+        model = {"sliding_window": window, "sliding_window_layers": layers}
+        windowed = _activations(training={"micro_batch_size": 2}, model=model)
+        assert windowed - plain == live * kinds * tokens * tokens * 4, (window, layers)
+    data = {"format": "messages", "dataset": "a.jsonl", "sequence_length": 256}
+    one, two = (
+        _activations(data=data, model={"sliding_window": 4, "sliding_window_layers": layers})
+        for layers in ("all", [1, 3])
+    )
+    assert two - one == live * 256 * 256 * 4
 
 
 def test_a_mask_between_documents_is_counted() -> None:

@@ -53,8 +53,13 @@ def test_a_layout_is_made_by_what_was_measured(run: Path) -> None:
         ),
         (["--output", "run.yaml/costs.json"], "--output: run.yaml/costs.json cannot be written: File exists"),
         (["--output", "."], "--output: . is a folder, not a file"),
+        (
+            ["model.sliding_window=4", "model.sliding_window_layers=[1]", "--output", "costs.json"],
+            "override 'model.sliding_window_layers=[1]': model.sliding_window_layers: makes layers of two kinds, but "
+            "costs are measured of one",
+        ),
     ],
-    ids=["tensor parallel", "below a file", "a folder"],
+    ids=["tensor parallel", "below a file", "a folder", "two kinds of layers"],
 )
 def test_what_cannot_be_measured_or_written_is_said_at_once(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str

@@ -25,7 +25,11 @@ from megatron_ee.training.trainer import Trainer
 MEASURED = ("perf/", "time/", "pipeline/", "memory/")
 DISTRIBUTED = {"overlap_grad_reduce": True, "distributed_optimizer": True}
 HEADS = {"layers": [2, 4, 6], "head": ["mlp", "block", "norm"], "projection": ["shared", "own", "shared"]}
-TIED = {"tied": {"model": {"vocab_size": "auto", "tie_embeddings": True}}, "untied": {}}
+TODAYS = {"qkv_bias": True, "qk_norm": True, "sliding_window": 5, "sliding_window_layers": [2, 4, 7]}
+TIED = {
+    "tied": {"model": {"vocab_size": "auto", "tie_embeddings": True}},
+    "untied": {"model": {"vocab_size": "auto", **TODAYS}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,12 @@ def test_exits_of_every_kind_go_from_tp2_x_pp2_to_one_process(folder: Path, rank
     assert opened.keys() == expected.keys() == {2, 4, 6, 8}
     for layer, logits in opened.items():
         np.testing.assert_allclose(logits, expected[layer], atol=1e-5, rtol=0, err_msg=f"exit {layer}")
-    assert ("output.weight" in _names_on_disk(folder / "runs" / name)) == (tied == "untied"), "saved once"
+    names = _names_on_disk(folder / "runs" / name)
+    assert ("output.weight" in names) == (tied == "untied"), "saved once"
+    for vector in ("linear_qkv.bias", "q_layernorm.weight", "k_layernorm.weight"):
+        owners = ("layers.3", "exits.4.block")
+        present = [f"{owner}.self_attention.{vector}" in names for owner in owners]
+        assert present == [tied == "untied"] * 2, vector
     (resumed,) = ranks.run(1, train, run_config(folder, name=name, parallel={}, **fields))
     whole = ranks.run(
         4, train, run_config(folder, name=f"{name}-whole", parallel={"tensor": 2, "pipeline": 2}, **fields)

@@ -24,12 +24,15 @@ def _decays(config: Config) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("patterns", "without"), [([], ()), (["embedding.*", "layers.3.*"], ("embedding.", "layers.3."))], ids=str
 )
-def test_norms_and_what_patterns_name_have_no_decay(
+def test_norms_biases_and_what_patterns_name_have_no_decay(
     tmp_path: Path, ranks: RankPool, patterns: list[str], without: tuple[str, ...]
 ) -> None:
     write_small_dataset(tmp_path)
-    config = run_config(tmp_path, optimizer={"weight_decay": 0.25, "no_weight_decay": patterns})
+    vectors = {"vocab_size": "auto", "qkv_bias": True, "qk_norm": True}
+    optimizer = {"weight_decay": 0.25, "no_weight_decay": patterns}
+    config = run_config(tmp_path, optimizer=optimizer, model=vectors)
     (decays,) = ranks.run(1, _decays, config)
-    assert len(decays) == 1 + 8 * 6 + 3 + 1, "every parameter is in a group"
+    assert len(decays) == 1 + 8 * 9 + 3 + 1, "every parameter is in a group"
     for name, decay in decays.items():
-        assert decay == (0.0 if "norm" in name or name.startswith(without) else 0.25), name
+        is_vector = "norm" in name or name.endswith(".bias")
+        assert decay == (0.0 if is_vector or name.startswith(without) else 0.25), name

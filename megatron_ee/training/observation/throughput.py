@@ -4,7 +4,13 @@ import torch
 
 from megatron_ee.config import Config
 from megatron_ee.parallel.mesh import Mesh
-from megatron_ee.parallel.products import BACKWARD, MULTIPLY_AND_ADD, head_products, layer_products
+from megatron_ee.parallel.products import (
+    BACKWARD,
+    MULTIPLY_AND_ADD,
+    head_products,
+    layer_products,
+    positions_seen,
+)
 
 PEAK_BF16_FLOPS = {
     "GB200": 2500e12,
@@ -26,12 +32,16 @@ GIB = 2**30
 def flops_per_token(config: Config, vocab_size: int) -> float:
     """Forward and backward of one token of training: the matrix products of all layers, and of every exit's head.
 
-    Attention counts all pairs of positions, as in the usual definition of MFU (PaLM, arXiv 2204.02311, appendix B).
+    Attention counts all pairs of positions, as in the usual definition of MFU (PaLM, arXiv 2204.02311, appendix B), or
+    those within a window.
     What is recomputed doesn't count. Where only exits are trained, the layers up to the last one count their forward.
     """
     model, length = config.model, config.data.sequence_length
-    layers = config.depth * layer_products(model, length)
-    heads = sum(head_products(model, config.exits.head_of(layer), length, vocab_size) for layer in config.trained_exits)
+    layers = config.depth * layer_products(model, positions_seen(model, length, range(1, config.depth + 1)))
+    heads = sum(
+        head_products(model, config.exits.head_of(layer), positions_seen(model, length, [layer]), vocab_size)
+        for layer in config.trained_exits
+    )
     backward = BACKWARD if config.training.trains == "all" else 0
     return float(MULTIPLY_AND_ADD * ((1 + backward) * layers + (1 + BACKWARD) * heads))
 
