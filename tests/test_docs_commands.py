@@ -35,12 +35,6 @@ checkpoint: {initial: runs/demo}
 exits: {layers: [1, 3]}
 training: {trains: exits}
 """,
-    "tune/huggingface.yaml": """\
-name: huggingface-exits
-exits: {layers: [3]}
-data: {sequence_length: 32}
-training: {trains: exits, train_iters: 4, global_batch_size: 4, micro_batch_size: 1, eval_iters: 1}
-""",
     "sft/demo.yaml": """\
 base: ../train/demo.yaml
 name: sft-demo

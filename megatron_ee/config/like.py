@@ -69,10 +69,11 @@ def _compare(
     fields, problems = {**own, **given}, []
     for name in [name for name in given if name in own and name not in MAY_DIFFER]:
         try:
-            value = getattr(ModelConfig.model_validate({**own, name: given[name]}), name)
-        except ValidationError:
-            continue
-        if value != getattr(model, name):
+            differs = getattr(ModelConfig.model_validate({**own, name: given[name]}), name) != getattr(model, name)
+        except ValidationError as error:
+            # what breaks a rule between fields, among those of a model that breaks none, is not the model's
+            differs = all(details["type"] == "value_error" for details in error.errors())
+        if differs:
             message = f"model.{name}: {show(given[name])} is not {show(own[name])}, which {folder} has (model.like)"
             problems.append(Problem(places[("model", name)], message))
             fields[name] = own[name]

@@ -61,12 +61,14 @@ def _names(overrides: Sequence[str], field: str) -> bool:
 
 def _defaults(folder: Path) -> dict[str, Any]:
     """What a config has to say, of a model that is not trained."""
-    values: dict[str, Any] = {
+    positions = read_model(folder).max_position_embeddings
+    data: dict[str, Any] = {} if positions is None else {"sequence_length": min(positions, 1024)}
+    if has_tokenizer(folder):
+        data["tokenizer"] = str(folder)
+    return {
         "name": "huggingface",
         "model": {"like": str(folder)},
         "exits": exits_in(folder).model_dump(),
+        "data": data,
         "training": {"train_iters": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
-    if has_tokenizer(folder):
-        values["data"] = {"tokenizer": str(folder)}
-    return values

@@ -28,7 +28,7 @@ LLAMA = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.01,
 }
-TRAINING = "training: {train_iters: 10, global_batch_size: 8, micro_batch_size: 2}\n"
+TRAINING = "training: {train_iters: 10, global_batch_size: 8, micro_batch_size: 2}\ndata: {sequence_length: 16}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -88,40 +88,40 @@ def test_it_works_as_an_override_and_in_a_base() -> None:
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
-        ("model: {like: llama, num_layers: 8}", ["3:22: model.num_layers: 8 is not 6, which llama has (model.like)"]),
+        ("model: {like: llama, num_layers: 8}", ["4:22: model.num_layers: 8 is not 6, which llama has (model.like)"]),
         (
             "model:\n  hidden_size: 64\n  like: llama\n  tie_embeddings: true",
             [
-                "4:3: model.hidden_size: 64 is not 32, which llama has (model.like)",
-                "6:3: model.tie_embeddings: true is not false, which llama has (model.like)",
+                "5:3: model.hidden_size: 64 is not 32, which llama has (model.like)",
+                "7:3: model.tie_embeddings: true is not false, which llama has (model.like)",
             ],
         ),
         (
             "model: {like: llama, vocab_size: auto}",
-            ["3:22: model.vocab_size: 'auto' is not 321, which llama has (model.like)"],
+            ["4:22: model.vocab_size: 'auto' is not 321, which llama has (model.like)"],
         ),
-        ("model: {like: llama, num_layers: six}", ["3:22: model.num_layers: 'six' is not an integer"]),
-        ("model: {like: llama, layers: 8}", ["3:22: model.layers: unknown key, did you mean 'num_layers'?"]),
-        ("model: {like: 3}", ["3:9: model.like: 3 is not a string"]),
+        ("model: {like: llama, num_layers: six}", ["4:22: model.num_layers: 'six' is not an integer"]),
+        ("model: {like: llama, layers: 8}", ["4:22: model.layers: unknown key, did you mean 'num_layers'?"]),
+        ("model: {like: 3}", ["4:9: model.like: 3 is not a string"]),
         (
             "seed: x\nmodel: {like: nowhere}",
-            ["3:1: seed: 'x' is not an integer", "4:9: model.like: nowhere is not a folder"],
+            ["4:1: seed: 'x' is not an integer", "5:9: model.like: nowhere is not a folder"],
         ),
-        ('model: {like: "\\0"}', [r"3:9: model.like: \x00 is not a folder"]),
+        ('model: {like: "\\0"}', [r"4:9: model.like: \x00 is not a folder"]),
         (
             "model: {like: .}",
             [
-                "3:9: model.like: . is neither a run with a whole checkpoint nor a step folder (no format.json) nor a "
+                "4:9: model.like: . is neither a run with a whole checkpoint nor a step folder (no format.json) nor a "
                 "Hugging Face folder (no config.json)"
             ],
         ),
         (
             "model: {like: llama}\nparallel: {tensor: 2}",
-            ["3:9: model.vocab_size: 321 doesn't divide over parallel.tensor = 2 ranks"],
+            ["4:9: model.vocab_size: 321 doesn't divide over parallel.tensor = 2 ranks"],
         ),
         (
             "model: {like: llama}\nexits: {layers: [6]}",
-            ["4:18: exits.layers.0: 6 must be below num_layers = 6: the last layer's exit is built in"],
+            ["5:18: exits.layers.0: 6 must be below num_layers = 6: the last layer's exit is built in"],
         ),
     ],
 )
@@ -134,10 +134,10 @@ def test_what_is_wrong_with_the_folder_is_said_at_the_field() -> None:
     _write("model: {like: llama}")
     Path("llama/config.json").write_text(json.dumps({**LLAMA, "mlp_bias": True}))
     (problem,) = _problems()
-    assert problem.startswith("run.yaml:3:9: model.like: llama/config.json: mlp_bias ")
+    assert problem.startswith("run.yaml:4:9: model.like: llama/config.json: mlp_bias ")
     Path("llama/config.json").write_text("{")
     (problem,) = _problems()
-    assert problem.startswith("run.yaml:3:9: model.like: llama/config.json: not JSON")
+    assert problem.startswith("run.yaml:4:9: model.like: llama/config.json: not JSON")
 
 
 def test_an_override_that_disagrees_is_named_itself() -> None:
@@ -146,7 +146,7 @@ def test_an_override_that_disagrees_is_named_itself() -> None:
         "override 'model.num_layers=8': model.num_layers: 8 is not 6, which llama has (model.like)"
     ]
     _write("model: {num_layers: 8}")
-    assert _problems("model.like=llama") == ["run.yaml:3:9: model.num_layers: 8 is not 6, which llama has (model.like)"]
+    assert _problems("model.like=llama") == ["run.yaml:4:9: model.num_layers: 8 is not 6, which llama has (model.like)"]
     assert _problems("model.like=nowhere") == ["override 'model.like=nowhere': model.like: nowhere is not a folder"]
 
 
@@ -154,21 +154,21 @@ def test_what_a_use_finds_is_said_at_the_name_of_the_folder() -> None:
     _write("model: {like: llama}")
     with pytest.raises(ConfigError) as caught, open_config("run.yaml", read_model=read_model):
         raise FieldError("model.vocab_size", "no")
-    assert caught.value.problems == ["run.yaml:3:9: model.vocab_size: no"]
+    assert caught.value.problems == ["run.yaml:4:9: model.vocab_size: no"]
 
 
 def test_who_reads_no_models_says_so() -> None:
     _write("model: {like: llama}")
     with pytest.raises(ConfigError) as caught:
         load_config("run.yaml")
-    assert caught.value.problems == ["run.yaml:3:9: model.like: is not read here: give the fields of the model"]
+    assert caught.value.problems == ["run.yaml:4:9: model.like: is not read here: give the fields of the model"]
 
 
 @st.composite
 def models(draw: st.DrawFn) -> dict[str, Any]:
     """The fields of a model, with all that may be null."""
     small, numbers = st.integers(1, 8), st.floats(1e-6, 1e6)
-    num_layers = draw(small)
+    num_layers, has_window = draw(small), draw(st.booleans())
     scaling = st.fixed_dictionaries({"kind": st.just("linear"), "factor": st.floats(1, 64)})
     return {
         "num_layers": num_layers,
@@ -180,10 +180,10 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         "tie_embeddings": draw(st.booleans()),
         "rope_theta": draw(numbers),
         "rope_scaling": draw(st.one_of(st.none(), scaling)),
-        "max_position_embeddings": draw(st.one_of(st.none(), small)),
+        "max_position_embeddings": draw(st.one_of(st.none(), st.integers(16, 64))),
         "qk_norm": draw(st.booleans()),
-        "sliding_window": draw(st.one_of(st.none(), small)),
-        "sliding_window_layers": draw(st.one_of(st.just("all"), st.just((num_layers,)))),
+        "sliding_window": draw(small) if has_window else None,
+        "sliding_window_layers": (num_layers,) if has_window and draw(st.booleans()) else "all",
         "norm_epsilon": draw(numbers),
     }
 

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,26 +14,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers.huggingface import save_model
+from helpers.huggingface import ARCHITECTURES, save_model
 from helpers.ranks import RankPool
 from helpers.tokenizers import write_bpe_folder
+from safetensors.torch import save_file
 
 from megatron_ee.checkpoint.folders import find_model
 from megatron_ee.config import ConfigError, ExitsConfig
 from megatron_ee.device import choose_device
 from megatron_ee.errors import FieldError
+from megatron_ee.huggingface.exit_files import exits_json
 from megatron_ee.inference.__main__ import main, split_settings
 from megatron_ee.inference.declared_exits import exits_to_decode
 from megatron_ee.inference.engine import load_engine
 from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.inference.request import Request
 
-FIELDS = {
-    "vocab_size": 330,
-    "eos_token_id": 329,
-    "bos_token_id": 329,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
+FIELDS = {"vocab_size": 330, "eos_token_id": 329, "bos_token_id": 329}
 SHARED = ("exits.layers=all", "exits.norm=shared")
 PROMPT = (5, 80, 200, 7, 31)
 NEW_TOKENS = 12
@@ -90,7 +88,12 @@ def _of_transformers(folder: Path, layer: int, vocab_size: int) -> tuple[np.ndar
     return logits, whole[0, len(PROMPT) :].tolist()
 
 
-def test_every_exit_computes_what_transformers_does(folder: Path, ranks: RankPool) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_exit_computes_what_transformers_does(
+    folder: Path, ranks: RankPool, architecture: str, tmp_path: Path
+) -> None:
+    if architecture != "Llama":
+        folder = write_bpe_folder(save_model(tmp_path / "model", architecture, **FIELDS), eos_token="!")
     (opened,) = ranks.run(1, _open, folder, SHARED)
     assert opened["tokenizer"].startswith("hf-")
     assert list(opened["logits"]) == [1, 2, 3, 4]
@@ -98,6 +101,25 @@ def test_every_exit_computes_what_transformers_does(folder: Path, ranks: RankPoo
         logits, tokens = _of_transformers(folder, layer, 320)
         np.testing.assert_allclose(ours, logits, atol=1e-5, err_msg=str(layer))
         assert opened["tokens"][layer] == tokens, layer
+
+
+def test_exits_beside_the_model_are_decoded_with(folder: Path, ranks: RankPool, tmp_path: Path) -> None:
+    """An exit whose norm is not the model's."""
+    with_exits = tmp_path / "with-exits"
+    shutil.copytree(folder, with_exits)
+    weight_H = torch.linspace(0.5, 1.5, 32)
+    save_file({"exits.2.norm.weight": weight_H}, with_exits / "exits.safetensors")
+    (with_exits / "exits.json").write_bytes(exits_json(ExitsConfig(layers=(2,), temperature=2.0), "0" * 64))
+    (opened,) = ranks.run(1, _open, with_exits, ())
+    cut = transformers.AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=2)
+    with torch.no_grad():
+        cut.model.norm.weight.copy_(weight_H)
+        logits = cut(torch.tensor([PROMPT])).logits[0].numpy() / 2
+    np.testing.assert_allclose(opened["logits"][2], logits, atol=1e-5)
+    command = ("--checkpoint", str(with_exits), "--prompt", "a", "exits.layers=[3]")
+    ((status, _, err),) = ranks.run(1, _command, *command)
+    assert status == 2
+    assert f"exits.layers: {with_exits} has exits after layers [2], as trained" in err
 
 
 def test_it_is_of_the_dtype_that_it_was_saved_in(tmp_path: Path, ranks: RankPool) -> None:
@@ -141,7 +163,8 @@ def test_a_config_says_how(folder: Path, ranks: RankPool, tmp_path: Path) -> Non
     path = tmp_path / "decode.yaml"
     path.write_text(
         f"name: run\nmodel: {{like: {folder}}}\nexits: {{layers: [2], norm: shared}}\n"
-        "training: {train_iters: 1, global_batch_size: 1, micro_batch_size: 1}\ninference: {max_new_tokens: 2}\n"
+        "training: {train_iters: 1, global_batch_size: 1, micro_batch_size: 1}\n"
+        "data: {sequence_length: 64}\ninference: {max_new_tokens: 2}\n"
     )
     ((status, out, _),) = ranks.run(1, _command, str(path), "--checkpoint", str(folder), "--prompt", "a", "seed=1")
     assert status == 0

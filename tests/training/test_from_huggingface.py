@@ -28,12 +28,7 @@ from megatron_ee.errors import UserError
 from megatron_ee.huggingface.folder import Folder
 from megatron_ee.training.build import build_trainer
 
-FIELDS = {
-    "vocab_size": 260,
-    "eos_token_id": 256,
-    "bos_token_id": 256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
+FIELDS = {"vocab_size": 260, "eos_token_id": 256, "bos_token_id": 256}
 CONSTANT = {"weight_schedule": {"shape": "constant"}}
 EXITS = {"layers": [1, 3], "head": ["norm", "mlp"], "projection": ["shared", "own"], **CONSTANT}
 Arrays = dict[str, np.ndarray]
