@@ -47,6 +47,8 @@ data:
 """,
 }
 
+SLOW = ("recipes", "huggingface")  # five runs; five programs, which other tests call without starting them
+
 SBATCH = """#!/bin/sh
 echo "$@" >> submitted
 """
@@ -76,7 +78,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem == "recipes" else [])  # five runs
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW else [])
         for page in PAGES
         if _commands(page)
     ],

@@ -1,5 +1,6 @@
 """Makes a run folder of a model's folder of Hugging Face's, tensor by tensor: the whole model is never in memory."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,10 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-OF_MODEL = (CONFIG_FILE, "generation_config.json")
+_OF_MODEL = (CONFIG_FILE, "generation_config.json")
 """Files that are kept as they are, so that `export_model` gives back what our model doesn't have."""
 
-_SEQUENCE_LENGTH = 1024
+_SEQUENCE_LENGTH = 1024  # of a run that says nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +58,38 @@ def import_model(source: Path, destination: Path, *, tokenizer: str | None = Non
     vocab_size = folder.described.vocab_size
     if opened.vocab_size > vocab_size:
         raise UserError(f"{source}: its embedding has {vocab_size} rows, and its tokenizer {opened.vocab_size} tokens")
+    config = _config(folder, destination, opened)
     description = Description(
         model=folder.described.model,
-        exits=folder.exits,
+        exits=config.exits,
         precision=folder.precision,
         tokenizer=opened.name,
         vocab_size=vocab_size,
         progress=Progress(0, 0),
         has_optimizer=False,
     )
-    files = _files(source, opened, owns_tokenizer=tokenizer is None)
-    config = to_yaml(_config(folder, destination, opened)).encode()
+    files = _read_files(source, (*_OF_MODEL, *_TOKENIZER_FILES) if tokenizer is None else _OF_MODEL)
+    files |= opened.files()  # a tokenizer.json that had to be made goes with the settings that were made with it
+    text = to_yaml(config).encode()
     parameters = [
         Streamed(name, recipe.shape, partial(folder.read_parameter, name)) for name, recipe in folder.recipes.items()
     ]
     with written_aside(destination) as aside:
-        step = write_streamed(aside, parameters, description, {"config.yaml": config, **files})
-        (aside / "config.yaml").write_bytes(config)
+        step = write_streamed(aside, parameters, description, {"config.yaml": text, **files})
+        (aside / "config.yaml").write_bytes(text)
     return Imported(destination / step.relative_to(aside), folder, opened.name)
+
+
+def model_files(folder: Path | None) -> dict[str, bytes]:
+    """What a checkpoint has that came with the model, and goes on with it: config.json and generation_config.json.
+
+    Args:
+        folder: of the checkpoint; None: there is none.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    return {} if folder is None else _read_files(folder, _OF_MODEL)
 
 
 def _open_tokenizer(folder: Folder, named: str | None) -> Tokenizer:
@@ -85,14 +100,11 @@ def _open_tokenizer(folder: Folder, named: str | None) -> Tokenizer:
     return open_tokenizer(str(folder.path), field="tokenizer")
 
 
-def _files(source: Path, tokenizer: Tokenizer, *, owns_tokenizer: bool) -> dict[str, bytes]:
-    """What is kept. A tokenizer.json that had to be made goes with the settings that were made with it."""
-    names = (*OF_MODEL, *_TOKENIZER_FILES) if owns_tokenizer else OF_MODEL
+def _read_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     try:
-        kept = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
+        return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
-    return kept | dict(tokenizer.files())
 
 
 def _config(folder: Folder, destination: Path, tokenizer: Tokenizer) -> Config:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Origin, Progress, is_beside_state, read_description
 from megatron_ee.checkpoint.folders import CheckpointError, find_checkpoint, is_huggingface, written_aside
-from megatron_ee.checkpoint.from_huggingface import OF_MODEL
 from megatron_ee.checkpoint.saver import Saver
 from megatron_ee.checkpoint.sharded import differences, model_state, shape_of_trunk
 from megatron_ee.checkpoint.sources import StepFolder, find_source, open_source
@@ -74,8 +73,6 @@ def merge_exits(tuned: Path, destination: Path, device: Device, *, initial: Path
         stage.load_sharded(folder.load(part), is_whole=False)
     files = {"config.yaml": to_yaml(config).encode()}
     files |= {name: (whole / name).read_bytes() for name in read_description(whole).files if is_beside_state(name)}
-    if is_huggingface(initial):
-        files |= {name: (initial / name).read_bytes() for name in OF_MODEL if (initial / name).is_file()}
     step = _write(destination, stage, description, files, mesh)
     kept = tuple(layer for layer in merged.layers if layer not in exits.exits.layers)
     return Merged(step, initial, tuned, exits.exits.layers, kept)

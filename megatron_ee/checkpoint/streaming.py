@@ -23,7 +23,7 @@ from megatron_ee.checkpoint.folders import link_latest, step_folder
 from megatron_ee.checkpoint.writing import BackgroundWriting, Item, Unread, write_metadata
 from megatron_ee.model.precision import DTYPES
 
-_CHUNK_BYTES = 2**26  # each of the writer's threads has one such chunk in memory
+_CHUNK_BYTES = 2**25  # each of the writer's threads has one such chunk in memory, and torch.save a copy
 _POLL_S = 0.2
 
 

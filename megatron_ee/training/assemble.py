@@ -1,7 +1,9 @@
 """Builds the parts of a rank from a config, and a trainer from the parts; nothing here reads or writes a file."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_ee.checkpoint.description import Description, Progress
 from megatron_ee.checkpoint.initial import load_initial, origin_of
@@ -50,6 +52,7 @@ def assemble_trainer(
     layout: Layout,
     plan: Plan,
     initial: ModelSource | None = None,
+    kept_files: Mapping[str, bytes] = MappingProxyType({}),
     optimizer_backend: Backend | None = None,
     learning_rate_decay: Decay | None = None,
 ) -> Trainer:
@@ -58,6 +61,7 @@ def assemble_trainer(
     Args:
         vocab_size: the resolved size.
         initial: what holds the parameters to begin with; None: they are random.
+        kept_files: name -> content of what came with the model, for its checkpoints.
         optimizer_backend, learning_rate_decay: None: the built-in ones that the config names.
     """
     stage = build_stage(config, layout, vocab_size, mesh, initial)
@@ -87,7 +91,7 @@ def assemble_trainer(
         profiler=Profiler(config.logging.profile, mesh, run_folder_of(config) / "profiles"),
         evaluator=_build_evaluator(config, datasets.valid, stage, Runtime(mesh, message), layout, mesh),
         layer_dropout=build_layer_dropout(config),
-        saving=Saving(config, run_folder_of(config), mesh, tokenizer.files()),
+        saving=Saving(config, run_folder_of(config), mesh, {**kept_files, **tokenizer.files()}),
     )
 
 

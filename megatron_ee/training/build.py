@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Progress, read_description
 from megatron_ee.checkpoint.folders import newest_checkpoint
+from megatron_ee.checkpoint.from_huggingface import model_files
 from megatron_ee.checkpoint.initial import open_initial
 from megatron_ee.checkpoint.resume import checkpoint_to_resume
 from megatron_ee.config import Config, to_yaml
@@ -72,6 +73,7 @@ def build_trainer(config: Config, device: Device, stop_requests: StopRequests | 
         layout=layout,
         plan=plan,
         initial=initial,
+        kept_files=model_files(checkpoint or (initial.path if initial else None)),
         optimizer_backend=parts.optimizer_backend,
         learning_rate_decay=parts.learning_rate_decay,
     )

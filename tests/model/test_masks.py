@@ -82,3 +82,23 @@ def test_a_launch_makes_what_its_layers_need(
     assert all(launch is launches[0] for launch in launches)
     model_stage.run_layers(model_stage.embed(tokens_BS), torch.arange(12), 0, 8, documents_BS=tokens_BS)
     assert len(made) == count + 1
+
+
+def test_sequences_take_their_masks_along_where_others_skip_a_layer(mesh: Mesh) -> None:
+    model = {"sliding_window": 4, "sliding_window_layers": [2, 3, 6]}
+    model_stage = whole_model(mesh, exits=[2], model=model, dtype=torch.float64)
+    tokens_BS = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(0))
+    documents_BS = torch.stack([torch.arange(12).ge(start).long() for start in (3, 6, 12)])
+    x_SBH, positions = model_stage.embed(tokens_BS), torch.arange(12)
+    rows_of = {1: [1, 2], 2: [2], 3: [0, 2], 6: [1], 7: []}
+
+    def run(rows: list[int], documents_BS: torch.Tensor | None) -> torch.Tensor:
+        kept = {layer: [rows.index(row) for row in of_layer if row in rows] for layer, of_layer in rows_of.items()}
+        documents_KS = None if documents_BS is None else documents_BS[rows]
+        rows_K = {layer: torch.tensor(numbers, dtype=torch.int64) for layer, numbers in kept.items()}
+        y_SKH, _ = model_stage.run_layers(x_SBH[:, rows], positions, 0, 8, documents_BS=documents_KS, kept=rows_K)
+        return y_SKH
+
+    for documents in (documents_BS, None):
+        alone_SBH = torch.cat([run([row], documents) for row in range(3)], dim=1)
+        torch.testing.assert_close(run([0, 1, 2], documents), alone_SBH)
