@@ -33,7 +33,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "windows": {"sliding_window": 3},
     "windows of one": {"sliding_window": 1, "sliding_window_layers": [8]},
     "some windows": SOME_LAYERS,
-    "windows as long as sequences": {"sliding_window": 12},
     "all at once": ALL,
 }
 SPLITS: dict[str, dict[str, Any]] = {
@@ -55,7 +54,7 @@ SPLITS: dict[str, dict[str, Any]] = {
         "parallel": {"tensor": 2, "data": 2, "overlap_grad_reduce": True, "distributed_optimizer": True},
     },
 }
-PACKED = [*list(SPLITS)[:4], "zero bubble, sequence parallel"]
+PACKED = ["pipeline, recomputed layers", "chunks, recomputed modules", "zero bubble, sequence parallel"]
 ITERATION = 1
 
 

@@ -28,6 +28,17 @@ def test_hand_count_of_the_tiny_model() -> None:
     assert _count([2, 5]) == 3 * 2 * (8 * layer + 3 * 32 * VOCAB_SIZE)
 
 
+def test_a_query_counts_what_its_window_shows() -> None:
+    """4 positions in three layers, and in the block of the exit after one of them; all elsewhere."""
+    model = {"sliding_window": 4, "sliding_window_layers": [1, 2, 7]}
+    exits = {"layers": [2, 5], "head": "block"}
+    full, windowed = (flops_per_token(tiny_config(model=fields, exits=exits), VOCAB_SIZE) for fields in ({}, model))
+    assert full - windowed == pytest.approx(3 * 2 * (3 + 1) * 2 * (SEQUENCE_LENGTH - 4) * 32)
+    tuned = {"exits": exits, "training": {"trains": "exits"}, "checkpoint": {"initial": "runs/whole"}}
+    full, windowed = (flops_per_token(tiny_config(model=fields, **tuned), VOCAB_SIZE) for fields in ({}, model))
+    assert full - windowed == pytest.approx(2 * (2 + 3) * 2 * (SEQUENCE_LENGTH - 4) * 32)
+
+
 @pytest.mark.parametrize("exits", [[], [2, 5]])
 def test_count_is_that_of_the_products_which_torch_runs(mesh: Mesh, exits: list[int]) -> None:
     stage = whole_model(mesh, exits=exits).train().requires_grad_(True)
