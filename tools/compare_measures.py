@@ -23,10 +23,11 @@ import torch
 from exit_curves import Curve, Reliability, curve_of, depths_between, reliability_of, without_cost
 
 from megatron_ee.checkpoint.description import read_description
-from megatron_ee.checkpoint.folders import find_checkpoint
-from megatron_ee.config import Config, open_config
+from megatron_ee.checkpoint.folders import find_model, is_huggingface
+from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import FieldError, UserError
+from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.log import quiet_dependencies
 from megatron_ee.tokenizer import Tokenizer
 
@@ -49,21 +50,21 @@ class Observed:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a run folder (its newest) or a step folder")
+    parser.add_argument("checkpoint", type=Path, help="a run folder (its newest), a step or Hugging Face folder")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, instead of the run's validation split")
     parser.add_argument("--sequences", type=int, default=64, metavar="N", help="of data.sequence_length tokens (64)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a .json, instead of the run's own")
     arguments = parser.parse_args()
     quiet_dependencies()
     try:
-        folder = find_checkpoint(arguments.checkpoint)
-        output = arguments.output or folder.parents[1] / "pictures" / "measures.json"
-        with open_config(folder / "config.yaml", _NO_PLUGINS) as config:
+        folder = find_model(arguments.checkpoint)
+        output = arguments.output or pictures_of(folder) / "measures.json"
+        with open_decoding_config(folder, _NO_PLUGINS) as config:
             device = choose_device(config.device)
             from megatron_ee.inference.engine import load_engine  # imports megatron-core, which needs a chosen device
 
             engine = load_engine(folder, config, device)
-            gate_loss = read_description(folder).exits.gate_loss
+            gate_loss = (config if is_huggingface(folder) else read_description(folder)).exits.gate_loss
             if not engine.exits:
                 raise UserError(f"{folder}: the model has no early exit to compare measures of")
             text = read_text(arguments.text, engine.tokenizer) if arguments.text else held_out(config, engine.tokenizer)
@@ -74,6 +75,17 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def pictures_of(folder: Path) -> Path:
+    """The run's.
+
+    Raises:
+        UserError: the folder is Hugging Face's, which is left as it is.
+    """
+    if is_huggingface(folder):
+        raise UserError(f"{folder} is no run's: say where the figures go, --output FILE")
+    return folder.parents[1] / "pictures"
 
 
 def read_text(path: Path, tokenizer: Tokenizer) -> np.ndarray:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import Config, load_config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
@@ -16,7 +17,7 @@ def main() -> int:
     arguments = parser.parse_args()
     quiet_dependencies()
     try:
-        show(load_config(arguments.config, arguments.overrides))
+        show(load_config(arguments.config, arguments.overrides, read_model=read_model))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, get_args
 
 import torch
 
+from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import Config, ExitsConfig, HeadKind, ParallelConfig, open_config
 from megatron_ee.device import Device, choose_device
 from megatron_ee.errors import FieldError, UserError
@@ -47,7 +48,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     quiet_dependencies()
     try:
-        with open_config(arguments.config, arguments.overrides) as config:
+        with open_config(arguments.config, arguments.overrides, read_model=read_model) as config:
             check(config, arguments.output)
             device = choose_device(config.device)
             print(device.reason)

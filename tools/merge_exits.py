@@ -2,7 +2,7 @@
 
 TUNED is the run of training.trains: exits, or a step folder of it. DEST, which must not exist, becomes a run folder: it
 can be decoded and evaluated, and other runs can begin with it (checkpoint.initial). The model's own parameters stay as
-they are, bit for bit.
+they are, bit for bit. What they were trained on may be a Hugging Face folder.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tuned", type=Path, metavar="TUNED", help="a run folder (its newest) or a step folder")
     parser.add_argument("destination", type=Path, metavar="DEST", help="the run folder to write")
-    parser.add_argument("--initial", type=Path, help="the model, a run or step folder, where it has moved")
+    parser.add_argument("--initial", type=Path, help="the folder of the model, where it has moved")
     arguments = parser.parse_args()
     quiet_dependencies()
     try:

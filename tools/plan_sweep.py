@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import load_config
 from megatron_ee.errors import UserError
 
@@ -27,7 +28,7 @@ def plan_sweep(config: str, path: Path) -> list[list[str]]:
     for number, line in _lines(path):
         try:
             overrides = shlex.split(line)
-            resolved = load_config(config, overrides)
+            resolved = load_config(config, overrides, read_model=read_model)
             name = resolved.name if _gives_name(overrides) else f"{resolved.name}-{number}"
             folder = Path(resolved.runs) / name
             if folder in line_of:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import Config, open_config
 from megatron_ee.config.checks import BUILT_IN
 from megatron_ee.errors import FieldError, UserError
@@ -46,7 +47,7 @@ def main() -> int:
     arguments = _parse()
     try:
         trace = read_trace(arguments.trace) if arguments.trace else None
-        with open_config(arguments.config, arguments.overrides) as config:
+        with open_config(arguments.config, arguments.overrides, read_model=read_model) as config:
             shown = show(config, arguments.world_size or (trace.world_size if trace else None))
         if trace:
             check_same_plan(arguments.trace, trace, shown.plan)

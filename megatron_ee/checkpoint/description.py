@@ -32,8 +32,8 @@ class Origin:
     """The checkpoint whose parameters a run began with.
 
     Attributes:
-        path: of the step folder, as the run found it.
-        hash: its description's.
+        path: of the step folder, or the Hugging Face folder, as the run found it.
+        hash: its description's; of a Hugging Face folder's `fingerprint`.
     """
 
     path: str
@@ -66,8 +66,13 @@ class Description:
 
     @property
     def hash(self) -> str:
-        listing = "".join(f"{name} {digest}\n" for name, digest in sorted(self.files.items()))
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return hash_of(self.files)
+
+
+def hash_of(files: Mapping[str, str]) -> str:
+    """SHA-256 over the names and SHA-256s of a folder's files."""
+    listing = "".join(f"{name} {digest}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def write_description(folder: Path, description: Description) -> None:

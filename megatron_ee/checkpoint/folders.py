@@ -1,4 +1,7 @@
-"""Where checkpoints are: RUN/checkpoints/step_00001000/, and `latest`, a link to the newest whole one."""
+"""Where checkpoints are: RUN/checkpoints/step_00001000/, and `latest`, a link to the newest whole one.
+
+A Hugging Face folder stands for one wherever a model is read and no optimizer's state is needed.
+"""
 
 import itertools
 import logging
@@ -12,6 +15,7 @@ from megatron_ee.errors import UserError
 
 FORMAT_FILE = "format.json"
 SHARD_SUFFIX = ".distcp"
+HUGGING_FACE_FILE = "config.json"
 
 
 class CheckpointError(UserError):
@@ -46,6 +50,16 @@ def whole_checkpoints(run: Path) -> dict[int, Path]:
     }
 
 
+def is_huggingface(path: Path) -> bool:
+    """Whether a folder is a model's in Hugging Face's format; a run's or a step folder is what it is."""
+    return (path / HUGGING_FACE_FILE).is_file() and not is_whole(path) and newest_checkpoint(path) is None
+
+
+def find_model(path: Path) -> Path:
+    """A Hugging Face folder as it is, and anything else as `find_checkpoint` takes it."""
+    return path if is_huggingface(path) else find_checkpoint(path)
+
+
 def find_checkpoint(path: Path) -> Path:
     """A step folder from what a user gave: the folder itself, or a run's (its newest).
 
@@ -59,7 +73,8 @@ def find_checkpoint(path: Path) -> Path:
     if (newest := newest_checkpoint(path)) is not None:
         return newest
     raise CheckpointError(
-        f"checkpoint: {path} is neither a run with a whole checkpoint nor a step folder (no {FORMAT_FILE})"
+        f"checkpoint: {path} is neither a run with a whole checkpoint nor a step folder (no {FORMAT_FILE}) nor a "
+        f"Hugging Face folder (no {HUGGING_FACE_FILE})"
     )
 
 

@@ -1,19 +1,19 @@
-"""The parameters that a run begins with: another run's, in whatever layout, with exits that it may lack.
+"""The parameters that a run begins with: another run's, in whatever layout, or those of a Hugging Face folder, with
+exits that it may lack.
 
 An exit that the checkpoint has, after the same layer and of the same make, keeps its parameters. One that it lacks
 begins as a copy of what does the same for the model (EE-Tuning, Pan et al., arXiv 2402.00518, section 3.1), or random.
 """
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ee.checkpoint.description import Description, Origin, read_description
-from megatron_ee.checkpoint.folders import CheckpointError, find_checkpoint, is_whole, whole_checkpoints
-from megatron_ee.checkpoint.sharded import differences, load_checkpoint, model_state, names_in, shape_of_trunk
-from megatron_ee.checkpoint.verify import verify
+from megatron_ee.checkpoint.description import Description, Origin
+from megatron_ee.checkpoint.folders import CheckpointError, is_huggingface
+from megatron_ee.checkpoint.sharded import differences, model_state, shape_of_trunk
+from megatron_ee.checkpoint.sources import ModelSource, find_source, open_source
 from megatron_ee.config import Config, ExitsConfig, ModelConfig
-from megatron_ee.errors import FieldError
+from megatron_ee.errors import FieldError, UserError
 from megatron_ee.model.stage import Stage
 from megatron_ee.model.trainable import EXITS
 from megatron_ee.parallel.mesh import Mesh
@@ -21,22 +21,8 @@ from megatron_ee.parallel.mesh import Mesh
 FIELD = "checkpoint.initial"
 
 
-@dataclass(frozen=True, slots=True)
-class InitialCheckpoint:
-    """A step folder of another run, and what it holds."""
-
-    folder: Path
-    description: Description
-
-    @property
-    def origin(self) -> Origin:
-        return Origin(str(self.folder), self.description.hash)
-
-
-def open_initial(
-    config: Config, wanted: Description, mesh: Mesh, *, resumed: Description | None
-) -> InitialCheckpoint | None:
-    """The checkpoint that `checkpoint.initial` names, or None where the run has no use for it. Collective.
+def open_initial(config: Config, wanted: Description, mesh: Mesh, *, resumed: Description | None) -> ModelSource | None:
+    """What `checkpoint.initial` names, or None where the run has no use for it. Collective.
 
     A run that is resumed has its own parameters; but where only exits are trained it saves no others, and takes the
     rest of the model from the very checkpoint that it began with.
@@ -46,47 +32,34 @@ def open_initial(
         resumed: what the run goes on from; None at its beginning.
 
     Raises:
-        FieldError: there is no such checkpoint, it is damaged, of another model, or not what the run began with.
+        FieldError: there is no such folder, it is damaged, of another model, or not what the run began with.
     """
     if config.checkpoint.initial is None or (resumed is not None and resumed.trains == "all"):
         return None
     path, began_with = Path(config.checkpoint.initial), resumed.initial if resumed else None
     try:
-        folder = mesh.from_main(lambda: find_initial(path, began_with))
-        description = verify(folder, mesh, reads="all" if config.checkpoint.verify else "nothing")
+        folder = mesh.from_main(lambda: find_source(path, began_with))
+        source = open_source(folder, mesh, reads_all=config.checkpoint.verify, tokenizer=wanted.tokenizer)
     except CheckpointError as error:
         raise FieldError(FIELD, str(error).removeprefix("checkpoint: ")) from error
-    _check_fits(folder, description, wanted)
+    _check_fits(folder, source.description, wanted)
     if mesh.is_main and resumed is None:
-        _announce(folder, description, wanted)
-    return InitialCheckpoint(folder, description)
+        _announce(folder, source.description, wanted)
+    return source
 
 
-def find_initial(path: Path, began_with: Origin | None) -> Path:
-    """The step folder that a path means; of a run, the newest, or the one that a run began with.
-
-    Raises:
-        CheckpointError: there is none, or none that the run began with.
-    """
-    folder = find_checkpoint(path)
-    if began_with is None:
-        return folder
-    candidates = [path] if is_whole(path) else list(whole_checkpoints(path).values())
-    for candidate in candidates:
-        if read_description(candidate).hash == began_with.hash:
-            return candidate
-    raise CheckpointError(
-        f"{path} is not what the run began with, {began_with.path}, whose hash is {began_with.hash[:12]}..."
-    )
+def origin_of(source: ModelSource | None) -> Origin | None:
+    """What a run's record says of the folder that it began with."""
+    return Origin(str(source.path), source.description.hash) if source is not None else None
 
 
-def load_initial(initial: InitialCheckpoint, stage: Stage, mesh: Mesh, exits: ExitsConfig) -> None:
-    """Fill a stage's parameters. Collective. What the checkpoint lacks, and nothing is a copy for, stays as it is.
+def load_initial(initial: ModelSource, stage: Stage, mesh: Mesh, exits: ExitsConfig) -> None:
+    """Fill a stage's parameters. Collective. What the folder lacks, and nothing is a copy for, stays as it is.
 
     Raises:
-        CheckpointError: see `load_checkpoint`.
+        FieldError: its files are damaged.
     """
-    names, kept = names_in(initial.folder), kept_exits(initial.description.exits, exits)
+    names, kept = initial.names(), kept_exits(initial.description.exits, exits)
     parts: dict[int, dict] = {layer: {} for layer in (0, *exits.layers)}  # in each, a name on disk occurs once
     for name, entry in model_state(stage, mesh).items():
         layer = _exit_of(entry.key)
@@ -96,8 +69,11 @@ def load_initial(initial: InitialCheckpoint, stage: Stage, mesh: Mesh, exits: Ex
             entry.key = source
             parts[layer][name] = entry
     for part in parts.values():
-        loaded = load_checkpoint(initial.folder, {"model": part}, asks_for_all=False)
-        stage.load_sharded(loaded.get("model", {}), is_whole=False)
+        try:
+            loaded = initial.load(part, asks_for_all=False)
+        except UserError as error:
+            raise FieldError(FIELD, str(error)) from error
+        stage.load_sharded(loaded, is_whole=False)
 
 
 def kept_exits(saved: ExitsConfig, wanted: ExitsConfig) -> list[int]:
@@ -142,6 +118,9 @@ def _exit_of(name: str) -> int:
 def _check_fits(folder: Path, saved: Description, wanted: Description) -> None:
     if saved.trains == "exits":
         raise FieldError(FIELD, f"{folder} holds exits alone; tools/merge_exits.py makes a model of it")
+    if is_huggingface(folder) and saved.tokenizer != wanted.tokenizer:
+        own, other = saved.tokenizer, wanted.tokenizer
+        raise FieldError(FIELD, f"{folder} has tokenizer {own}, and data.tokenizer is {other}; name the folder there")
     found, needed = shape_of_trunk(saved), shape_of_trunk(wanted)
     if wanted.trains == "exits":  # what is not trained keeps its precision
         found["training.precision"], needed["training.precision"] = saved.precision, wanted.precision
@@ -168,6 +147,8 @@ def _announce(folder: Path, saved: Description, wanted: Description) -> None:
     new = [layer for layer in wanted.exits.layers if layer not in kept]
     how = {"copy": "copies of the model's own parts", "random": "random"}[wanted.exits.initialize]
     parts = [f"{_name(layers)} {state}" for layers, state in ((kept, "as trained"), (new, f"as {how}")) if layers]
+    if saved.precision != wanted.precision:
+        parts.insert(0, f"its {saved.precision} parameters as {wanted.precision}")
     log.info("begins with %s%s", folder, "".join(f", {part}" for part in parts))
     rest = [layer for layer in saved.exits.layers if layer not in kept]
     if rest and wanted.trains == "all":

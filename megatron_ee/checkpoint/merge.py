@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ee.checkpoint.description import Description, Origin, Progress, is_beside_state
-from megatron_ee.checkpoint.folders import CheckpointError, find_checkpoint, written_aside
-from megatron_ee.checkpoint.initial import find_initial
+from megatron_ee.checkpoint.description import Description, Origin, Progress, is_beside_state, read_description
+from megatron_ee.checkpoint.folders import CheckpointError, find_checkpoint, is_huggingface, written_aside
 from megatron_ee.checkpoint.saver import Saver
-from megatron_ee.checkpoint.sharded import differences, load_checkpoint, model_state, shape_of_trunk
+from megatron_ee.checkpoint.sharded import differences, model_state, shape_of_trunk
+from megatron_ee.checkpoint.sources import StepFolder, find_source, open_source
 from megatron_ee.checkpoint.verify import verify
 from megatron_ee.config import Config, ExitsConfig, ParallelConfig, load_config, to_yaml
 from megatron_ee.device import Device
@@ -39,7 +39,7 @@ def merge_exits(tuned: Path, destination: Path, device: Device, *, initial: Path
     Args:
         tuned: a run or step folder of `training.trains: exits`.
         destination: of a name that a run may have, and not there yet.
-        initial: the run or step folder of the model, where it has moved.
+        initial: the run, step folder or Hugging Face folder of the model, where it has moved.
 
     Raises:
         UserError: a checkpoint is not there, damaged, or not what the exits were trained on; the destination exists.
@@ -49,12 +49,14 @@ def merge_exits(tuned: Path, destination: Path, device: Device, *, initial: Path
     mesh = open_mesh(ParallelConfig(), device)
     tuned, exits = _open_tuned(tuned, mesh)
     assert exits.initial is not None, "a run that trains exits began with a model"
-    initial = find_initial(initial or Path(exits.initial.path), exits.initial)
-    model = verify(initial, mesh, reads="all")
+    initial = find_source(initial or Path(exits.initial.path), exits.initial)
+    source = open_source(initial, mesh, reads_all=True, tokenizer=exits.tokenizer)
+    model = source.description
     if different := differences(shape_of_trunk(exits), shape_of_trunk(model)):
         raise CheckpointError(f"{tuned} is of another model than {initial}: {different}")
     merged = merged_exits(model.exits, exits.exits)
-    config = _merged_config(initial, merged, destination)
+    whole = tuned if is_huggingface(initial) else initial  # of the two, the one that lacks nothing beside the model
+    config = _merged_config(whole, merged, destination)
     description = replace(
         model,
         exits=merged,
@@ -67,10 +69,10 @@ def merge_exits(tuned: Path, destination: Path, device: Device, *, initial: Path
     state = model_state(stage, mesh)
     of_tuned = {name: entry for name, entry in state.items() if _belongs_to(entry.key, exits.exits.layers)}
     of_model = {name: entry for name, entry in state.items() if name not in of_tuned}
-    for folder, part in ((initial, of_model), (tuned, of_tuned)):
-        stage.load_sharded(load_checkpoint(folder, {"model": part})["model"], is_whole=False)
+    for folder, part in ((source, of_model), (StepFolder(tuned, exits), of_tuned)):
+        stage.load_sharded(folder.load(part), is_whole=False)
     files = {"config.yaml": to_yaml(config).encode()}
-    files |= {name: (initial / name).read_bytes() for name in model.files if is_beside_state(name)}
+    files |= {name: (whole / name).read_bytes() for name in read_description(whole).files if is_beside_state(name)}
     step = _write(destination, stage, description, files, mesh)
     kept = tuple(layer for layer in merged.layers if layer not in exits.exits.layers)
     return Merged(step, initial, tuned, exits.exits.layers, kept)
@@ -102,12 +104,13 @@ def _open_tuned(path: Path, mesh: Mesh) -> tuple[Path, Description]:
     return folder, description
 
 
-def _merged_config(initial: Path, exits: ExitsConfig, destination: Path) -> Config:
-    """The model's, with the exits of both, under the destination's name."""
-    config = load_config(initial / "config.yaml")
+def _merged_config(whole: Path, exits: ExitsConfig, destination: Path) -> Config:
+    """The model's, or of the run that tuned its exits, with the exits of both, under the destination's name."""
+    config = load_config(whole / "config.yaml")
     fields = config.model_dump()
     fields |= {"name": destination.name, "runs": str(destination.parent), "exits": exits.model_dump()}
     fields["checkpoint"]["initial"] = None
+    fields["training"]["trains"] = "all"
     fields["parallel"]["layout"] = "auto"  # a pinned one has no place for the new exits
     try:
         return Config.model_validate(fields)

@@ -93,11 +93,6 @@ def names_in(folder: Path) -> frozenset[str]:
     return frozenset(dist_checkpointing.load_tensors_metadata(str(folder)))
 
 
-def load_stage(folder: Path, stage: Stage, mesh: Mesh) -> None:
-    """Fill a stage's parameters from a checkpoint of any layout."""
-    stage.load_sharded(load_checkpoint(folder, {"model": model_state(stage, mesh)})["model"])
-
-
 def check_same_model(folder: Path, description: Description) -> Description:
     """The checkpoint's own description, when it is of the model that `description` asks for.
 
@@ -124,7 +119,8 @@ def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> st
 
 def shape_of_trunk(description: Description) -> dict[str, object]:
     """What decides the names and shapes of all parameters but the early exits', and how the layers compute."""
-    model = {f"model.{name}": value for name, value in description.model if name not in ("init_std", "vocab_size")}
+    aside = ("init_std", "max_position_embeddings", "vocab_size")
+    model = {f"model.{name}": value for name, value in description.model if name not in aside}
     return {**model, "tokenizer": description.tokenizer, "vocab_size": description.vocab_size}
 
 

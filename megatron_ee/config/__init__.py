@@ -4,7 +4,8 @@ from megatron_ee.config.errors import ConfigError
 from megatron_ee.config.exit_losses import DistillationConfig, GateKind, GateLossConfig, WeightScheduleConfig
 from megatron_ee.config.inference import ExitParams, InferenceConfig, ServingConfig
 from megatron_ee.config.layerskip import LayerDropoutConfig, LayerSkipConfig
-from megatron_ee.config.loader import load_config, open_config, to_yaml
+from megatron_ee.config.like import ModelReader
+from megatron_ee.config.loader import load_config, open_config, open_values, to_yaml
 from megatron_ee.config.logging import LoggingConfig, ProfileConfig, WandbConfig
 from megatron_ee.config.model import ExitsConfig, HeadKind, ModelConfig, Precision
 from megatron_ee.config.operations import CheckpointConfig, FaultsConfig
@@ -30,6 +31,7 @@ __all__ = [
     "LayerSkipConfig",
     "LoggingConfig",
     "ModelConfig",
+    "ModelReader",
     "OptimizerConfig",
     "ParallelConfig",
     "Precision",
@@ -41,5 +43,6 @@ __all__ = [
     "WeightScheduleConfig",
     "load_config",
     "open_config",
+    "open_values",
     "to_yaml",
 ]

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import Config, ParallelConfig, open_config, to_yaml
 from megatron_ee.config.checks import BUILT_IN
 from megatron_ee.errors import FieldError, UserError
@@ -34,7 +35,7 @@ def main() -> int:
         if arguments.config is None:
             _write(_schema(), arguments.schema)
         else:
-            with open_config(arguments.config, arguments.overrides) as config:
+            with open_config(arguments.config, arguments.overrides, read_model=read_model) as config:
                 sys.stdout.write(_look_at(config, arguments.world_size, wants_estimate=arguments.estimate))
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)

@@ -1,42 +1,56 @@
 """Reads a run's YAML: one file, at most one base file under it, and `key.path=value` overrides on top."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_ee.config.dialect import KeyPath, Tree, dotted, parse, parse_path, to_text
 from megatron_ee.config.errors import ConfigError, Place, Problem
 from megatron_ee.config.explain import explain, is_field, nearest_place, show
+from megatron_ee.config.like import ModelReader, lacks_model, resolve_like
 from megatron_ee.config.schema import Config
 from megatron_ee.errors import FieldError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, read_model: ModelReader | None = None) -> Config:
     """Read, merge and validate a config file.
 
     `base: other.yaml` in the file names a parent, relative to it, whose values hold where the file says nothing.
     Each override `key.path=value` is YAML on its right side and is laid over the file like a child over its base.
+    `model: {like: FOLDER}` is what `read_model` finds there; None: it is an error.
     Raises ConfigError with every problem, one line each: the file's in its order, its base's, the overrides'.
     """
-    return _load(Path(path), overrides)[0]
+    return _load(Path(path), overrides, read_model)[0]
 
 
 @contextmanager
-def open_config(path: str | Path, overrides: Sequence[str] = ()) -> Iterator[Config]:
+def open_config(
+    path: str | Path, overrides: Sequence[str] = (), *, read_model: ModelReader | None = None
+) -> Iterator[Config]:
     """`load_config`, for entry points: what a config does not fit is found out only where it is used.
 
     A FieldError out of the `with` block becomes a ConfigError with the place of that field, like any other.
     """
-    config, places = _load(Path(path), overrides)
-    try:
+    config, places = _load(Path(path), overrides, read_model)
+    with _placing(places):
         yield config
-    except FieldError as error:
-        field = parse_path(error.field)
-        if not is_field(field):
-            raise
-        raise ConfigError([Problem(nearest_place(field, places), str(error))]) from error
+
+
+@contextmanager
+def open_values(
+    values: Mapping[str, Any], source: str, overrides: Sequence[str] = (), *, read_model: ModelReader | None = None
+) -> Iterator[Config]:
+    """`open_config`, of values that no file holds.
+
+    Args:
+        source: what messages about them begin with.
+    """
+    config, places = _resolve(Tree(dict(values), _places(values, Place(source))), Path(source), overrides, read_model)
+    with _placing(places):
+        yield config
 
 
 def to_yaml(config: Config) -> str:
@@ -44,19 +58,45 @@ def to_yaml(config: Config) -> str:
     return to_text(config.model_dump())
 
 
-def _load(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[KeyPath, Place]]:
-    tree, not_read = _read_with_base(path), []
+@contextmanager
+def _placing(places: dict[KeyPath, Place]) -> Iterator[None]:
+    try:
+        yield
+    except FieldError as error:
+        field = parse_path(error.field)
+        if not is_field(field):
+            raise
+        raise ConfigError([Problem(nearest_place(field, places), str(error))]) from error
+
+
+def _places(values: Mapping[str, Any], place: Place) -> dict[KeyPath, Place]:
+    """The same place for each section and its fields."""
+    sections: dict[KeyPath, Place] = {(name,): place for name in values}
+    fields = [(name, field) for name, section in values.items() if isinstance(section, Mapping) for field in section]
+    return {(): place, **sections, **dict.fromkeys(fields, place)}
+
+
+def _load(path: Path, overrides: Sequence[str], read_model: ModelReader | None) -> tuple[Config, dict[KeyPath, Place]]:
+    return _resolve(_read_with_base(path), path, overrides, read_model)
+
+
+def _resolve(
+    tree: Tree, path: Path, overrides: Sequence[str], read_model: ModelReader | None
+) -> tuple[Config, dict[KeyPath, Place]]:
+    not_read = []
     for override in overrides:
         try:
             tree = tree.merged_with(_parse_override(override, tree))
         except ConfigError as error:
             not_read += error.problems
+    tree = resolve_like(tree, read_model)
     problems = list(tree.problems)
     config = None
     try:
         config = Config.model_validate(tree.values)
     except ValidationError as error:
-        problems += explain(error, tree.places)
+        found = explain(error, tree.places)
+        problems += [problem for problem in found if not (lacks_model(tree) and problem.message.startswith("model:"))]
     if config is None or problems or not_read:
         raise ConfigError([*sorted(problems, key=lambda problem: _order(problem.place, path)), *not_read])
     return config, tree.places

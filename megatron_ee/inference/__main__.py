@@ -1,7 +1,9 @@
 """Continue prompts: python -m megatron_ee.inference --checkpoint RUN --prompt TEXT [inference.exit.threshold=0.8 ...]
 
-The run's own config says how (its `inference` section); overrides change it. With --compare, each prompt is continued
-at full depth and at several thresholds, and a table shows what exits gain and what they cost.
+The run's own config says how (its `inference` section), or a config that is named first; overrides change it. The
+checkpoint may be a Hugging Face folder; to one without exits of its own, exits.layers and exits.norm=shared give some.
+With --compare, each prompt is continued at full depth and at several thresholds, and a table shows what exits gain and
+what they cost.
 """
 
 import argparse
@@ -13,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ee.checkpoint.folders import find_checkpoint
-from megatron_ee.config import Config, open_config
+from megatron_ee.checkpoint.folders import find_model
+from megatron_ee.config import Config
 from megatron_ee.device import choose_device
-from megatron_ee.errors import FieldError, UserError
+from megatron_ee.errors import UserError
+from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.show import DepthPainter, Summary
 from megatron_ee.log import quiet_dependencies
@@ -24,21 +27,22 @@ from megatron_ee.log import quiet_dependencies
 if TYPE_CHECKING:
     from megatron_ee.inference.engine import Engine
 
+_CHECKPOINT = "a run folder (its newest), a step folder or a Hugging Face folder"
 COMPARED_THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.5)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder (its newest) or a step folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help=_CHECKPOINT)
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--compare", action="store_true", help="full depth against exits, for several thresholds")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    arguments = parser.parse_args()
+    parser.add_argument("settings", nargs="*", metavar="[CONFIG] key.path=value")
+    arguments = parser.parse_intermixed_args()
+    config_file, overrides = split_settings(arguments.settings)
     quiet_dependencies()
     try:
-        folder = find_checkpoint(arguments.checkpoint)
-        with open_config(folder / "config.yaml", arguments.overrides) as config:
-            check_plugins(config, arguments.overrides)
+        folder = find_model(arguments.checkpoint)
+        with open_decoding_config(folder, overrides, config_file=config_file) as config:
             device = choose_device(config.device)
             from megatron_ee.inference.engine import load_engine  # imports megatron-core, which needs a chosen device
 
@@ -51,16 +55,11 @@ def main() -> int:
     return 0
 
 
-def check_plugins(config: Config, overrides: Sequence[str]) -> None:
-    """
-    Raises:
-        FieldError: the checkpoint's config lists plug-ins. They are code, so the user has to name them.
-    """
-    if config.plugins and not any(override.startswith("plugins=") for override in overrides):
-        names = ", ".join(config.plugins)
-        raise FieldError(
-            "plugins", f"the run used [{names}], which is code; say what may be run: plugins=[{names}] or []"
-        )
+def split_settings(settings: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """A config's path, if that comes first, and overrides."""
+    if settings and "=" not in settings[0]:
+        return Path(settings[0]), list(settings[1:])
+    return None, list(settings)
 
 
 def show(engine: "Engine", config: Config, prompts: Sequence[str]) -> None:

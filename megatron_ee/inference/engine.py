@@ -1,17 +1,19 @@
 """Continues one request's text, token by token."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from megatron_ee.checkpoint.description import Description
-from megatron_ee.checkpoint.folders import CheckpointError
-from megatron_ee.checkpoint.sharded import load_stage
-from megatron_ee.checkpoint.verify import verify
+from megatron_ee.checkpoint.folders import CheckpointError, is_huggingface
+from megatron_ee.checkpoint.models import has_tokenizer
+from megatron_ee.checkpoint.sharded import differences, model_state, shape_of_trunk
+from megatron_ee.checkpoint.sources import open_source
 from megatron_ee.config import Config, ParallelConfig
 from megatron_ee.device import Device
+from megatron_ee.inference.declared_exits import exits_to_decode
 from megatron_ee.inference.decoder import Decoder
 from megatron_ee.inference.policies import GATE, MEASURES, Measure, check_gates, thresholds_of
 from megatron_ee.inference.request import Emission, Request
@@ -79,15 +81,22 @@ class Engine:
 
 
 def load_engine(folder: Path, config: Config, device: Device) -> Engine:
-    """Open a step folder, whatever layout wrote it, on this one process.
+    """Open a step folder, whatever layout wrote it, or a Hugging Face folder, on this one process.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another format version.
+        FieldError: see `exits_to_decode`.
     """
     mesh = open_mesh(ParallelConfig(), device)
-    description = verify(folder, mesh, reads="all" if config.checkpoint.verify else "nothing")
+    source = open_source(folder, mesh, reads_all=config.checkpoint.verify)
+    description = source.description
     if description.trains == "exits":
         raise CheckpointError(f"checkpoint: {folder} holds exits alone; tools/merge_exits.py makes a model of it")
+    if is_huggingface(folder):
+        description = _described_by(config, folder, description)
+        tokenizer = open_tokenizer(str(folder) if has_tokenizer(folder) else config.data.tokenizer)
+    else:
+        tokenizer = open_checkpoint_tokenizer(folder, description)
     (chunks,) = place(description.model, description.exits, ParallelConfig())
     stage = Stage(
         description.model,
@@ -98,10 +107,10 @@ def load_engine(folder: Path, config: Config, device: Device) -> Engine:
         device=device,
         dtype=DTYPES[description.precision],
     )
-    load_stage(folder, stage, mesh)
+    stage.load_sharded(source.load(model_state(stage, mesh)))
     stage.eval().requires_grad_(False)
     measures = {**MEASURES, **load_plugins(config.plugins).exit_measures}
-    return Engine(stage, open_checkpoint_tokenizer(folder, description), list(description.exits.layers), measures)
+    return Engine(stage, tokenizer, list(description.exits.layers), measures)
 
 
 def open_checkpoint_tokenizer(folder: Path, description: Description) -> Tokenizer:
@@ -116,3 +125,11 @@ def open_checkpoint_tokenizer(folder: Path, description: Description) -> Tokeniz
     if tokenizer.name != description.tokenizer:
         raise CheckpointError(f"checkpoint: {folder} holds tokenizer {tokenizer.name}, not {description.tokenizer}")
     return tokenizer
+
+
+def _described_by(config: Config, folder: Path, found: Description) -> Description:
+    """What a Hugging Face folder holds, with the config's exits where it has none of its own."""
+    wanted = replace(found, model=config.model)
+    if different := differences(shape_of_trunk(found), shape_of_trunk(wanted)):
+        raise CheckpointError(f"checkpoint: {folder} is of another model than the config: {different}")
+    return replace(found, exits=exits_to_decode(folder, found.exits, config.exits))

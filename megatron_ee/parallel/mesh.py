@@ -116,6 +116,21 @@ class Mesh:
             raise outcome[1]
         return cast(Result, outcome[0])
 
+    def on_all_ranks(self, work: Callable[[], Result]) -> Result:
+        """What a function returns on this rank; every rank calls it.
+
+        Raises:
+            UserError: it did so on some rank; here on all, so that none waits for one that has given up.
+        """
+        result, problem = None, ""
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+        if first := next(filter(None, self.gather(problem)), ""):
+            raise UserError(first)
+        return cast(Result, result)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(device_ids=[self.device.torch.index] if self.device.torch.type == "cuda" else None)

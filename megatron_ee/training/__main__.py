@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import open_config
 from megatron_ee.errors import UserError
 from megatron_ee.log import quiet_dependencies
@@ -34,7 +35,7 @@ def main() -> int:
         end_with(parent=os.getppid())
         stop_requests.end_with_siblings()
     try:
-        with open_config(arguments.config, arguments.overrides) as config:
+        with open_config(arguments.config, arguments.overrides, read_model=read_model) as config:
             check_world(config, int(os.environ.get("WORLD_SIZE", "1")))  # torchrun's, like the ranks below
             stop_requests.exit_duration = config.training.exit_duration
             quiet_dependencies()

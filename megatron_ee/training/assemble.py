@@ -6,7 +6,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from megatron_ee.checkpoint.description import Description, Progress
-from megatron_ee.checkpoint.initial import InitialCheckpoint, load_initial
+from megatron_ee.checkpoint.initial import load_initial, origin_of
+from megatron_ee.checkpoint.sources import ModelSource
 from megatron_ee.config import Config, TrainingConfig
 from megatron_ee.data.dataset import Datasets
 from megatron_ee.data.loader import BatchLoader, SampleSource
@@ -50,7 +51,7 @@ def assemble_trainer(
     vocab_size: int,
     layout: Layout,
     plan: Plan,
-    initial: InitialCheckpoint | None = None,
+    initial: ModelSource | None = None,
     kept_files: Mapping[str, bytes] = MappingProxyType({}),
     optimizer_backend: Backend | None = None,
     learning_rate_decay: Decay | None = None,
@@ -70,7 +71,7 @@ def assemble_trainer(
     return Trainer(
         config=config,
         run_folder=run_folder_of(config),
-        description=replace(describe(config, tokenizer.name, vocab_size), initial=initial.origin if initial else None),
+        description=replace(describe(config, tokenizer.name, vocab_size), initial=origin_of(initial)),
         tokenizer=tokenizer,
         mesh=mesh,
         stage=stage,
@@ -103,7 +104,7 @@ def all_exits(config: Config) -> list[int]:
 
 
 def build_stage(
-    config: Config, layout: Layout, vocab_size: int, mesh: Mesh, initial: InitialCheckpoint | None = None
+    config: Config, layout: Layout, vocab_size: int, mesh: Mesh, initial: ModelSource | None = None
 ) -> Stage:
     """This rank's part of the model, with its initial parameters. Collective.
 
@@ -111,8 +112,8 @@ def build_stage(
         initial: what holds the parameters to begin with; None: they are random.
 
     Raises:
-        CheckpointError: see `load_initial`.
-        FieldError: something is to be recomputed or to be done later that this device's layers cannot.
+        FieldError: see `load_initial`; or something is to be recomputed or to be done later that this device's layers
+            cannot.
     """
     stage = Stage(
         config.model,

@@ -108,7 +108,7 @@ def _build_newest(config: Config, mesh: Mesh, parts: _Parts, checkpoints: Resuma
             layout=layout,
             plan=plan,
             initial=initial,
-            kept_files=model_files(checkpoint or (initial.folder if initial else None)),
+            kept_files=model_files(checkpoint or (initial.path if initial else None)),
             optimizer_backend=parts.optimizer_backend,
             learning_rate_decay=parts.learning_rate_decay,
         )

@@ -12,10 +12,12 @@ from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
 from megatron_ee.config import Config
+from megatron_ee.errors import UserError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
+from compare_measures import pictures_of  # noqa: E402
 from exit_curves import curve_of, depths_between, reliability_of, without_cost  # noqa: E402
 
 
@@ -53,6 +55,13 @@ def test_reliability_by_hand() -> None:
     assert error == pytest.approx((2 * 0.45 + 3 * abs((0.95 + 0.91 + 1.0) / 3 - 2 / 3)) / 5)
     sure_N = np.random.default_rng(0).random(200_000)
     assert reliability_of(sure_N, np.random.default_rng(1).random(200_000) < sure_N).error < 0.01
+
+
+def test_a_hugging_face_folder_is_left_as_it_is(tmp_path: Path) -> None:
+    assert pictures_of(tmp_path / "run/checkpoints/step_00000001") == tmp_path / "run/pictures"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="say where the figures go, --output FILE"):
+        pictures_of(tmp_path)
 
 
 def test_what_a_gate_says_stands_for_a_probability() -> None:

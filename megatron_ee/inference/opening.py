@@ -1,0 +1,74 @@
+"""How a folder is decoded: by the config that lies in it, by one that is given, or, where neither is, by defaults.
+
+Imports no torch: what is wrong is said before that takes its seconds.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.checkpoint.folders import is_huggingface
+from megatron_ee.checkpoint.models import exits_in, has_tokenizer, read_model
+from megatron_ee.config import Config, open_config, open_values
+from megatron_ee.errors import FieldError
+
+_TOKENIZER = "data.tokenizer"
+
+
+@contextmanager
+def open_decoding_config(
+    folder: Path, overrides: Sequence[str], *, config_file: Path | None = None
+) -> Iterator[Config]:
+    """The config to decode a step folder or a Hugging Face folder with; see `open_config`.
+
+    Args:
+        config_file: a config instead of the one that a step folder holds.
+
+    Raises:
+        ConfigError: see `load_config`.
+        FieldError: plug-ins are named by the checkpoint alone; or there is no tokenizer.
+    """
+    if config_file is not None:
+        with open_config(config_file, overrides, read_model=read_model) as config:
+            yield config
+    elif is_huggingface(folder):
+        with open_values(_defaults(folder), str(folder), overrides, read_model=read_model) as config:
+            if not has_tokenizer(folder) and not _names(overrides, _TOKENIZER):
+                raise FieldError(_TOKENIZER, f"{folder} has no tokenizer, so one has to be named")
+            yield config
+    else:
+        with open_config(folder / "config.yaml", overrides) as config:
+            check_plugins(config, overrides)
+            yield config
+
+
+def check_plugins(config: Config, overrides: Sequence[str]) -> None:
+    """
+    Raises:
+        FieldError: the checkpoint's config lists plug-ins. They are code, so the user has to name them.
+    """
+    if config.plugins and not _names(overrides, "plugins"):
+        names = ", ".join(config.plugins)
+        raise FieldError(
+            "plugins", f"the run used [{names}], which is code; say what may be run: plugins=[{names}] or []"
+        )
+
+
+def _names(overrides: Sequence[str], field: str) -> bool:
+    return any(override.startswith(f"{field}=") for override in overrides)
+
+
+def _defaults(folder: Path) -> dict[str, Any]:
+    """What a config has to say, of a model that is not trained."""
+    positions = read_model(folder).max_position_embeddings
+    data: dict[str, Any] = {} if positions is None else {"sequence_length": min(positions, 1024)}
+    if has_tokenizer(folder):
+        data["tokenizer"] = str(folder)
+    return {
+        "name": "huggingface",
+        "model": {"like": str(folder)},
+        "exits": exits_in(folder).model_dump(),
+        "data": data,
+        "training": {"train_iters": 1, "global_batch_size": 1, "micro_batch_size": 1},
+    }
