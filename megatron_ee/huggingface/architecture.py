@@ -261,18 +261,10 @@ def _fields(architecture: str, model: ModelConfig) -> dict[str, Any]:
         return fields | {"attention_bias": False, "mlp_bias": False}
     fields["sliding_window"] = model.sliding_window
     if architecture in _WITH_WINDOWS:
-        slides = model.sliding_window is not None
-        types = ["sliding_attention" if slides and _slides(model, layer) else "full_attention" for layer in _all(model)]
-        fields |= {"use_sliding_window": slides, "layer_types": types}
+        windows = [model.window_of(layer) for layer in range(1, model.num_layers + 1)]
+        fields["use_sliding_window"] = any(windows)
+        fields["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
     return fields
-
-
-def _slides(model: ModelConfig, layer: int) -> bool:
-    return model.sliding_window_layers == "all" or layer in model.sliding_window_layers
-
-
-def _all(model: ModelConfig) -> range:
-    return range(1, model.num_layers + 1)
 
 
 def _is_outdated(name: str, changed: Mapping[str, Any]) -> bool:

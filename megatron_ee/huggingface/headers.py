@@ -57,10 +57,10 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder")
-    if not (folder / INDEX_FILE).exists():
-        if not (folder / WEIGHTS_FILE).exists():
-            raise _no_weights(folder)
+    if (folder / WEIGHTS_FILE).exists():  # of both, transformers takes this one
         return read_header(folder / WEIGHTS_FILE)
+    if not (folder / INDEX_FILE).exists():
+        raise _no_weights(folder)
     places = _places(folder / INDEX_FILE)
     tensors: dict[str, StoredTensor] = {}
     for name in dict.fromkeys(places.values()):

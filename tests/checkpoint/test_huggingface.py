@@ -22,6 +22,7 @@ from megatron_ee.checkpoint.to_huggingface import export_model
 from megatron_ee.checkpoint.unsharded import StepReader
 from megatron_ee.config import Config, to_yaml
 from megatron_ee.errors import UserError
+from megatron_ee.inference.engine import open_checkpoint_tokenizer
 from megatron_ee.model.initialize import initialize
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.layout import place
@@ -91,7 +92,8 @@ def test_a_source_without_a_tokenizer_needs_one_named(tmp_path: Path) -> None:
         import_model(source, tmp_path / "run", tokenizer="gone")
     imported = import_model(source, tmp_path / "run", tokenizer=str(write_bpe_folder(tmp_path / "named")))
     assert (imported.folder / "tokenizer.json").exists()
-    assert read_description(imported.folder).tokenizer == imported.tokenizer
+    description = read_description(imported.folder)
+    assert open_checkpoint_tokenizer(imported.folder, description).name == imported.tokenizer == description.tokenizer
     small = save_model(tmp_path / "small", "Llama", vocab_size=256)
     with pytest.raises(UserError, match=r"small: its embedding has 256 rows, and its tokenizer 258 tokens"):
         import_model(small, tmp_path / "another", tokenizer="bytes")
@@ -113,7 +115,7 @@ def _save(folder: Path, mesh: Mesh, precision: str = "fp32", model: Any = None, 
     initialize(stage, 0)
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     description = Description(config.model, config.exits, config.training.precision, "bytes", 320, Progress(7, 28))
     saver = Saver(folder, mesh, {"config.yaml": to_yaml(config).encode()})
@@ -168,10 +170,22 @@ def _exit_logits(stage: Stage, layer: int, tokens_BS: torch.Tensor) -> torch.Ten
     return stage.exit_logits(taps[stage.tap_of(layer)], layer, positions)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"qk_norm": True, "sliding_window": 3, "sliding_window_layers": [1, 5, 7]},
+        {"qkv_bias": True, "sliding_window": 3, "sliding_window_layers": [7]},
+    ],
+    ids=["plain", "tied", "windows", "window beyond"],
+)
 @pytest.mark.parametrize("layer", [2, 4, 5, 6])
-def test_the_model_that_ends_at_an_exit_is_a_stock_model(tmp_path: Path, mesh: Mesh, layer: int, tied: bool) -> None:
-    _, stage = _save(tmp_path / "run", mesh, model={"tie_embeddings": tied}, **ALL_KINDS)
+def test_the_model_that_ends_at_an_exit_is_a_stock_model(
+    tmp_path: Path, mesh: Mesh, layer: int, model: dict[str, Any]
+) -> None:
+    tied = "tie_embeddings" in model
+    _, stage = _save(tmp_path / "run", mesh, model=model, **ALL_KINDS)
     exported = export_model(tmp_path / "run", tmp_path / "theirs", exit_layer=layer)
     assert exported.exits == () and not list((tmp_path / "theirs").glob("exits*"))
     config = json.loads((tmp_path / "theirs/config.json").read_text())

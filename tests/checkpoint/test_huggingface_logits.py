@@ -14,7 +14,7 @@ from helpers.ranks import RankPool
 from megatron_ee.checkpoint.description import read_description
 from megatron_ee.checkpoint.from_huggingface import import_model
 from megatron_ee.checkpoint.sharded import load_stage
-from megatron_ee.config import ExitsConfig, ModelConfig, ParallelConfig
+from megatron_ee.config import ExitsConfig, ParallelConfig
 from megatron_ee.device import choose_device
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.chunks import Chunk
@@ -25,16 +25,14 @@ NUM_LAYERS, LENGTH = (
     24,
 )  # longer than any window, and than the positions of which a scaling says that they were first
 EXITS = ExitsConfig(layers=(1, 2, 3), norm="shared")
-# The model's parts take these fields from branch to branch: until they have all of them, only one kind is the same.
-TAUGHT = hasattr(ModelConfig, "window_of")
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-CASES = [(name, {}) for name in ARCHITECTURES if TAUGHT] + [
-    ("Llama", PLAIN),
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in ARCHITECTURES),
     ("Llama", {**PLAIN, "tie_word_embeddings": True, "head_dim": 16}),
+    ("Qwen3", {"rope_parameters": YARN}),
+    ("Qwen2", {"max_window_layers": 0, "tie_word_embeddings": True}),
 ]
-if TAUGHT:
-    YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-    CASES += [("Qwen3", {"rope_parameters": YARN}), ("Qwen2", {"max_window_layers": 0, "tie_word_embeddings": True})]
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,17 @@ import transformers
 from helpers.huggingface import assert_same, rewrite_config, save_model, tensors_of
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
+from megatron.core import dist_checkpointing
 
 from megatron_ee.checkpoint.folders import find_checkpoint
 from megatron_ee.checkpoint.from_huggingface import import_model
 from megatron_ee.checkpoint.merge import merge_exits
 from megatron_ee.checkpoint.to_huggingface import export_model
+from megatron_ee.checkpoint.unsharded import StepReader
 from megatron_ee.config import Config, load_config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
+from megatron_ee.parallel.mesh import Mesh
 
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 
@@ -65,12 +68,13 @@ def test_exits_are_tuned_onto_a_model_whose_tensors_stay_what_they_were(folder: 
     assert_same(tensors_of(folder / "once-more", "*.safetensors"), tensors_of(folder / "exported", "*.safetensors"))
 
 
-def test_what_came_with_a_model_stays_with_it_through_training(folder: Path, ranks: RankPool) -> None:
-    config = _config(folder, "trained", exits={"layers": [2]}, parallel={"tensor": 2})
-    ranks.run(2, _train_one, config)
-    ranks.run(2, train, config)
+def test_what_came_with_a_model_stays_with_it_through_training(folder: Path, ranks: RankPool, mesh: Mesh) -> None:
+    config = _config(folder, "trained", exits={"layers": [2]}, parallel={"tensor": 2, "pipeline": 2})
+    ranks.run(4, _train_one, config)
+    ranks.run(4, train, config)
     step = find_checkpoint(folder / "runs/trained")
     assert step.name == "step_00000003"
+    _check_reader(step)
     exported = export_model(step, folder / "trained")
     assert exported.architecture == "LlamaForCausalLM" and _content(folder / "trained") == _content(folder / "source")
     before, after = tensors_of(folder / "source"), tensors_of(folder / "trained")
@@ -82,6 +86,17 @@ def test_what_came_with_a_model_stays_with_it_through_training(folder: Path, ran
 
 def _train_one(config: Config) -> None:
     train(config, until=1, save=True)
+
+
+def _check_reader(step: Path) -> None:
+    """What is read row by row of matrices that were split both ways is what megatron-core reads."""
+    reader, expected = StepReader(step), dist_checkpointing.load_plain_tensors(str(step))
+    names = [name for name in reader.shapes if not name.startswith("optimizer.")]
+    assert "layers.4.self_attention.linear_proj.weight" in names and "layers.1.mlp.linear_fc1.weight" in names
+    for name in names:
+        assert torch.equal(reader.read(name), expected[name]), name
+        stop = max(2, reader.shapes[name][0] - 1)
+        assert torch.equal(reader.read(name, 1, stop), expected[name][1:stop]), name
 
 
 def _content(folder: Path) -> Any:
