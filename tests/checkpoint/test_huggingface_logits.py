@@ -13,17 +13,18 @@ from helpers.ranks import RankPool
 
 from megatron_ee.checkpoint.description import read_description
 from megatron_ee.checkpoint.from_huggingface import import_model
-from megatron_ee.checkpoint.sharded import load_stage
+from megatron_ee.checkpoint.sharded import model_state
+from megatron_ee.checkpoint.sources import open_source
 from megatron_ee.config import ExitsConfig, ParallelConfig
 from megatron_ee.device import choose_device
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.chunks import Chunk
 from megatron_ee.parallel.mesh import open_mesh
 
-NUM_LAYERS, LENGTH = (
-    4,
-    24,
-)  # longer than any window, and than the positions of which a scaling says that they were first
+NUM_LAYERS = 4
+LENGTH = 24
+"""Longer than any window, and than the positions of which a scaling says that they were first."""
+
 EXITS = ExitsConfig(layers=(1, 2, 3), norm="shared")
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -63,7 +64,7 @@ def _logits(step: Path, mesh: Any) -> dict[int, np.ndarray]:
     stage = Stage(
         description.model, EXITS, [chunk], vocab_size=description.vocab_size, groups=mesh.groups, device=mesh.device
     )
-    load_stage(step, stage, mesh)
+    stage.load_sharded(open_source(step, mesh, reads_all=False).load(model_state(stage, mesh)))
     stage.eval().requires_grad_(False)
     positions = torch.arange(LENGTH)
     if chunk.start == 0:
