@@ -102,13 +102,10 @@ def test_backends_go_on_from_each_other(folder: Path, ranks: RankPool, uninterru
     _assert_near(resumed, uninterrupted, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "precision", "optimizer"),
-    [
-        ("deepspeed", "fp16", OFFLOAD),
-        pytest.param("deepspeed", "bf16", {}, marks=pytest.mark.slow),
-        pytest.param("torch", "fp16", {}, marks=pytest.mark.slow),
-    ],
+    [("deepspeed", "fp16", OFFLOAD), ("deepspeed", "bf16", {}), ("torch", "fp16", {})],
     ids=str,
 )
 def test_a_resumed_run_in_half_precision_is_the_uninterrupted_one(
@@ -167,7 +164,11 @@ def _overflow(folder: Path, ranks: RankPool, backend: str, optimizer: dict[str, 
 
 @pytest.mark.parametrize(
     ("backend", "optimizer"),
-    [("torch", {}), ("deepspeed", {}), pytest.param("deepspeed", OFFLOAD, marks=pytest.mark.slow)],
+    [
+        ("deepspeed", {}),
+        pytest.param("torch", {}, marks=pytest.mark.slow),
+        pytest.param("deepspeed", OFFLOAD, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_overflows_of_fp16_lower_the_scale_alike(
