@@ -67,7 +67,6 @@ def assemble_trainer(
     stage = build_stage(config, layout, vocab_size, mesh, initial)
     gradients = StageGradients(stage, mesh, config.parallel, varies=gradients_vary(config))
     message = message_between_stages(config, mesh.device)
-    backend = optimizer_backend or BACKENDS[config.optimizer.backend]
     decay = learning_rate_decay or DECAYS[config.optimizer.lr_decay]
     return Trainer(
         config=config,
@@ -77,7 +76,7 @@ def assemble_trainer(
         mesh=mesh,
         stage=stage,
         gradients=gradients,
-        optimizer=backend(stage, config.optimizer, mesh, gradients),
+        optimizer=(optimizer_backend or BACKENDS[config.optimizer.backend])(stage, config.optimizer, mesh, gradients),
         learning_rate=LearningRate(config.optimizer, config.training.train_iters, decay),
         loader=_build_loader(config, datasets.train, mesh, num_fills=len(plan.fills)),
         runtime=build_runtime(config, mesh, message, stage, gradients),
