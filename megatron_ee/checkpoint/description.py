@@ -8,14 +8,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_ee.checkpoint.folders import FORMAT_FILE, SHARD_SUFFIX, CheckpointError, DamagedError, sync_folder
+from megatron_ee.checkpoint.folders import (
+    FORMAT_FILE,
+    PLAIN_VALUES_FILE,
+    SHARD_SUFFIX,
+    CheckpointError,
+    DamagedError,
+    sync_folder,
+)
 from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
 VERSION = 6
 
 Trains = Literal["all", "exits"]
 
-_OF_STATE = ("common.pt", "config.yaml", ".metadata", "metadata.json")
+_OF_STATE = (PLAIN_VALUES_FILE, "config.yaml", ".metadata", "metadata.json")
 """Files of a step folder that every save writes anew, beside those of shards."""
 
 

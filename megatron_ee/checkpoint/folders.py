@@ -15,6 +15,8 @@ from megatron_ee.errors import UserError
 
 FORMAT_FILE = "format.json"
 SHARD_SUFFIX = ".distcp"
+PLAIN_VALUES_FILE = "common.pt"
+"""What a save writes first, beside the shards; the name is megatron-core's."""
 HUGGING_FACE_FILE = "config.json"
 
 
@@ -51,8 +53,10 @@ def whole_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether a folder is a model's in Hugging Face's format; a run's or a step folder is what it is."""
-    return (path / HUGGING_FACE_FILE).is_file() and not is_whole(path) and newest_checkpoint(path) is None
+    """Whether a folder is a model's in Hugging Face's format; a run's or a step folder is what it is, whole or not."""
+    if is_whole(path) or (path / PLAIN_VALUES_FILE).exists() or newest_checkpoint(path) is not None:
+        return False
+    return (path / HUGGING_FACE_FILE).is_file()
 
 
 def find_model(path: Path) -> Path:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_ee.checkpoint.description import Description, write_description
-from megatron_ee.checkpoint.folders import is_whole, link_latest, step_folder
+from megatron_ee.checkpoint.folders import PLAIN_VALUES_FILE, is_whole, link_latest, step_folder
 from megatron_ee.checkpoint.plans import SavePlans
 from megatron_ee.checkpoint.staging import Staging
 from megatron_ee.checkpoint.writing import BackgroundWriting, Item, Written, write_metadata
@@ -114,7 +114,7 @@ class Saver:
 
     def _begin_to_write(self, folder: Path, state: ShardedStateDict, *, copies: bool) -> BackgroundWriting | str:
         share = self._plans.share(state)
-        files = {"common.pt": share.common, **self._files} if self._mesh.is_main else {}
+        files = {PLAIN_VALUES_FILE: share.common, **self._files} if self._mesh.is_main else {}
         try:
             items = self._copy(share.items) if copies else share.items
             return BackgroundWriting(folder, f"__{self._mesh.rank}_", items, files)

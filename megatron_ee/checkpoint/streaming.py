@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megatron_ee.checkpoint.description import Description, write_description
-from megatron_ee.checkpoint.folders import link_latest, step_folder
+from megatron_ee.checkpoint.folders import PLAIN_VALUES_FILE, link_latest, step_folder
 from megatron_ee.checkpoint.writing import BackgroundWriting, Item, Unread, write_metadata
 from megatron_ee.model.precision import DTYPES
 
@@ -61,7 +61,7 @@ def write_streamed(
     items = [item for parameter in parameters for item in _items(parameter, dtype, stopped)]
     common = BytesIO()
     torch.save({}, common)
-    writing = BackgroundWriting(folder, "__0_", items, {"common.pt": common.getvalue(), **files})
+    writing = BackgroundWriting(folder, "__0_", items, {PLAIN_VALUES_FILE: common.getvalue(), **files})
     try:
         while not writing.wait(_POLL_S):
             pass

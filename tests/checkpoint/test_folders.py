@@ -8,6 +8,8 @@ from megatron_ee.checkpoint.description import VERSION, Description, Progress, r
 from megatron_ee.checkpoint.folders import (
     CheckpointError,
     find_checkpoint,
+    find_model,
+    is_huggingface,
     link_latest,
     newest_checkpoint,
     step_folder,
@@ -37,6 +39,18 @@ def test_a_folder_without_its_format_file_does_not_exist(tmp_path: Path) -> None
     assert find_checkpoint(whole) == whole
     with pytest.raises(CheckpointError, match="nor a step folder"):
         find_checkpoint(step_folder(tmp_path, 20))
+
+
+def test_a_killed_save_of_a_model_from_hugging_face_is_no_folder_of_theirs(tmp_path: Path) -> None:
+    """Its config.json stays with it through training."""
+    killed = step_folder(tmp_path, 20)
+    killed.mkdir(parents=True)
+    (killed / "config.json").write_text("{}")
+    assert is_huggingface(killed)
+    (killed / "common.pt").write_bytes(b"")
+    assert not is_huggingface(killed)
+    with pytest.raises(CheckpointError, match="nor a step folder"):
+        find_model(killed)
 
 
 def test_newest_is_by_iteration_also_beyond_eight_digits(tmp_path: Path) -> None:
