@@ -16,13 +16,14 @@ from megatron_ee.checkpoint.folders import (
     DamagedError,
     sync_folder,
 )
+from megatron_ee.checkpoint.places import PLACES_FILE
 from megatron_ee.config import ExitsConfig, ModelConfig, Precision
 
 VERSION = 6
 
 Trains = Literal["all", "exits"]
 
-_OF_STATE = (PLAIN_VALUES_FILE, "config.yaml", ".metadata", "metadata.json")
+_OF_STATE = (PLAIN_VALUES_FILE, PLACES_FILE, "config.yaml", ".metadata", "metadata.json")
 """Files of a step folder that every save writes anew, beside those of shards."""
 
 

@@ -2,19 +2,22 @@
 either, and copied only where a shard's bytes and the tensor's lie differently. Counterpart of `writing`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
     CachedMetadataFileSystemReader,
 )
 from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from megatron_ee.checkpoint.checksum import Checksum
+from megatron_ee.checkpoint.places import read_places
 
 NUM_THREADS = 4
 """Files that a rank reads at the same time: one thread alone waits for the disk, then the disk for it."""
@@ -35,6 +38,12 @@ class ShardReader(CachedMetadataFileSystemReader):
     def __init__(self, path: str | os.PathLike, checksums: dict[str, str] | None = None) -> None:
         super().__init__(path)
         self._checksums = checksums
+        self._places = read_places(Path(path))
+        self._tensors: Mapping[str, Any] = {}
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._tensors = metadata.state_dict_metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill the tensors of a plan.
@@ -67,18 +76,32 @@ class ShardReader(CachedMetadataFileSystemReader):
                 self._checksums[name] = checksum
 
     def _read_item(self, file: BinaryIO, pieces: "_Pieces", item: ReadItem, planner: LoadPlanner) -> None:
-        content = self._slice_file(file, self.storage_data[item.storage_index])
-        stored = torch.load(content, map_location="meta", weights_only=True)  # where and how it lies, without its bytes
-        start = self._start(item) + stored.untyped_storage()._checkpoint_offset
+        stored, start = self._place_of(item) or self._find(file, item)
         wanted = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
         target = planner.resolve_tensor(item).detach()
         if wanted.shape != target.shape:
             raise RuntimeError(f"{item.storage_index} is {tuple(wanted.shape)}, not {tuple(target.shape)}")
         if _lies_alike(wanted, target):
-            pieces.fill(target, start + wanted.storage_offset() * wanted.itemsize)
+            pieces.fill(target, start + int(wanted.storage_offset()) * wanted.itemsize)
         else:
             target.copy_(_read(wanted, pieces, start))
         planner.commit_tensor(item, target)
+
+    def _place_of(self, item: ReadItem) -> tuple[torch.Tensor, int] | None:
+        """The shard, without its bytes, and where they begin in the file; None where no place is known."""
+        index = item.storage_index
+        shard, tensor = self.storage_data[index], self._tensors.get(index.fqn)
+        place = self._places.get(shard.relative_path, {}).get(shard.offset)
+        if place is None or not isinstance(tensor, TensorStorageMetadata):
+            return None
+        (chunk,) = (chunk for chunk in tensor.chunks if chunk.offsets == index.offset)
+        return torch.empty(chunk.sizes, dtype=tensor.properties.dtype, device="meta"), place
+
+    def _find(self, file: BinaryIO, item: ReadItem) -> tuple[torch.Tensor, int]:
+        """Likewise, by what the file itself says."""
+        content = self._slice_file(file, self.storage_data[item.storage_index])
+        stored = torch.load(content, map_location="meta", weights_only=True)
+        return stored, self._start(item) + stored.untyped_storage()._checkpoint_offset
 
 
 class _Pieces:

@@ -63,16 +63,20 @@ def write_streamed(
     torch.save({}, common)
     writing = BackgroundWriting(folder, "__0_", items, {PLAIN_VALUES_FILE: common.getvalue(), **files})
     try:
-        while not writing.wait(_POLL_S):
-            pass
+        _wait(writing)
     finally:
         stopped.set()  # nobody writes into a folder that is being removed
-        writing.wait(math.inf)
+        _wait(writing)
     metadata = Metadata(state_dict_metadata=dict(_storage(items)))
     checksums = write_metadata(folder, metadata, [writing.result()])
     write_description(folder, replace(description, files=checksums, has_optimizer=False))
     link_latest(folder)
     return folder
+
+
+def _wait(writing: BackgroundWriting) -> None:
+    while not writing.wait(_POLL_S):
+        pass
 
 
 def _items(parameter: Streamed, dtype: torch.dtype, stopped: threading.Event) -> Iterator[Item]:

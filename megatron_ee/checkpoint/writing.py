@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
@@ -23,6 +24,7 @@ from torch.utils.serialization import config
 
 from megatron_ee.checkpoint.checksum import Checksum, checksum_of
 from megatron_ee.checkpoint.folders import SHARD_SUFFIX
+from megatron_ee.checkpoint.places import PLACES_FILE, Places, places_json
 
 _BACKENDS = {
     "sharded_backend": "torch_dist",
@@ -56,9 +58,10 @@ Item = tuple[WriteItem, torch.Tensor | BytesIO | Unread]
 
 @dataclass
 class Written:
-    """What came of it: where each item lies, and the checksum of each file by its name."""
+    """What came of it: where each item lies, and where the bytes of each tensor; the checksum of each file by name."""
 
     results: list[WriteResult] = field(default_factory=list)
+    places: Places = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)
 
 
@@ -82,8 +85,8 @@ class BackgroundWriting:
         """Whether it has ended, well or not, at most so much later."""
         deadline = time.monotonic() + seconds
         for task in self._tasks:
-            task.join(max(0.0, deadline - time.monotonic()))
-        return not any(task.is_alive() for task in self._tasks)
+            task.ended.wait(max(0.0, deadline - time.monotonic()))
+        return all(task.ended.is_set() for task in self._tasks)
 
     def result(self) -> Written:
         """What came of it, at the end.
@@ -93,10 +96,11 @@ class BackgroundWriting:
         """
         all_of_it = Written()
         for task in self._tasks:
-            task.join()
+            task.ended.wait()
             if task.error is not None:
                 raise task.error
             all_of_it.results += task.written.results
+            all_of_it.places |= task.written.places
             all_of_it.checksums |= task.written.checksums
         return all_of_it
 
@@ -117,19 +121,24 @@ def write_metadata(folder: Path, metadata: Metadata, parts: Sequence[Written]) -
         metadata: names, shapes and offsets of the shards, yet without places in files.
         parts: what all ranks have written.
     """
-    places = {result.index: result.storage_data for part in parts for result in part.results}
-    metadata = replace(metadata, storage_data=places, version=CURRENT_DCP_VERSION)
+    shards = {result.index: result.storage_data for part in parts for result in part.results}
+    metadata = replace(metadata, storage_data=shards, version=CURRENT_DCP_VERSION)
+    places = {name: of_file for part in parts for name, of_file in part.places.items()}
     checksums = {name: checksum for part in parts for name, checksum in part.checksums.items()}
+    checksums[PLACES_FILE] = write_file(folder / PLACES_FILE, places_json(places))
     checksums[".metadata"] = write_file(folder / ".metadata", pickle.dumps(metadata))
     checksums["metadata.json"] = write_file(folder / "metadata.json", json.dumps(_BACKENDS).encode())
     return checksums
 
 
 class _Task(threading.Thread):
+    """Others wait for `ended`: a thread whose `join` is interrupted by Ctrl-C counts as ended in Python 3.11."""
+
     def __init__(self, work: Callable[[], Written]) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self._work, self.written = work, Written()
         self.error: Exception | None = None
+        self.ended = threading.Event()
         self.start()
 
     def run(self) -> None:
@@ -137,6 +146,8 @@ class _Task(threading.Thread):
             self.written = self._work()
         except Exception as error:  # whatever it is, it must reach the rank, and from there all ranks
             self.error = error
+        finally:
+            self.ended.set()
 
 
 class _HashedFile:
@@ -148,9 +159,12 @@ class _HashedFile:
         self._waiting = 0
         self._error: OSError | None = None
         self.position = 0
+        self._looked_for, self._found = 0, -1
 
     def write(self, data: bytes | memoryview) -> int:
         left = memoryview(data).cast("B")
+        if left and np.frombuffer(left, np.uint8).ctypes.data == self._looked_for:
+            self._found = self.position
         self.position += len(left)
         try:
             for start in range(0, len(left), _CHUNK):
@@ -158,6 +172,15 @@ class _HashedFile:
         except OSError as error:
             self._error = self._error or error
         return len(left)
+
+    def look_for(self, tensor: torch.Tensor) -> None:
+        """Note where the bytes of a tensor go, for `found`."""
+        self._looked_for, self._found = tensor.data_ptr(), -1
+
+    @property
+    def found(self) -> int | None:
+        """The position of the tensor's bytes; None where they were not written as they lie in memory."""
+        return self._found if self._found >= 0 else None
 
     def flush(self) -> None:
         """Nothing is buffered."""
@@ -201,26 +224,31 @@ def _writer_of(path: Path, items: Sequence[Item]) -> Callable[[], Written]:
 
 def _write_items(path: Path, items: Sequence[Item]) -> Written:
     written, file = Written(), _HashedFile(path)
+    places = written.places[path.name] = {}
     try:
         with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # ours covers more
             for item, data in items:
-                written.results.append(_write_item(file, path.name, item, data))
+                start = file.position
+                place = _write_item(file, data.make() if isinstance(data, Unread) else data)
+                shard = _StorageInfo(path.name, start, file.position - start)
+                written.results.append(WriteResult(item.index, shard.length, shard))
+                if place is not None:
+                    places[start] = place
                 file.check()
     finally:
         written.checksums[path.name] = file.close()
     return written
 
 
-def _write_item(file: _HashedFile, name: str, item: WriteItem, data: torch.Tensor | BytesIO | Unread) -> WriteResult:
-    start = file.position
-    if isinstance(data, Unread):
-        data = data.make()
+def _write_item(file: _HashedFile, data: torch.Tensor | BytesIO) -> int | None:
+    """Where the bytes of a tensor begin, if they lie there one row after the other."""
     if isinstance(data, BytesIO):
         file.write(data.getbuffer())
-    else:
-        torch.save(_alone(data), cast(BinaryIO, file))  # it asks for no more than `write` and `flush`
-    length = file.position - start
-    return WriteResult(item.index, length, _StorageInfo(name, start, length))
+        return None
+    alone = _alone(data)
+    file.look_for(alone)
+    torch.save(alone, cast(BinaryIO, file))  # it asks for no more than `write` and `flush`
+    return file.found if alone.is_contiguous() else None
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

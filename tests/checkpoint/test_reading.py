@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from megatron_ee.checkpoint import verify
 from megatron_ee.checkpoint.checksum import checksum_of
+from megatron_ee.checkpoint.places import read_places
 from megatron_ee.checkpoint.sharded import load_checkpoint, model_state
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
@@ -159,4 +160,55 @@ def test_shards_are_read_once_and_verified_on_the_way(tmp_path: Path, ranks: Ran
     config = run_config(tmp_path, name="whole", parallel={"pipeline": 2})
     ranks.run(2, _train_one, config)
     names = sorted(name for of_rank in ranks.run(2, _hashed_apart, config) for name in of_rank)
-    assert names == [".metadata", "common.pt", "config.yaml", "metadata.json"]
+    assert names == [".metadata", "common.pt", "config.yaml", "metadata.json", "places.json"]
+
+
+def _found_by_torch(step: Path) -> dict[str, dict[int, int]]:
+    """Where the shards of a step folder begin, and their bytes, by what the files say themselves."""
+    from megatron_ee.checkpoint.reading import ShardReader
+
+    reader, places = ShardReader(step), dict[str, dict[int, int]]()
+    for shard in reader.read_metadata().storage_data.values():
+        with (step / shard.relative_path).open("rb") as file:
+            stored = torch.load(reader._slice_file(file, shard), map_location="meta", weights_only=True)
+        place = shard.offset + stored.untyped_storage()._checkpoint_offset
+        places.setdefault(shard.relative_path, {})[shard.offset] = place
+    return places
+
+
+@pytest.mark.usefixtures("cpu")
+def test_places_are_where_the_bytes_are(tmp_path: Path, ranks: RankPool) -> None:
+    write_small_dataset(tmp_path)
+    config = run_config(tmp_path, name="whole", parallel={"pipeline": 2})
+    ranks.run(2, _train_one, config)
+    step = tmp_path / "runs/whole/checkpoints/step_00000001"
+    assert read_places(step) == _found_by_torch(step)
+
+
+def _parsed_when_loaded(config: Config) -> int:
+    """How many shards a resume looks for the bytes in."""
+    from megatron_ee.checkpoint.reading import ShardReader
+
+    found = 0
+
+    def find(self: Any, *arguments: Any) -> Any:
+        nonlocal found
+        found += 1
+        return genuine(self, *arguments)
+
+    genuine, ShardReader._find = ShardReader._find, find  # type: ignore[method-assign]
+    try:
+        build_trainer(config, choose_device("cpu"))
+    finally:
+        ShardReader._find = genuine  # type: ignore[method-assign]
+    return found
+
+
+def test_only_a_checkpoint_without_places_is_searched(tmp_path: Path, ranks: RankPool) -> None:
+    """One that came from elsewhere, say; its description is not asked here."""
+    write_small_dataset(tmp_path)
+    config = run_config(tmp_path, name="whole", parallel={"pipeline": 2}, checkpoint={"verify": False})
+    ranks.run(2, _train_one, config)
+    assert ranks.run(2, _parsed_when_loaded, config) == [0, 0]
+    (tmp_path / "runs/whole/checkpoints/step_00000001/places.json").unlink()
+    assert all(ranks.run(2, _parsed_when_loaded, config))
