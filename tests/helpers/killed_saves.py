@@ -88,7 +88,7 @@ PREPARE_DEATH: dict[str, Callable[[], None]] = {
     "staged": lambda: _after(staging.Staging, "copy"),
     "half-a-shard": lambda: _after(writing, "_write_item"),
     "while-training": _while_training_goes_on,
-    "no-metadata": lambda: _before(saver, "write_file"),
+    "no-metadata": lambda: _before(saver, "write_metadata"),
     "no-description": lambda: _before(saver, "write_description"),
     "half-a-description": _in_the_middle_of_the_description,
     "description-aside": lambda: _before_naming("format.json"),
