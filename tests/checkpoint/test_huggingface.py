@@ -1,5 +1,6 @@
 """Hugging Face -> ours -> Hugging Face: the same tensors, the same config, exits beside it; nothing half-written."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -270,13 +271,14 @@ def test_a_file_that_shrinks_meanwhile_is_named(tmp_path: Path, source: Path, mo
 
 
 def test_an_interrupt_stops_all_threads(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_args: Any) -> bool:
-        raise KeyboardInterrupt
+    wait, calls = streaming.BackgroundWriting.wait, itertools.count()
 
-    wait = streaming.BackgroundWriting.wait
-    monkeypatch.setattr(
-        streaming.BackgroundWriting, "wait", lambda self, seconds: wait(self, 60) if seconds > 1 else interrupt()
-    )
+    def interrupt_first(*args: Any) -> bool:
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        return wait(*args)
+
+    monkeypatch.setattr(streaming.BackgroundWriting, "wait", interrupt_first)
     with pytest.raises(KeyboardInterrupt):
         import_model(source, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
