@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_ee.checkpoint.folders import CheckpointError
+
 PLACES_FILE = "places.json"
 
 Places = dict[str, dict[int, int]]
@@ -20,10 +22,13 @@ def read_places(folder: Path) -> Places:
     """What the places.json of a step folder says; nothing where there is none.
 
     Raises:
-        OSError, ValueError: it cannot be read.
+        CheckpointError: it cannot be read.
     """
     path = folder / PLACES_FILE
-    if not path.exists():
+    try:
+        content = json.loads(path.read_bytes())
+        return {name: {int(start): int(place) for start, place in of.items()} for name, of in content.items()}
+    except FileNotFoundError:
         return {}
-    content = json.loads(path.read_bytes())
-    return {name: {int(start): place for start, place in of_file.items()} for name, of_file in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from megatron_ee.checkpoint import verify
 from megatron_ee.checkpoint.checksum import checksum_of
+from megatron_ee.checkpoint.folders import CheckpointError
 from megatron_ee.checkpoint.places import read_places
 from megatron_ee.checkpoint.sharded import load_checkpoint, model_state
 from megatron_ee.config import Config
@@ -212,3 +213,12 @@ def test_only_a_checkpoint_without_places_is_searched(tmp_path: Path, ranks: Ran
     assert ranks.run(2, _parsed_when_loaded, config) == [0, 0]
     (tmp_path / "runs/whole/checkpoints/step_00000001/places.json").unlink()
     assert all(ranks.run(2, _parsed_when_loaded, config))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"__0_0.distcp": 7}', '{"__0_0.distcp": {"first": 7}}'])
+def test_places_that_are_none_are_one_message(tmp_path: Path, content: str) -> None:
+    """Where checkpoint.verify is off, nobody has looked at the file before."""
+    (tmp_path / "places.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"places\.json cannot be read"):
+        read_places(tmp_path)
+    assert read_places(tmp_path / "elsewhere") == {}
