@@ -14,10 +14,12 @@ from megatron_ee.config import to_yaml
 from megatron_ee.data.indexed import write_indexed
 from megatron_ee.tokenizer import BYTES, open_tokenizer
 
+# torch imports its compiler when the first optimizer is made: half a second that belongs to the imports.
 _IMPORTS = """
 from megatron_ee.device import choose_device
 choose_device("cpu")
 import megatron_ee.training.build
+import torch._dynamo
 """
 
 

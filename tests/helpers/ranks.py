@@ -77,7 +77,8 @@ class RankPool:
 
 
 def _serve(connection: multiprocessing.connection.Connection, choice: Literal["cpu", "cuda"], local_rank: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    # Without a barrier a case that ends at once closes the connections that the others are still making.
+    os.environ.update(OMP_NUM_THREADS="1", TORCH_DIST_INIT_BARRIER="1")
     if choice == "cuda":
         os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_rank + 1))
     import torch
