@@ -21,7 +21,7 @@ BUILT_IN: Mapping[str, tuple[str, ...]] = {
     "parallel.schedule": ("1f1b", "gpipe", "interleaved", "filled-1f1b", "zero-bubble", "megatron"),
     "optimizer.backend": ("megatron", "torch", "deepspeed", "apex", "transformer_engine"),
     "optimizer.lr_decay": ("cosine", "linear", "wsd", "constant"),
-    "inference.exit.measure": ("max_probability", "gate"),
+    "inference.exit.measure": ("max_probability", "margin", "entropy", "cosine", "gate"),
 }
 
 

@@ -1,8 +1,12 @@
 """What goes into decoding and what comes out: the two types that all callers share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_ee.config import ExitParams
+from megatron_ee.config import ExitParams, SamplingParams
+
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,22 +15,38 @@ class Request:
 
     Attributes:
         prompt: token ids, at least one.
-        temperature: 0 is greedy.
-        top_k: sample among the k likeliest tokens; 0: all.
-        stop: the token that ends the text; it is not emitted.
+        stop_token_ids: the model's own stop tokens; `sampling` may name more, or ignore these.
+        seed: of its random numbers, where `sampling` names none.
     """
 
     prompt: tuple[int, ...]
-    max_new_tokens: int
-    stop: int
-    temperature: float = 0.0
-    top_k: int = 0
-    seed: int = 0
+    sampling: SamplingParams = SamplingParams()
     exit: ExitParams = ExitParams()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("request.prompt: needs one token at least")
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Every token that ends the text."""
+        own = () if self.sampling.ignore_eos else self.stop_token_ids
+        return frozenset((*own, *self.sampling.stop_token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural log-probabilities by an exit's logits as they are, before any sampling setting.
+
+    Attributes:
+        token: of the chosen token.
+        top: token id -> log-probability of the likeliest ones, descending.
+    """
+
+    token: float
+    top: Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +56,15 @@ class Emission:
     Attributes:
         exit_layer: number of layers run for it; the model's number of layers at full depth.
         confidence: the exit's, in [0, 1]; 1 where no exit was asked.
+        logprobs: by the exit that spoke, if asked for.
+        exit_logprobs: layer -> the same by every exit that the token passed, if asked for; the one that spoke is last.
+        finish: why the text ends with it: `stop`: it is a stop token, which is no part of the text; `length`: it is
+            the last one that the request or the model allows. None: the text goes on.
     """
 
     token: int
     exit_layer: int
     confidence: float
+    logprobs: Logprobs | None = None
+    exit_logprobs: Mapping[int, Logprobs] | None = None
+    finish: FinishReason | None = None
