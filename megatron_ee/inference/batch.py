@@ -127,11 +127,10 @@ class Batch:
             if stop == self._num_layers:
                 emitted += self._emit(arrival.ask(going), dict.fromkeys(going, 1.0))
                 break
-            leaving = self._ask(arrival, [slot for slot in going if stop in self._sequences[slot].rule.thresholds])
-            if leaving:
-                emitted += self._emit(arrival.ask(list(leaving)), leaving)
-                self._leave(list(leaving), stop)
-                going = [slot for slot in going if slot not in leaving]
+            if asking := [slot for slot in going if stop in self._sequences[slot].rule.thresholds]:
+                left = self._ask(arrival, asking)
+                emitted += left
+                going = [slot for slot in going if slot not in dict(left)]
             start = stop
         return emitted
 
@@ -146,11 +145,19 @@ class Batch:
                     room -= count
         return fills
 
-    def _ask(self, arrival: Arrival, slots: Sequence[int]) -> Mapping[int, float]:
-        """Those of the sequences that leave at this exit, with its confidence."""
-        if not slots:
-            return {}
-        asked, layer = arrival.ask(slots), arrival.layer
+    def _ask(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
+        """Tokens of those sequences that leave at this exit."""
+        asked = arrival.ask(slots)
+        leaving = self._fire(asked, slots)
+        if not leaving:
+            return []
+        emitted = self._emit(asked.of([slots.index(slot) for slot in leaving]), leaving)
+        self._leave(list(leaving), arrival.layer)
+        return emitted
+
+    def _fire(self, asked: AskedExit, slots: Sequence[int]) -> Mapping[int, float]:
+        """Which of the sequences, of which the exit has a row each, leave at it, and its confidence."""
+        layer = asked.layer
         sequences = [self._sequences[slot] for slot in slots]
         for row, sequence in enumerate(sequences):
             if sequence.request.sampling.exit_logprobs:
