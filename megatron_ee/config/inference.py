@@ -65,7 +65,9 @@ class ExitParams(Section):
     thresholds: dict[PositiveInt, Probability] = Field({}, description="per exit layer, instead of `threshold`")
     min_exit: NonNegativeInt = Field(0, description="exits below this layer never fire")
     exits: Layers | None = Field(None, description="the exits that may fire; default: all of the model's")
-    patience: PositiveInt = Field(1, description="an exit fires only if so many in a row, itself last, choose its token")
+    patience: PositiveInt = Field(
+        1, description="an exit fires only if so many in a row, itself last, choose its token"
+    )
     kv_policy: KvPolicy = Field(
         "recompute",
         description="missing keys and values: recompute and fill are exact; propagate is not, and saves arithmetic",

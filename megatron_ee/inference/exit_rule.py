@@ -1,4 +1,5 @@
 """stand-in"""
+
 import math
 from megatron_ee.config import ExitParams
 from megatron_ee.errors import FieldError
@@ -18,11 +19,20 @@ class ExitRule:
     def __init__(self, params: ExitParams, exits, gated=()):
         named = {*(params.exits or ()), *params.thresholds}
         if unknown := named - set(exits):
-            raise FieldError("inference.exit", f"the model has exits after layers {list(exits)}, none after {sorted(unknown)}")
+            raise FieldError(
+                "inference.exit", f"the model has exits after layers {list(exits)}, none after {sorted(unknown)}"
+            )
         allowed = exits if params.exits is None else params.exits
         ths = {l: params.thresholds.get(l, params.threshold) for l in allowed}
-        self.thresholds = {} if params.mode == "full" else {l: v for l, v in ths.items() if l >= params.min_exit and v < 1}
-        self.measure, self.patience, self.kv_policy, self.max_pending = params.measure, params.patience, params.kv_policy, params.max_pending
+        self.thresholds = (
+            {} if params.mode == "full" else {l: v for l, v in ths.items() if l >= params.min_exit and v < 1}
+        )
+        self.measure, self.patience, self.kv_policy, self.max_pending = (
+            params.measure,
+            params.patience,
+            params.kv_policy,
+            params.max_pending,
+        )
 
     @property
     def needs_choices(self):

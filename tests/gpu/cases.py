@@ -153,7 +153,9 @@ def decoded_at_mixed_depths(name: DeviceName, policy: str) -> dict[str, Any]:
         expected = keys_and_values(model.stage, tokens)
         for number in range(1, 9):
             actual = batch.walk.cache.read(number, slot, len(tokens))
-            distance = max(distance, *(_distance(ours, theirs) for ours, theirs in zip(actual, expected[number])))
+            distance = max(
+                distance, *(_distance(ours, theirs) for ours, theirs in zip(actual, expected[number], strict=True))
+            )
     return {
         "texts": [[(emission.token, emission.exit_layer) for emission in text] for text in texts],
         "distance": distance,
