@@ -19,7 +19,8 @@ from megatron_ee.inference.weight_layout import arrange_weights
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.layout import place
-from megatron_ee.parallel.mesh import MeshError, launched_ranks, open_mesh
+from megatron_ee.parallel.mesh import launched_ranks, open_mesh
+from megatron_ee.parallel.world import MeshError
 from megatron_ee.plugins import load_plugins
 from megatron_ee.tokenizer import BYTES, Tokenizer, open_tokenizer
 
