@@ -41,7 +41,7 @@ class AskedExit:
 
     @cached_property
     def logits(self) -> torch.Tensor:
-        """[N, V] of the model's dtype, divided by the exit's temperature; of the tokenizer's tokens, without padding."""
+        """[N, V] of the model's dtype, divided by the exit's temperature, without the vocabulary's padding."""
         features_NH = self._features_NH
         if features_NH is None:
             features_NH = self._runner.features(self.hidden_NH, self.layer)

@@ -42,7 +42,7 @@ class ExitDecisions:
         rows_of: dict[str, list[int]] = {}
         for row, sequence in enumerate(sequences):
             rows_of.setdefault(sequence.rule.measure, []).append(row)
-        answers = [self._model.measure_named(measure)(asked.of(rows)) for measure, rows in rows_of.items()]
+        answers = [self._model.measures[measure](asked.of(rows)) for measure, rows in rows_of.items()]
         choosing = [row for row, sequence in enumerate(sequences) if sequence.rule.needs_choices]
         if choosing:
             answers.append(asked.of(choosing).logits.argmax(-1))
