@@ -29,7 +29,9 @@ class Observed:
 
 def exits_asked(model: OpenedModel) -> dict[str, list[int]]:
     """Measure -> the exits that it can be asked of: gates of those that have one, everything else of all."""
-    asked = {name: [layer for layer in model.exits if name != "gate" or layer in model.gated] for name in model.measures}
+    asked = {
+        name: [layer for layer in model.exits if name != "gate" or layer in model.gated] for name in model.measures
+    }
     return {name: layers for name, layers in asked.items() if layers}
 
 
@@ -37,8 +39,7 @@ def exits_asked(model: OpenedModel) -> dict[str, list[int]]:
 def observe(model: OpenedModel, windows_BS: np.ndarray) -> Observed:
     """One forward of every window, a few at a time; of each, the last token is only a label."""
     parts = [
-        _observe(model, torch.from_numpy(part))
-        for part in np.split(windows_BS, range(_BATCH, len(windows_BS), _BATCH))
+        _observe(model, torch.from_numpy(part)) for part in np.split(windows_BS, range(_BATCH, len(windows_BS), _BATCH))
     ]
 
     def joined(values: list[np.ndarray]) -> np.ndarray:
