@@ -59,14 +59,10 @@ def _observe(model: OpenedModel, windows_BS: torch.Tensor) -> Observed:
     choices: list[torch.Tensor] = []
     confidences: dict[str, list[torch.Tensor]] = {name: [] for name in asked_of}
     for layer, parts in _ask_all(model, tokens_BS):
-        choices_of, says = [], {name: [] for name, layers in asked_of.items() if layer in layers}
-        for asked in parts:
-            choices_of.append(asked.logits_NV.argmax(-1))
-            for name, values in says.items():
-                values.append(model.measures[name](asked).float())
-        choices.append(torch.cat(choices_of))
-        for name, values in says.items():
-            confidences[name].append(torch.cat(values))
+        choices_N, says = _hear(model, parts, [name for name, layers in asked_of.items() if layer in layers])
+        choices.append(choices_N)
+        for name, confidence_N in says.items():
+            confidences[name].append(confidence_N)
     *early, final_N = choices
 
     def stacked(values: list[torch.Tensor]) -> np.ndarray:
@@ -74,6 +70,19 @@ def _observe(model: OpenedModel, windows_BS: torch.Tensor) -> Observed:
 
     agrees, correct = ([of == truth_N for of in early] for truth_N in (final_N, labels_SB.flatten()))
     return Observed({name: stacked(values) for name, values in confidences.items()}, stacked(agrees), stacked(correct))
+
+
+def _hear(
+    model: OpenedModel, parts: Iterator[AskedExit], measures: list[str]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One exit's choices [N], and its confidences [N] by measure."""
+    choices: list[torch.Tensor] = []
+    says: dict[str, list[torch.Tensor]] = {name: [] for name in measures}
+    for asked in parts:
+        choices.append(asked.logits_NV.argmax(-1))
+        for name, values in says.items():
+            values.append(model.measures[name](asked).float())
+    return torch.cat(choices), {name: torch.cat(values) for name, values in says.items()}
 
 
 def _ask_all(model: OpenedModel, tokens_BS: torch.Tensor) -> Iterator[tuple[int, Iterator[AskedExit]]]:
@@ -90,8 +99,9 @@ def _ask_all(model: OpenedModel, tokens_BS: torch.Tensor) -> Iterator[tuple[int,
 
 
 def _in_parts(model: OpenedModel, layer: int, *states: torch.Tensor) -> Iterator[AskedExit]:
-    split = [state_SBH.flatten(0, 1).split(_ROWS) for state_SBH in states]
-    for hidden_NH, output_NH, previous_NH, features_NH in zip(*split, strict=True):
+    flat = [state_SBH.flatten(0, 1) for state_SBH in states]
+    for first in range(0, len(flat[0]), _ROWS):
+        hidden_NH, output_NH, previous_NH, features_NH = (state_NH[first : first + _ROWS] for state_NH in flat)
         yield AskedExit(
             model.runner,
             layer,

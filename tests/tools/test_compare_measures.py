@@ -21,8 +21,8 @@ from megatron_ee.parallel.mesh import Mesh
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-from compare_measures import pictures_of  # noqa: E402
 import exit_observations  # noqa: E402
+from compare_measures import pictures_of  # noqa: E402
 from exit_curves import curve_of, depths_between, reliability_of, without_cost  # noqa: E402
 
 
