@@ -2,7 +2,8 @@
 
 All tokens of held-out text are run once through all layers, teacher-forced, and every threshold is tried on what the
 exits say. Prints, for each measure that the model has, the share of tokens on which early exits choose as full depth
-does, at several mean depths; and how well gates are calibrated. Writes RUN/pictures/measures.json, and measures.png beside it.
+does, at several mean depths; and how well gates are calibrated. Writes RUN/pictures/measures.json, and measures.png
+beside it.
 
 A gate that was trained with false_exit_cost c says r / (r + c (1 - r)) where its exit is right with probability r;
 its calibration is that of the r that this stands for. Depth counts layers alone: gates and cosines also spare the

@@ -29,7 +29,9 @@ class Observed:
 
 def exits_asked(model: OpenedModel) -> dict[str, list[int]]:
     """Measure -> the exits that it can be asked of: gates of those that have one, everything else of all."""
-    asked = {name: [layer for layer in model.exits if name != "gate" or layer in model.gated] for name in model.measures}
+    asked = {
+        name: [layer for layer in model.exits if name != "gate" or layer in model.gated] for name in model.measures
+    }
     return {name: layers for name, layers in asked.items() if layers}
 
 
@@ -37,8 +39,7 @@ def exits_asked(model: OpenedModel) -> dict[str, list[int]]:
 def observe(model: OpenedModel, windows_BS: np.ndarray) -> Observed:
     """One forward of every window, a few at a time; of each, the last token is only a label."""
     parts = [
-        _observe(model, torch.from_numpy(part))
-        for part in np.split(windows_BS, range(_BATCH, len(windows_BS), _BATCH))
+        _observe(model, torch.from_numpy(part)) for part in np.split(windows_BS, range(_BATCH, len(windows_BS), _BATCH))
     ]
 
     def joined(values: list[np.ndarray]) -> np.ndarray:
@@ -58,14 +59,10 @@ def _observe(model: OpenedModel, windows_BS: torch.Tensor) -> Observed:
     choices: list[torch.Tensor] = []
     confidences: dict[str, list[torch.Tensor]] = {name: [] for name in asked_of}
     for layer, parts in _ask_all(model, tokens_BS):
-        choices_of, says = [], {name: [] for name, layers in asked_of.items() if layer in layers}
-        for asked in parts:
-            choices_of.append(asked.logits.argmax(-1))
-            for name, values in says.items():
-                values.append(model.measures[name](asked).float())
-        choices.append(torch.cat(choices_of))
-        for name, values in says.items():
-            confidences[name].append(torch.cat(values))
+        choices_N, says = _hear(model, parts, [name for name, layers in asked_of.items() if layer in layers])
+        choices.append(choices_N)
+        for name, confidence_N in says.items():
+            confidences[name].append(confidence_N)
     *early, final_N = choices
 
     def stacked(values: list[torch.Tensor]) -> np.ndarray:
@@ -73,6 +70,19 @@ def _observe(model: OpenedModel, windows_BS: torch.Tensor) -> Observed:
 
     agrees, correct = ([of == truth_N for of in early] for truth_N in (final_N, labels_SB.flatten()))
     return Observed({name: stacked(values) for name, values in confidences.items()}, stacked(agrees), stacked(correct))
+
+
+def _hear(
+    model: OpenedModel, parts: Iterator[AskedExit], measures: list[str]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One exit's choices [N], and its confidences [N] by measure."""
+    choices: list[torch.Tensor] = []
+    says: dict[str, list[torch.Tensor]] = {name: [] for name in measures}
+    for asked in parts:
+        choices.append(asked.logits.argmax(-1))
+        for name, values in says.items():
+            values.append(model.measures[name](asked).float())
+    return torch.cat(choices), {name: torch.cat(values) for name, values in says.items()}
 
 
 def _ask_all(model: OpenedModel, tokens_BS: torch.Tensor) -> Iterator[tuple[int, Iterator[AskedExit]]]:
@@ -89,8 +99,9 @@ def _ask_all(model: OpenedModel, tokens_BS: torch.Tensor) -> Iterator[tuple[int,
 
 
 def _in_parts(model: OpenedModel, layer: int, *states: torch.Tensor) -> Iterator[AskedExit]:
-    split = [state_SBH.flatten(0, 1).split(_ROWS) for state_SBH in states]
-    for hidden_NH, output_NH, previous_NH, features_NH in zip(*split, strict=True):
+    flat = [state_SBH.flatten(0, 1) for state_SBH in states]
+    for first in range(0, len(flat[0]), _ROWS):
+        hidden_NH, output_NH, previous_NH, features_NH = (state_NH[first : first + _ROWS] for state_NH in flat)
         yield AskedExit(
             model.runner,
             layer,

@@ -173,3 +173,13 @@ def test_the_threshold_of_one_exit_is_a_probability_too(value: float) -> None:
     with pytest.raises(ValidationError):
         ExitParams(thresholds={2: value})
     assert ExitParams(thresholds={2: 1}).thresholds == {2: 1.0}
+
+
+@pytest.mark.parametrize(
+    "asked", [{"exits": [2]}, {"thresholds": {5: 1.0}}, {"mode": "full"}, {"min_exit": 6}, {"patience": 3}]
+)
+def test_gates_are_missing_only_where_they_are_asked(asked: dict[str, Any]) -> None:
+    exits = {"layers": [2, 5], "gate": ["mlp", "none"]}
+    config(exits=exits, inference={"exit": {"measure": "gate", **asked}})
+    with pytest.raises(ValidationError, match=r"gate, but exits.gate is none for the exits after layers \[5\]"):
+        config(exits=exits, inference={"exit": {"measure": "gate"}})

@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from helpers.confidences import of_gate, of_logits, of_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -156,16 +157,10 @@ def test_confidences_are_between_0_and_1_also_when_rounded(dtype: torch.dtype, r
             assert bool(((values_N >= 0) & (values_N <= 1)).all()), (name, values_N)
 
 
-def _naive(measure: str, row_V: np.ndarray, previous_V: np.ndarray) -> float:
+def _written_out(measure: str, row_X: np.ndarray, previous_X: np.ndarray) -> float:
     if measure == "gate":
-        return float(1 / (1 + np.exp(-row_V[0])))
-    if measure == "cosine":
-        return float(max(0, row_V @ previous_V / np.sqrt((row_V @ row_V) * (previous_V @ previous_V))))
-    odds_V = np.exp(row_V - row_V.max())
-    shares_V = np.sort(odds_V / odds_V.sum())[::-1]
-    if measure == "entropy":
-        return float(1 + (shares_V * np.log(shares_V)).sum() / np.log(len(row_V)))
-    return float(shares_V[0] - (shares_V[1] if measure == "margin" else 0))
+        return of_gate(row_X[0])
+    return of_states(row_X, previous_X) if measure == "cosine" else of_logits(measure, row_X)
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
@@ -176,7 +171,7 @@ def test_every_measure_is_what_its_formula_says(measure: str, dtype: torch.dtype
     rows_NV = (scale * torch.randn(5, 300, generator=generator)).to(dtype)
     previous_NV = rows_NV + (scale * torch.randn(5, 300, generator=generator)).to(dtype)
     pairs = zip(rows_NV.double().numpy(), previous_NV.double().numpy(), strict=True)
-    expected_N = [_naive(measure, *pair) for pair in pairs]
+    expected_N = [_written_out(measure, *pair) for pair in pairs]
     values_N = MEASURES[measure](asked(rows_NV, previous_NV))
     within = 1e-6 if measure == "gate" else within  # whose logits are fp32
     np.testing.assert_allclose(values_N.numpy(), expected_N, atol=within, rtol=0)
@@ -212,7 +207,7 @@ def test_a_plug_ins_measure_sees_the_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of_logits", "given"),
+    ("of_rows", "given"),
     [
         (lambda logits_NV: 0.5, "float"),
         (lambda logits_NV: logits_NV.softmax(-1).max(), "float32 []"),
@@ -221,10 +216,10 @@ def test_a_plug_ins_measure_sees_the_logits() -> None:
     ],
 )
 def test_a_plug_in_that_gives_no_confidence_a_row_is_named(
-    of_logits: Callable[[torch.Tensor], torch.Tensor], given: str
+    of_rows: Callable[[torch.Tensor], torch.Tensor], given: str
 ) -> None:
     with pytest.raises(PluginError) as caught:
-        measure_of_logits(of_logits)(asked(torch.randn(3, 7)))
+        measure_of_logits(of_rows)(asked(torch.randn(3, 7)))
     assert str(caught.value) == (
         f"inference.exit.measure: the plug-in's gives {given} for 3 rows, not one floating number a row, [3]"
     )

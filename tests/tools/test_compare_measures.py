@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.confidences import said_at_exits
+from helpers.decoding import opened
+from helpers.models import whole_model
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
 from megatron_ee.config import Config
 from megatron_ee.errors import UserError
+from megatron_ee.parallel.mesh import Mesh
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
+import exit_observations  # noqa: E402
 from compare_measures import pictures_of  # noqa: E402
 from exit_curves import curve_of, depths_between, reliability_of, without_cost  # noqa: E402
 
@@ -69,6 +74,28 @@ def test_what_a_gate_says_stands_for_a_probability() -> None:
     says = right / (right + 3 * (1 - right))
     np.testing.assert_allclose(without_cost(says, 3.0), right)
     assert depths_between(3, 12, 4) == [3.0, 6.0, 9.0, 12.0]
+
+
+def test_what_exits_are_seen_to_say(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of batches and of rows that don't come out even."""
+    monkeypatch.setattr(exit_observations, "_BATCH", 2)
+    monkeypatch.setattr(exit_observations, "_ROWS", 7)
+    exits = [2, 4, 6]
+    stage = whole_model(mesh, exits=exits, head=["norm", "mlp", "block"], gate=["none", "linear", "mlp"])
+    windows_BS = np.random.default_rng(0).integers(64, size=(3, 6))
+    observed = exit_observations.observe(opened(stage), windows_BS)
+    said = [said_at_exits(stage, window_S[:-1].tolist(), exits) for window_S in windows_BS]
+    # position after position within a batch of two windows, then the one that is left
+    order = [(window, position) for pair in ((0, 1), (2,)) for position in range(5) for window in pair]
+    asked = exit_observations.exits_asked(opened(stage))
+    assert asked == {**dict.fromkeys(["max_probability", "margin", "entropy", "cosine"], exits), "gate": [4, 6]}
+    for name, layers in asked.items():
+        expected_EN = [[said[window][layer].confidence(name, at) for window, at in order] for layer in layers]
+        np.testing.assert_allclose(observed.confidences_EN[name], expected_EN, atol=1e-5, err_msg=name)
+    choices_EN = np.array([[said[window][layer].choice(at) for window, at in order] for layer in (*exits, 8)])
+    np.testing.assert_array_equal(observed.agrees_EN, choices_EN[:-1] == choices_EN[-1])
+    labels_N = [windows_BS[window, at + 1] for window, at in order]
+    np.testing.assert_array_equal(observed.correct_EN, choices_EN[:-1] == np.array(labels_N))
 
 
 @pytest.fixture(scope="module")
