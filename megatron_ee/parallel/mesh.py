@@ -4,6 +4,7 @@ Ranks are numbered as megatron-core does: pipeline stage outermost, then data-pa
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -177,6 +178,13 @@ def open_mesh(parallel: ParallelConfig, device: Device, *, timeout: timedelta = 
     )
     _connect_neighbours(mesh)
     return mesh
+
+
+def launched_ranks() -> int:
+    """How many processes were started together; 1 without a launcher."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
 def close_mesh() -> None:
