@@ -68,10 +68,8 @@ class Summary:
         )
 
 
-_EXACT = (
-    "every position runs every layer in the end: what is saved are those that still waited when their text ended"
-)
-_PROPAGATED = "skipped layers get keys and values of the state at the exit, which is not exact"
+_EXACT = "Every position runs every layer in the end; saved are those that still waited when their text ended."
+_PROPAGATED = "Skipped layers get keys and values of the state at the exit: cheap, and not exact."
 
 
 def closing_table(
@@ -93,10 +91,11 @@ def closing_table(
         f"{_bytes(savings.bytes_not_read)} of {_bytes(savings.bytes_at_full_depth)} (prompts too)",
         "exits' heads": f"asked {savings.num_asked} times; reading {_bytes(savings.head_bytes)} more than at full depth "
         f"({savings.head_share:.1%}), {savings.head_arithmetic:.1%} more arithmetic",
-        "arithmetic saved": f"{savings.arithmetic_saved:.1%} of the layers' ({_EXACT if is_exact else _PROPAGATED})",
+        "arithmetic saved": f"{savings.arithmetic_saved:.1%} of the layers'",
     }
     for name, value in rows.items():
         yield f"{name:<23}{value}"
+    yield _EXACT if is_exact else _PROPAGATED
 
 
 def _bytes(count: int) -> str:
