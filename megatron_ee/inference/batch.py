@@ -120,6 +120,7 @@ class Batch:
 
     def _decode(self, slots: Sequence[int]) -> list[tuple[int, Emission]]:
         """Segment after segment, with those that are still on their way."""
+        self.walk.work.rounds += 1
         emitted: list[tuple[int, Emission]] = []
         going, start = list(slots), 0
         while going:

@@ -3,9 +3,8 @@
 Shapes: N rows, B sequences, H hidden size.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,19 +16,8 @@ from megatron_ee.inference.launch import Launch, SequenceRows
 from megatron_ee.inference.ledger import DepthLedger
 from megatron_ee.inference.runner import Runner
 from megatron_ee.inference.waiting_states import WaitingStates
+from megatron_ee.inference.work import Work
 from megatron_ee.model.rotary import Rotary, RotationTable
-
-Segment = tuple[int, int]
-"""Layers `start + 1` to `stop`."""
-
-
-@dataclass(slots=True)
-class Work:
-    """What has been run: launches by segment, and rows in them; `stored`: rows given keys and values alone."""
-
-    launches: Counter[Segment] = field(default_factory=Counter)
-    rows: Counter[Segment] = field(default_factory=Counter)
-    stored: Counter[Segment] = field(default_factory=Counter)
 
 
 class DepthWalk:
@@ -85,6 +73,7 @@ class DepthWalk:
         launch = self._launch(rows)
         x_NH = self._states.read(start, launch)
         self._runner.store(x_NH, launch, start, stop)
+        self.work.stores[start, stop] += 1
         self.work.stored[start, stop] += launch.num_rows
         self._arrive(rows, start, stop)
         for layer in self._exits:
