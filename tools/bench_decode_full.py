@@ -4,7 +4,6 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,9 @@ GOALS = {1: 2.0, 16: 1.4}
 """By the number of sequences: tokens per second over Hugging Face's."""
 
 
-def full_depth_measures(checkpoint: Path, model: "OpenedModel", prompts: Prompts, all_sizes: list[Sizes]) -> list[Measure]:
+def full_depth_measures(
+    checkpoint: Path, model: "OpenedModel", prompts: Prompts, all_sizes: list[Sizes]
+) -> list[Measure]:
     """Tokens per second over Hugging Face's, for each number of sequences."""
     huggingface = exported(checkpoint)
     return [_over_huggingface(huggingface, model, prompts, sizes) for sizes in all_sizes]
@@ -28,9 +29,11 @@ def full_depth_measures(checkpoint: Path, model: "OpenedModel", prompts: Prompts
 def exported(checkpoint: Path) -> Any:
     """The same model, as transformers loads it, in fp32."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from megatron_ee.checkpoint.to_huggingface import export_model
 
+    disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         destination = export_model(checkpoint, Path(folder) / "exported").folder
         model = AutoModelForCausalLM.from_pretrained(destination, dtype=torch.float32, local_files_only=True)

@@ -111,9 +111,7 @@ class _Replay:
 
     def step(self, step: int) -> None:
         """One token of every sequence that has so many."""
-        new = {
-            number: 1 if step else self._prompts[number] for number, of in enumerate(self._depths) if step < len(of)
-        }
+        new = {number: 1 if step else self._prompts[number] for number, of in enumerate(self._depths) if step < len(of)}
         for start, stop in sorted(self._costs.segments):
             new = {number: rows for number, rows in new.items() if self._depths[number][step] >= stop}
             self._run(new, start, stop)

@@ -46,7 +46,9 @@ class Sizes:
 
 ALONE = Sizes(1)
 TOGETHER = Sizes(16, full_rounds=6, exit_rounds=5, cost_rounds=7)
-SMALL = replace(ALONE, prompt_length=5, new_tokens=6, full_rounds=3, exit_rounds=3, cost_rounds=2, thresholds=(0.1, 0.9))
+SMALL = replace(
+    ALONE, prompt_length=5, new_tokens=6, full_rounds=3, exit_rounds=3, cost_rounds=2, thresholds=(0.1, 0.9)
+)
 SMALL_TOGETHER = replace(SMALL, sequences=3)
 
 
