@@ -54,7 +54,7 @@ class AskedExit:
 
     def of(self, rows: Sequence[int]) -> "AskedExit":
         """Some of the rows; what is computed already isn't computed again."""
-        if len(rows) == len(self.hidden_NH):
+        if list(rows) == list(range(len(self.hidden_NH))):
             return self
         index = torch.tensor(rows, device=self.hidden_NH.device)
         part = AskedExit(

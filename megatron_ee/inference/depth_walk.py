@@ -54,6 +54,7 @@ class DepthWalk:
         )
         self._states = WaitingStates(slots, min(room, capacity), stage.model.hidden_size, parameter)
         self.work = Work()
+        self._recent: Launch | None = None
 
     def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> "Arrival":
         """Append tokens to sequences, by slot, and run them up to `stop`."""
@@ -119,7 +120,10 @@ class DepthWalk:
         return x_NH[torch.tensor(is_own_N, device=x_NH.device)], self._launch(own)
 
     def _launch(self, rows: Sequence[SequenceRows]) -> Launch:
-        return Launch(rows, self.cache, self._rotation)
+        """The rows of one segment are often those of the one before."""
+        if self._recent is None or self._recent.rows != rows:
+            self._recent = Launch(rows, self.cache, self._rotation)
+        return self._recent
 
     def _arrive(self, rows: Sequence[SequenceRows], start: int, stop: int) -> None:
         for slot, positions in rows:

@@ -15,10 +15,12 @@ from megatron_ee.device import Device
 from megatron_ee.inference.declared_exits import exits_to_decode
 from megatron_ee.inference.measures import MEASURES, measure_of_logits
 from megatron_ee.inference.opened import OpenedModel
+from megatron_ee.inference.weight_layout import arrange_weights
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.layout import place
-from megatron_ee.parallel.mesh import MeshError, launched_ranks, open_mesh
+from megatron_ee.parallel.mesh import launched_ranks, open_mesh
+from megatron_ee.parallel.world import MeshError
 from megatron_ee.plugins import load_plugins
 from megatron_ee.tokenizer import BYTES, Tokenizer, open_tokenizer
 
@@ -58,10 +60,11 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
         dtype=DTYPES[description.precision],
     )
     stage.load_sharded(source.load(model_state(stage, mesh)))
-    stage.eval().requires_grad_(False)
+    stage = stage.eval().requires_grad_(False).to(dtype)
+    arrange_weights(stage)
     added = load_plugins(config.plugins).exit_measures
     return OpenedModel(
-        stage if dtype is None else stage.to(dtype),
+        stage,
         tokenizer,
         tuple(description.exits.layers),
         {**MEASURES, **{name: measure_of_logits(measure) for name, measure in added.items()}},

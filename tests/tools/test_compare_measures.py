@@ -96,7 +96,8 @@ def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_model_with_gates_is_compared(trained: Path) -> None:
     done = _tool(trained / "runs/gated", "--sequences", 20)
     assert done.returncode == 0, done.stderr
-    assert "max_probability              gate" in done.stdout
+    names = ["max_probability", "margin", "entropy", "cosine", "gate"]
+    assert "".join(f"{name:>18}" for name in names) in done.stdout
     assert "gate of exit 5, cost 2 taken out: calibration error" in done.stdout
     pictures = trained / "runs/gated/pictures"
     content = json.loads((pictures / "measures.json").read_text())
@@ -105,7 +106,7 @@ def test_a_model_with_gates_is_compared(trained: Path) -> None:
     assert sum(content["gates"]["5"]["counts"]) == 320
     at_depth = content["at_mean_depth"]
     assert (at_depth["depth"][0], at_depth["depth"][-1]) == (5.0, 8.0)
-    assert at_depth["max_probability"][-1] == at_depth["gate"][-1] == 1.0
+    assert [at_depth[name][-1] for name in names] == [1.0] * len(names)
     assert (pictures / "measures.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -115,7 +116,7 @@ def test_a_model_without_gates_and_a_text_of_ones_own(trained: Path, tmp_path: P
     done = _tool(trained / "runs/bare", "--text", text, "--output", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "out.json").read_text())
-    assert content["curves"].keys() == {"max_probability"} and not content["gates"]
+    assert content["curves"].keys() == {"max_probability", "margin", "entropy", "cosine"} and not content["gates"]
     assert content["tokens"] == 16 * ((len(text.read_text()) - 1) // 16)
     text.write_text("short")
     done = _tool(trained / "runs/bare", "--text", text)
