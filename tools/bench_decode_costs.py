@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,13 @@ from bench_decode_ideal import Curve, LaunchCosts
 from bench_decode_setup import Sizes
 
 if TYPE_CHECKING:
+    from megatron_ee.inference.asked_exit import AskedExit
     from megatron_ee.inference.launch import Launch
+    from megatron_ee.inference.measures import Measure
     from megatron_ee.inference.opened import OpenedModel
 
 Part = tuple[str, int, int]
-"""layers, head or store; and the layers before it and up to its end."""
+"""layers, ask, speak or store; and the layers before it and up to its end."""
 
 _ALONE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -29,21 +32,25 @@ _FEW_ROWS = 64
 """Launches of more are timed a third as often."""
 
 
-def measured_costs(model: "OpenedModel", sizes: Sizes) -> LaunchCosts:
-    """For so many sequences, in the middle of their answers."""
+def measured_costs(model: "OpenedModel", sizes: Sizes, measure: str) -> LaunchCosts:
+    """For so many sequences, in the middle of their answers.
+
+    Args:
+        measure: what exits are asked for.
+    """
     curves: dict[Part, list[tuple[int, float]]] = defaultdict(list)
     for sequences, each in shapes_of(sizes):
         rows = sequences * each
         rounds = sizes.cost_rounds if rows <= _FEW_ROWS else max(2, sizes.cost_rounds // 3)
-        for part, seconds in _costs_of(model, sizes, sequences, each, rounds).items():
-            if part[0] != "head" or each == 1:  # it looks at one row a sequence
+        for part, seconds in _costs_of(model, sizes, (sequences, each), measure, rounds).items():
+            if each == 1 or part[0] in ("layers", "store"):  # an exit looks at one row a sequence
                 curves[part].append((rows, seconds))
 
     def of(kind: str) -> dict[tuple[int, int], Curve]:
         return {(start, stop): tuple(points) for (name, start, stop), points in curves.items() if name == kind}
 
-    heads = {stop: curve for (_, stop), curve in of("head").items()}
-    return LaunchCosts(segments=of("layers"), heads=heads, stores=of("store"))
+    asks, speaks = ({stop: curve for (_, stop), curve in of(kind).items()} for kind in ("ask", "speak"))
+    return LaunchCosts(of("layers"), asks, speaks, of("store"))
 
 
 def shapes_of(sizes: Sizes) -> list[tuple[int, int]]:
@@ -54,12 +61,14 @@ def shapes_of(sizes: Sizes) -> list[tuple[int, int]]:
     return alone + [(sizes.sequences, each) for each in _EACH if each <= sizes.capacity]
 
 
-def _costs_of(model: "OpenedModel", sizes: Sizes, sequences: int, each: int, rounds: int) -> dict[Part, float]:
+def _costs_of(
+    model: "OpenedModel", sizes: Sizes, shape: tuple[int, int], measure: str, rounds: int
+) -> dict[Part, float]:
     seconds: dict[Part, list[float]] = defaultdict(list)
-    launch = _launch(model, sizes, sequences, each)
+    launch = _launch(model, sizes, shape)
     with torch.inference_mode():
         for number in range(rounds + 1):
-            for part, work in _parts(model, launch, sequences):
+            for part, work in _parts(model, launch, measure):
                 started = time.process_time()
                 work()
                 if number:
@@ -67,12 +76,12 @@ def _costs_of(model: "OpenedModel", sizes: Sizes, sequences: int, each: int, rou
     return {part: statistics.median(values) for part, values in seconds.items()}
 
 
-def _launch(model: "OpenedModel", sizes: Sizes, sequences: int, each: int) -> "Launch":
+def _launch(model: "OpenedModel", sizes: Sizes, shape: tuple[int, int]) -> "Launch":
     from megatron_ee.inference.kv_cache import KeyValueCache
     from megatron_ee.inference.launch import Launch, SequenceRows
     from megatron_ee.model.rotary import Rotary, RotationTable
 
-    stage = model.stage
+    stage, (sequences, each) = model.stage, shape
     parameter = next(stage.parameters())
     cache = KeyValueCache(stage, sizes.sequences, sizes.capacity)
     rotary = Rotary(stage.model, parameter.device)
@@ -81,23 +90,26 @@ def _launch(model: "OpenedModel", sizes: Sizes, sequences: int, each: int) -> "L
     return Launch([SequenceRows(slot, range(length - each, length)) for slot in range(sequences)], cache, rotation)
 
 
-def _parts(model: "OpenedModel", launch: "Launch", sequences: int) -> Iterator[tuple[Part, Callable[[], object]]]:
+def _parts(model: "OpenedModel", launch: "Launch", measure: str) -> Iterator[tuple[Part, Callable[[], object]]]:
     """Segment after segment, each with its exit."""
-    runner, num_layers = model.runner, model.stage.model.num_layers
-    x_NH = runner.embed(torch.arange(launch.num_rows))
-    for start, stop in pairwise((0, *model.exits, num_layers)):
-        yield ("layers", start, stop), lambda x=x_NH, start=start, stop=stop: runner.run(x, launch, start, stop)
-        hidden_NH = x_NH[:sequences]
-        yield ("head", start, stop), lambda x=hidden_NH, stop=stop: _ask(model, x, stop)
-        if start:
-            yield ("store", start, stop), lambda x=x_NH, start=start, stop=stop: runner.store(x, launch, start, stop)
-
-
-def _ask(model: "OpenedModel", hidden_NH: torch.Tensor, layer: int) -> list[float]:
-    """What an exit is asked for, and the token at the end."""
     from megatron_ee.inference.asked_exit import AskedExit
 
-    asked = AskedExit(model.runner, layer, hidden_NH=hidden_NH, output_NH=hidden_NH, previous_NH=hidden_NH)
-    if layer == model.stage.model.num_layers:
-        return asked.logits_NV.argmax(-1).tolist()
-    return model.measure_named("max_probability")(asked).tolist()
+    runner, num_layers, confidence = model.runner, model.stage.model.num_layers, model.measure_named(measure)
+    x_NH = runner.embed(torch.arange(launch.num_rows))
+    of_exit = x_NH[: len(launch.rows)]
+    for start, stop in pairwise((0, *model.exits, num_layers)):
+        yield ("layers", start, stop), partial(runner.run, x_NH, launch, start, stop)
+        asked = AskedExit(runner, stop, hidden_NH=of_exit, output_NH=of_exit, previous_NH=of_exit)
+        if stop < num_layers:
+            yield ("ask", start, stop), partial(_confidence, confidence, asked)
+        yield ("speak", start, stop), partial(_tokens, asked)
+        if start:
+            yield ("store", start, stop), partial(runner.store, x_NH, launch, start, stop)
+
+
+def _confidence(measure: "Measure", asked: "AskedExit") -> list[float]:
+    return measure(asked).tolist()
+
+
+def _tokens(asked: "AskedExit") -> list[int]:
+    return asked.logits_NV.argmax(-1).tolist()

@@ -21,6 +21,7 @@ from megatron_ee.config import ExitParams
 if TYPE_CHECKING:
     from megatron_ee.inference.opened import OpenedModel
 
+MEASURE = "max_probability"
 GOAL = 0.9
 """Of one sequence: the measured speed-up over the ideal one."""
 
@@ -68,6 +69,11 @@ class Cell:
         return sum(layer * count for layer, count in self.by_exit.items()) / sum(self.by_exit.values())
 
     @property
+    def label(self) -> str:
+        params = self.decoding.exit
+        return params.kv_policy if params.measure == MEASURE else f"{params.kv_policy} {params.measure}"
+
+    @property
     def verdict(self) -> str:
         """Whether exits pay: in nine rounds of ten, in one of ten, or neither."""
         low, *_, high = statistics.quantiles(self.speeds, n=10, method="inclusive")
@@ -76,7 +82,7 @@ class Cell:
     @property
     def measures(self) -> list[Measure]:
         params, count = self.decoding.exit, self.sizes.sequences
-        setting = f"{params.kv_policy}_{params.threshold:g}_b{count}"
+        setting = f"{self.label.replace(' ', '_')}_{params.threshold:g}_b{count}"
         over_ideal = [speed / ideal for speed, ideal in zip(self.speeds, self.ideals, strict=True)]
         goal = GOAL if count == 1 else None
         return [
@@ -88,7 +94,6 @@ class Cell:
     def context(self) -> dict[str, Any]:
         """Costs are in layers of one row, for each token, or each exit that was asked."""
         tokens, layer = self.sizes.new_tokens * self.sizes.sequences, self.costs.layer
-        heads = [curve[0][1] for curve in self.costs.heads.values()]
         return context_of(
             self.sizes,
             mean_depth=self.mean_depth,
@@ -96,24 +101,27 @@ class Cell:
             agreement=self.agreement,
             ideal=statistics.median(self.ideals),
             verdict=self.verdict,
-            eta=statistics.mean(heads) / layer,
+            eta=self.costs.eta,
             phi=statistics.median(each.missing_kv for each in self.needs) / tokens / layer,
             tokens_per_cpu_second=tokens / statistics.median(self.rounds.b),
         )
 
 
 def exit_cells(model: "OpenedModel", prompts: Prompts, sizes: Sizes) -> list[Cell]:
-    """One for each policy and threshold."""
-    costs = measured_costs(model, sizes)
+    """One for each policy and threshold, and one for each other measure that the model has."""
     settings = [
         ExitParams(threshold=threshold, kv_policy=policy)
         for policy in get_args(KvPolicy)
         for threshold in sizes.thresholds
     ]
+    for measure, threshold in sizes.measures:
+        if measure != "gate" or model.gated:
+            settings.append(ExitParams(measure=measure, threshold=threshold))
+    costs = {measure: measured_costs(model, sizes, measure) for measure in dict.fromkeys(of.measure for of in settings)}
     decodings = [Decoding(model, prompts, sizes, setting) for setting in settings]
     rounds = all_take_turns(sizes.exit_rounds, Decoding(model, prompts, sizes, full_depth()), [*decodings])
     return [
-        Cell(decoding, of, costs, sizes, agreement_with_full_depth(model, prompts, decoding))
+        Cell(decoding, of, costs[decoding.exit.measure], sizes, agreement_with_full_depth(model, prompts, decoding))
         for decoding, of in zip(decodings, rounds, strict=True)
     ]
 
@@ -134,12 +142,10 @@ def exit_table(cells: list[Cell]) -> Iterator[str]:
     """Lines for people, of the cells of one number of sequences."""
     sizes, costs = cells[0].sizes, cells[0].costs
     full = sizes.sequences * sizes.new_tokens / statistics.median(cells[0].rounds.a)
-    eta = cells[0].context["eta"]
-    yield f"{_many(sizes.sequences)}: full depth {full:.0f} tokens/s; a head costs {eta:.2f} layers"
-    if eta >= min(stop - start for start, stop in costs.segments):
-        yield "a head costs as much as the layers between two exits: exits pay only where most tokens take an early one"
+    many = "one sequence" if sizes.sequences == 1 else f"{sizes.sequences} sequences"
+    yield f"{many}: full depth {full:.0f} tokens/s; to ask an exit costs {costs.eta:.2f} layers"
     yield (
-        f"{'missing KV':<12}{'threshold':>9}{'depth':>7}{'agrees':>8}{'speed':>8}{'p10':>7}{'p90':>7}{'A/A':>7}"
+        f"{'missing KV, measure':<20}{'threshold':>9}{'depth':>7}{'agrees':>8}{'speed':>8}{'p10':>7}{'p90':>7}{'A/A':>7}"
         f"{'ideal':>8}{'of ideal':>9}  {'verdict':<14}tokens by exit"
     )
     for cell in cells:
@@ -148,11 +154,7 @@ def exit_table(cells: list[Cell]) -> Iterator[str]:
         total = sum(cell.by_exit.values())
         used = "  ".join(f"{layer}: {count / total:.0%}" for layer, count in cell.by_exit.items())
         yield (
-            f"{cell.decoding.exit.kv_policy:<12}{cell.decoding.exit.threshold:>9g}{cell.mean_depth:>7.2f}"
+            f"{cell.label:<20}{cell.decoding.exit.threshold:>9g}{cell.mean_depth:>7.2f}"
             f"{cell.agreement:>8.1%}{speed.value:>7.2f}x{low:>7.2f}{high:>7.2f}{speed.aa:>7.3f}"
             f"{speed.context['ideal']:>7.2f}x{over_ideal.value:>9.2f}  {cell.verdict:<14}{used}"
         )
-
-
-def _many(sequences: int) -> str:
-    return "one sequence" if sequences == 1 else f"{sequences} sequences"

@@ -28,15 +28,15 @@ def full_depth_measures(
 
 def exported(checkpoint: Path) -> Any:
     """The same model, as transformers loads it, in fp32."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    import transformers
 
     from megatron_ee.checkpoint.to_huggingface import export_model
 
-    disable_progress_bar()
+    library: Any = transformers  # which is not typed
+    library.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         destination = export_model(checkpoint, Path(folder) / "exported").folder
-        model = AutoModelForCausalLM.from_pretrained(destination, dtype=torch.float32, local_files_only=True)
+        model = library.AutoModelForCausalLM.from_pretrained(destination, dtype=torch.float32, local_files_only=True)
     model.generation_config.eos_token_id = None  # so that every text has the same length
     model.generation_config.pad_token_id = 0
     return model.eval()

@@ -5,7 +5,7 @@ It is the law of single-stream early exit, in seconds instead of layers and for 
     ideal speed-up = (L + eta) / (E[l] + eta E[exits tested] + phi)
 
 with L layers, E[l] the mean depth, eta a head's cost over a layer's, and phi the cost of missing keys and values. It
-counts layers and heads alone: no bookkeeping, no choice of a token.
+counts layers and heads alone, and no bookkeeping.
 """
 
 from bisect import bisect_left
@@ -19,6 +19,7 @@ Segment = tuple[int, int]
 Curve = tuple[tuple[int, float], ...]
 """(rows, seconds), by ascending rows; the first is 1."""
 KvPolicy = Literal["recompute", "fill", "propagate"]
+_NOTHING: Curve = ((1, 0.0),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,14 @@ class LaunchCosts:
 
     Attributes:
         segments: running rows through the layers between neighbouring exits.
-        heads: exit layer -> asking it; the number of layers -> the final output.
+        asks: exit layer -> its confidence.
+        speaks: exit layer, or the number of layers -> a token of it, beyond what was computed for the confidence.
         stores: keys and values alone, of the segment's layers.
     """
 
     segments: Mapping[Segment, Curve]
-    heads: Mapping[int, Curve]
+    asks: Mapping[int, Curve]
+    speaks: Mapping[int, Curve]
     stores: Mapping[Segment, Curve]
 
     @property
@@ -43,6 +46,11 @@ class LaunchCosts:
     def layer(self) -> float:
         """Seconds of one row in one layer, on the average."""
         return sum(seconds_of(curve, 1) for curve in self.segments.values()) / self.num_layers
+
+    @property
+    def eta(self) -> float:
+        """What it costs to ask an exit, over a layer; of one row, on the average over exits."""
+        return sum(seconds_of(curve, 1) for curve in self.asks.values()) / len(self.asks) / self.layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,8 @@ def need(depths: Sequence[Sequence[int]], prompts: Sequence[int], costs: LaunchC
 
     Args:
         depths: of each sequence's new tokens; the first is said by the prompt's last position.
-        prompts: positions of each sequence before its first new token. They go as deep as that one.
+        prompts: positions of each sequence before its first new token. They go as deep as that one; where keys and
+            values are propagated, all but the last have gone to full depth before.
     """
     replay = _Replay(depths, prompts, costs, propagates=kv_policy == "propagate")
     for step in range(max(map(len, depths))):
@@ -96,9 +105,8 @@ def full_need(counts: Sequence[int], prompts: Sequence[int], costs: LaunchCosts)
     Args:
         counts: each sequence's number of new tokens.
     """
-    deepest = costs.num_layers
-    unasked = {**dict.fromkeys(costs.heads, ((1, 0.0),)), deepest: costs.heads[deepest]}
-    return need([[deepest] * count for count in counts], prompts, replace(costs, heads=unasked), "recompute")
+    depths = [[costs.num_layers] * count for count in counts]
+    return need(depths, prompts, replace(costs, asks={}), "recompute")
 
 
 class _Replay:
@@ -108,6 +116,10 @@ class _Replay:
         self._depths, self._prompts, self._costs, self._propagates = depths, prompts, costs, propagates
         self._waiting = [Counter[int]() for _ in prompts]  # of each sequence: depth -> positions
         self.layers = self.heads = self.missing_kv = 0.0
+        if propagates:
+            before = sum(prompts) - len(prompts)
+            self._prompts = [1] * len(prompts)
+            self.layers = sum(seconds_of(curve, before) for curve in costs.segments.values())
 
     def step(self, step: int) -> None:
         """One token of every sequence that has so many."""
@@ -115,12 +127,15 @@ class _Replay:
         for start, stop in sorted(self._costs.segments):
             new = {number: rows for number, rows in new.items() if self._depths[number][step] >= stop}
             self._run(new, start, stop)
-            for number, rows in new.items():
-                if self._depths[number][step] == stop < self._costs.num_layers and step + 1 < len(self._depths[number]):
-                    self._leave(number, rows, stop)
+            self.heads += seconds_of(self._costs.asks.get(stop, _NOTHING), len(new))
+            leaving = [number for number in new if self._depths[number][step] == stop]
+            self.heads += seconds_of(self._costs.speaks[stop], len(leaving))
+            for number in leaving:
+                if stop < self._costs.num_layers and step + 1 < len(self._depths[number]):
+                    self._leave(number, new[number], stop)
 
     def _run(self, new: Mapping[int, int], start: int, stop: int) -> None:
-        """Through a segment and its exit, with what waits where the segment begins."""
+        """Through a segment, with what waits where it begins."""
         curve, rows, joining = self._costs.segments[start, stop], sum(new.values()), 0
         for number in new:
             waiting = self._waiting[number].pop(start, 0)
@@ -129,7 +144,6 @@ class _Replay:
         alone = seconds_of(curve, rows)
         self.layers += alone
         self.missing_kv += seconds_of(curve, rows + joining) - alone
-        self.heads += seconds_of(self._costs.heads[stop], len(new))
 
     def _leave(self, number: int, rows: int, layer: int) -> None:
         if not self._propagates:

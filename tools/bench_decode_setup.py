@@ -29,7 +29,12 @@ HELD_OUT = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much of it is measured, at one number of sequences. Of all rounds the first is dropped."""
+    """How much of it is measured, at one number of sequences. Of all rounds the first is dropped.
+
+    Attributes:
+        thresholds: of the largest probability, for every policy for missing keys and values.
+        measures: other measures, each with one threshold.
+    """
 
     sequences: int
     prompt_length: int = 32
@@ -38,6 +43,7 @@ class Sizes:
     exit_rounds: int = 16
     cost_rounds: int = 15
     thresholds: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.99)
+    measures: tuple[tuple[str, float], ...] = (("margin", 0.8), ("entropy", 0.8), ("cosine", 0.9), ("gate", 0.7))
 
     @property
     def capacity(self) -> int:
@@ -45,11 +51,11 @@ class Sizes:
 
 
 ALONE = Sizes(1)
-TOGETHER = Sizes(16, full_rounds=6, exit_rounds=5, cost_rounds=7)
+TOGETHER = Sizes(16, full_rounds=6, exit_rounds=5, cost_rounds=7, measures=())
 SMALL = replace(
     ALONE, prompt_length=5, new_tokens=6, full_rounds=3, exit_rounds=3, cost_rounds=2, thresholds=(0.1, 0.9)
 )
-SMALL_TOGETHER = replace(SMALL, sequences=3)
+SMALL_TOGETHER = replace(SMALL, sequences=3, measures=())
 
 
 @contextmanager
@@ -94,10 +100,10 @@ class Decoding:
         said: of each round, and of each of its prompts, in order.
     """
 
-    def __init__(self, model: "OpenedModel", prompts: Prompts, sizes: Sizes, exit: ExitParams) -> None:
+    def __init__(self, model: "OpenedModel", prompts: Prompts, sizes: Sizes, exit_params: ExitParams) -> None:
         from megatron_ee.inference.batch import Batch
 
-        self.exit, self._prompts, self._sizes = exit, prompts, sizes
+        self.exit, self._prompts, self._sizes = exit_params, prompts, sizes
         self._batch = Batch(model, slots=sizes.sequences, capacity=sizes.capacity)
         self._sampling = SamplingParams(max_new_tokens=sizes.new_tokens, ignore_eos=True)
         self.said: dict[int, list[list[Emission]]] = {}

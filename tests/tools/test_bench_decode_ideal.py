@@ -24,7 +24,8 @@ def costs_of(ideal: Any, *, per_row: float = 0.0, head: float = 3.0, store: floa
 
     return ideal.LaunchCosts(
         {segment: curve(2.0, 2 * per_row) for segment in segments},
-        {stop: curve(head, 0.0) for _, stop in segments},
+        {stop: curve(head, 0.0) for stop in (2, 4, 6)},
+        {stop: curve(head if stop == 8 else 0.0, 0.0) for _, stop in segments},
         {segment: curve(2 * store, 2 * store) for segment in segments},
     )
 
@@ -74,6 +75,13 @@ def test_propagation_stores_the_layers_above_at_once_and_nothing_waits(ideal: An
     assert found.layers == 26
 
 
+def test_propagation_runs_a_prompt_to_full_depth_but_for_its_last_position(ideal: Any) -> None:
+    costs = costs_of(ideal, per_row=0.1, head=0.0, store=0.25)
+    found = ideal.need([[2, 8]], [5], costs, "propagate")
+    assert found.layers == pytest.approx(4 * (2 + 3 * 0.2) + 2 + 8)
+    assert found.missing_kv == pytest.approx(6 * 0.25)
+
+
 def test_sequences_step_together_and_join_only_their_own(ideal: Any) -> None:
     costs = costs_of(ideal, per_row=0.1, head=3.0)
     found = ideal.need([[8, 2, 8], [8, 8], [8, 2]], [1, 1, 1], costs, "recompute")
@@ -81,6 +89,14 @@ def test_sequences_step_together_and_join_only_their_own(ideal: Any) -> None:
     assert found.layers == pytest.approx(8 * 1.2 + 2 * 1.2 + 6 * 1.0 + 8)
     assert found.missing_kv == pytest.approx(3 * 0.2)
     assert found.heads == 3.0 * (4 + 4 + 4)
+
+
+def test_an_exit_that_is_asked_without_its_logits_computes_them_when_it_speaks(ideal: Any) -> None:
+    costs = costs_of(ideal)
+    asks, speaks = dict.fromkeys((2, 4, 6), ((1, 0.5),)), dict.fromkeys((2, 4, 6, 8), ((1, 3.0),))
+    gated = ideal.LaunchCosts(costs.segments, asks, speaks, costs.stores)
+    assert gated.eta == 0.5
+    assert ideal.need([[8, 2, 6]], [1], gated, "recompute").heads == 0.5 * (3 + 1 + 3) + 3 * 3.0
 
 
 def test_full_depth_asks_the_last_exit_alone(ideal: Any) -> None:
