@@ -60,7 +60,7 @@ def _observe(model: OpenedModel, windows_BS: torch.Tensor) -> Observed:
     for layer, parts in _ask_all(model, tokens_BS):
         choices_of, says = [], {name: [] for name, layers in asked_of.items() if layer in layers}
         for asked in parts:
-            choices_of.append(asked.logits_NV.argmax(-1))
+            choices_of.append(asked.logits.argmax(-1))
             for name, values in says.items():
                 values.append(model.measures[name](asked).float())
         choices.append(torch.cat(choices_of))

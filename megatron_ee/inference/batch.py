@@ -58,7 +58,9 @@ class Batch:
         rule = ExitRule(request.exit, model.exits, model.gated)
         model.measure_named(rule.measure)
         if rule.max_pending > self._max_pending:
-            raise FieldError("inference.exit.max_pending", f"{rule.max_pending} is above the batch's {self._max_pending}")
+            raise FieldError(
+                "inference.exit.max_pending", f"{rule.max_pending} is above the batch's {self._max_pending}"
+            )
         limit = request.sampling.max_new_tokens
         if model.max_positions is not None:
             limit = min(limit, model.max_positions - len(prompt) + 1)
@@ -164,13 +166,13 @@ class Batch:
     def _emit(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission]]:
         """A token for each sequence, of which the exit has a row each."""
         sequences = [self._sequences[slot] for slot in confidences]
-        choices = choose(asked.logits_NV, [sequence.draws for sequence in sequences])
+        choices = choose(asked.logits, [sequence.draws for sequence in sequences])
         emitted = []
         for row, (slot, confidence) in enumerate(confidences.items()):
             sequence, choice = sequences[row], choices[row]
             by_exit = None
             if sequence.request.sampling.exit_logprobs:
-                passed = {**sequence.passed, asked.layer: asked.logits_NV[row]}
+                passed = {**sequence.passed, asked.layer: asked.logits[row]}
                 by_exit = {layer: _logprobs(logits_V, choice, sequence.draws) for layer, logits_V in passed.items()}
             sequence.say(choice.token)
             emission = Emission(choice.token, asked.layer, confidence, choice.logprobs, by_exit, sequence.finish)

@@ -25,7 +25,7 @@ Segment = tuple[int, int]
 
 @dataclass(slots=True)
 class Work:
-    """What has been run: launches, and rows in them, by segment; `stored`: rows whose keys and values alone were made."""
+    """What has been run: launches by segment, and rows in them; `stored`: rows given keys and values alone."""
 
     launches: Counter[Segment] = field(default_factory=Counter)
     rows: Counter[Segment] = field(default_factory=Counter)
@@ -60,7 +60,7 @@ class DepthWalk:
         """Append tokens to sequences, by slot, and run them up to `stop`."""
         rows = [SequenceRows(slot, self.ledger.append(slot, len(new))) for slot, new in tokens.items()]
         ids_N = torch.tensor([token for new in tokens.values() for token in new], device=self._like.device)
-        return self._run(rows, self._runner.embed(ids_N), 0, stop)
+        return self._run(self._launch(rows), self._runner.embed(ids_N), 0, stop)
 
     def advance(self, counts: Mapping[int, int | None], start: int, stop: int) -> "Arrival":
         """Run positions that wait at `start` up to `stop`.
@@ -69,7 +69,8 @@ class DepthWalk:
             counts: how many of each sequence, by slot, those first that have waited longest; None: all.
         """
         rows = [SequenceRows(slot, self.ledger.waiting(slot, start, stop)[:count]) for slot, count in counts.items()]
-        return self._run(rows, self._states.read(start, rows), start, stop)
+        launch = self._launch(rows)
+        return self._run(launch, self._states.read(start, launch), start, stop)
 
     def catch_up(self, slots: Sequence[int]) -> None:
         """Take all that waits, in these sequences, through all layers."""
@@ -81,8 +82,8 @@ class DepthWalk:
         """Give all layers above `start` the keys and values of the states that wait there, as they are. Not exact."""
         stop = self._num_layers
         rows = [SequenceRows(slot, self.ledger.waiting(slot, start, stop)) for slot in slots]
-        x_NH = self._states.read(start, rows)
         launch = self._launch(rows)
+        x_NH = self._states.read(start, launch)
         self._runner.store(x_NH, launch, start, stop)
         self.work.stored[start, stop] += launch.num_rows
         self._arrive(rows, start, stop)
@@ -91,14 +92,14 @@ class DepthWalk:
             if asking:
                 self._runner.store_block(*self._of_block(asking, rows, x_NH, layer), layer)
 
-    def _run(self, rows: list[SequenceRows], x_NH: torch.Tensor, start: int, stop: int) -> "Arrival":
-        launch = self._launch(rows)
+    def _run(self, launch: Launch, x_NH: torch.Tensor, start: int, stop: int) -> "Arrival":
+        rows = launch.rows
         y_NH, taps = self._runner.run(x_NH, launch, start, stop)
         self.work.launches[start, stop] += 1
         self.work.rows[start, stop] += launch.num_rows
         self._arrive(rows, start, stop)
         if stop < self._num_layers:
-            self._states.write(stop, rows, y_NH)
+            self._states.write(stop, launch, y_NH)
         features = None
         for layer, hidden_NH in taps.items():
             asking = [slot for slot, _ in rows if self.ledger.has_block(slot, layer)]

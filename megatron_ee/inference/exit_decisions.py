@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import torch
+
 from megatron_ee.inference.asked_exit import AskedExit
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.sequences import DecodingSequence
@@ -26,8 +28,8 @@ class ExitDecisions:
         """
         for row, sequence in enumerate(sequences):
             if sequence.request.sampling.exit_logprobs:
-                sequence.passed[asked.layer] = asked.logits_NV[row]
-        confidences, choices = self._confidences(asked, sequences), self._choices(asked, sequences)
+                sequence.passed[asked.layer] = asked.logits[row]
+        confidences, choices = self._look(asked, sequences)
         leaving: list[float | None] = []
         for sequence, confidence, choice in zip(sequences, confidences, choices, strict=True):
             self.num_nan += math.isnan(confidence)
@@ -35,21 +37,18 @@ class ExitDecisions:
             leaving.append(confidence if sequence.rule.fires(asked.layer, confidence, in_a_row) else None)
         return leaving
 
-    def _confidences(self, asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[float]:
+    def _look(self, asked: AskedExit, sequences: Sequence[DecodingSequence]) -> tuple[list[float], list[int | None]]:
+        """Confidences and, where a rule looks at them, the likeliest tokens: one copy from the device."""
         rows_of: dict[str, list[int]] = {}
         for row, sequence in enumerate(sequences):
             rows_of.setdefault(sequence.rule.measure, []).append(row)
-        confidences = [0.0] * len(sequences)
-        for measure, rows in rows_of.items():
-            found = self._model.measure_named(measure)(asked.of(rows)).tolist()
-            for row, confidence in zip(rows, found, strict=True):
-                confidences[row] = confidence
-        return confidences
-
-    def _choices(self, asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[int | None]:
-        """The likeliest tokens, of the rows whose rules look at them."""
-        choices: list[int | None] = [None] * len(sequences)
-        if rows := [row for row, sequence in enumerate(sequences) if sequence.rule.needs_choices]:
-            for row, choice in zip(rows, asked.of(rows).logits_NV.argmax(-1).tolist(), strict=True):
-                choices[row] = choice
-        return choices
+        answers = [self._model.measures[measure](asked.of(rows)) for measure, rows in rows_of.items()]
+        choosing = [row for row, sequence in enumerate(sequences) if sequence.rule.needs_choices]
+        if choosing:
+            answers.append(asked.of(choosing).logits.argmax(-1))
+        if len(answers) == 1:
+            return answers[0].tolist(), [None] * len(sequences)
+        numbers = iter(torch.cat([answer.double() for answer in answers]).tolist())  # fp64 holds any token's number
+        confidences = {row: next(numbers) for rows in rows_of.values() for row in rows}
+        choices = dict(zip(choosing, map(int, numbers), strict=True))
+        return [confidences[row] for row in range(len(sequences))], [choices.get(row) for row in range(len(sequences))]
