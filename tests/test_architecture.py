@@ -127,6 +127,7 @@ WITHOUT_TORCH = [
     PACKAGE / "training/observation/step_times.py",
     PACKAGE / "training/observation/trace.py",
     PACKAGE / "inference/declared_exits.py",
+    PACKAGE / "inference/exit_rule.py",
     PACKAGE / "inference/opening.py",
     PACKAGE / "inference/request.py",
     PACKAGE / "inference/show.py",

@@ -29,8 +29,8 @@ def opened(stage: Stage, *, measures: Mapping[str, Measure] = MEASURES, **more: 
     return OpenedModel(stage, TinyTokenizer(rows), exits, measures, **more)
 
 
-def request(prompt: Sequence[int], exit: ExitParams = ExitParams(), **sampling: Any) -> Request:
-    return Request(tuple(prompt), SamplingParams.model_validate({"max_new_tokens": 16, **sampling}), exit)
+def request(prompt: Sequence[int], params: ExitParams, **sampling: Any) -> Request:
+    return Request(tuple(prompt), SamplingParams.model_validate({"max_new_tokens": 16, **sampling}), params)
 
 
 def decode(batch: Batch, requests: Sequence[Request]) -> list[list[Emission]]:
