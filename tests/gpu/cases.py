@@ -206,7 +206,7 @@ def _distance_in_chunks(model: OpenedModel, tokens: list[int], sizes: list[int],
     walk, fed, distance = DepthWalk(model.runner, model.exits, slots=1, capacity=64, room=64), 0, 0.0
     walk.ledger.open(0)
     for size in sizes:
-        logits_1V = walk.enter({0: tokens[fed : fed + size]}, 8).ask([0]).logits_NV
+        logits_1V = walk.enter({0: tokens[fed : fed + size]}, 8).ask([0]).logits
         fed += size
         distance = max(distance, _distance(logits_1V[0], full_SV[fed - 1]))
     return distance
