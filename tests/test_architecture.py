@@ -129,7 +129,9 @@ WITHOUT_TORCH = [
     PACKAGE / "inference/declared_exits.py",
     PACKAGE / "inference/opening.py",
     PACKAGE / "inference/request.py",
+    PACKAGE / "inference/sampling/check.py",
     PACKAGE / "inference/show.py",
+    PACKAGE / "inference/text.py",
 ]
 
 
