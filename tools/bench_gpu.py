@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bench_report import Measure, measure_of, table, take_turns, write
 
-from megatron_ee.config import Config, ExitParams
+from megatron_ee.config import Config, ExitParams, SamplingParams
 from megatron_ee.device import Device, choose_device
 from megatron_ee.errors import UserError
 from megatron_ee.log import quiet_dependencies
@@ -258,13 +258,19 @@ def decoding_measures(sizes: Sizes, trainer: "Trainer", context: dict[str, Any])
 
 def generate(trainer: "Trainer", new_tokens: int, params: ExitParams) -> list[int]:
     """The exit layer of each new token. Greedy choices reach the host one by one, so no clock runs ahead."""
-    from megatron_ee.inference.engine import Engine
-    from megatron_ee.inference.policies import MEASURES
+    from megatron_ee.inference.batch import Batch
+    from megatron_ee.inference.measures import MEASURES
+    from megatron_ee.inference.opened import OpenedModel
     from megatron_ee.inference.request import Request
 
-    engine = Engine(trainer.stage.eval(), trainer.tokenizer, list(trainer.config.exits.layers), MEASURES)
-    request = Request(tuple(range(PERIOD // 2)), new_tokens, stop=-1, exit=params)
-    return [emission.exit_layer for emission in engine.generate(request)]
+    model = OpenedModel(trainer.stage.eval(), trainer.tokenizer, trainer.config.exits.layers, MEASURES)
+    prompt = tuple(range(PERIOD // 2))
+    batch = Batch(model, slots=1, capacity=len(prompt) + new_tokens)
+    batch.add(Request(prompt, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True), params))
+    depths = []
+    while emitted := batch.step():
+        depths += [emission.exit_layer for _, emission in emitted]
+    return depths
 
 
 def describe(sizes: Sizes, device: Device) -> dict[str, Any]:

@@ -58,6 +58,20 @@ def take_turns(rounds: int, a: Callable[[], float], b: Callable[[], float]) -> R
     return kept
 
 
+def all_take_turns(rounds: int, a: Callable[[int], float], others: list[Callable[[int], float]]) -> list[Rounds]:
+    """Run A, each other one, and A again in turns, told the round's number; the first round is dropped."""
+    kept = [Rounds([], [], []) for _ in others]
+    for number in range(rounds):
+        seconds = [run(number) for run in (a, *others, a)]
+        if number % 2:
+            seconds[0], seconds[-1] = seconds[-1], seconds[0]
+        for of, other in zip(kept, seconds[1:-1], strict=True) if number else ():
+            of.a.append(seconds[0])
+            of.b.append(other)
+            of.again.append(seconds[-1])
+    return kept
+
+
 def measure_of(
     name: str,
     values: list[float],

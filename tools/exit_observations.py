@@ -79,7 +79,7 @@ def _hear(
     choices: list[torch.Tensor] = []
     says: dict[str, list[torch.Tensor]] = {name: [] for name in measures}
     for asked in parts:
-        choices.append(asked.logits_NV.argmax(-1))
+        choices.append(asked.logits.argmax(-1))
         for name, values in says.items():
             values.append(model.measures[name](asked).float())
     return torch.cat(choices), {name: torch.cat(values) for name, values in says.items()}

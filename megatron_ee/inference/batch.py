@@ -1,12 +1,13 @@
 """A batch of sequences that decode together, each token as deep as it needs to go."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
 from megatron_ee.errors import FieldError
 from megatron_ee.inference.asked_exit import AskedExit
 from megatron_ee.inference.depth_walk import Arrival, DepthWalk
+from megatron_ee.inference.exit_decisions import ExitDecisions
 from megatron_ee.inference.exit_rule import ExitRule
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission, Logprobs, Request
@@ -22,7 +23,7 @@ class Batch:
 
     Attributes:
         walk: its ledger, cache and count of work are open to look at.
-        nan_confidences: how often an exit's confidence was no number, so that it did not fire.
+        decisions: counts what exits said.
 
     Args:
         slots: most sequences at a time.
@@ -38,7 +39,7 @@ class Batch:
         self._num_layers = model.stage.model.num_layers
         room = max_pending + 1 + prefill_chunk
         self.walk = DepthWalk(model.runner, model.exits, slots=slots, capacity=capacity, room=room)
-        self.nan_confidences = 0
+        self.decisions = ExitDecisions(model)
         self._free = list(range(slots))
         self._sequences: dict[int, DecodingSequence] = {}
 
@@ -57,7 +58,9 @@ class Batch:
         rule = ExitRule(request.exit, model.exits, model.gated)
         model.measure_named(rule.measure)
         if rule.max_pending > self._max_pending:
-            raise FieldError("inference.exit.max_pending", f"{rule.max_pending} is above the batch's {self._max_pending}")
+            raise FieldError(
+                "inference.exit.max_pending", f"{rule.max_pending} is above the batch's {self._max_pending}"
+            )
         limit = request.sampling.max_new_tokens
         if model.max_positions is not None:
             limit = min(limit, model.max_positions - len(prompt) + 1)
@@ -95,10 +98,12 @@ class Batch:
         return [(slot, sequence) for slot, sequence in self._sequences.items() if sequence.finish is None]
 
     def _prefill(self) -> None:
-        """Run long prompts but for their last chunk, to full depth: what comes after needs it."""
+        """Run long prompts to full depth but for their last chunk, or their last token where an exit's keys and values
+        would not be exact: what comes after needs it."""
         for slot, sequence in self._going():
-            while len(sequence.unfed) > self._chunk:
-                self.walk.enter({slot: sequence.take(self._chunk)}, self._num_layers)
+            last = 1 if sequence.rule.kv_policy == "propagate" else self._chunk
+            while len(sequence.unfed) > last:
+                self.walk.enter({slot: sequence.take(min(self._chunk, len(sequence.unfed) - last))}, self._num_layers)
 
     def _groups(self) -> Iterator[list[int]]:
         """Sequences that go on, so many at a time that no launch has more new rows than a chunk."""
@@ -115,6 +120,7 @@ class Batch:
 
     def _decode(self, slots: Sequence[int]) -> list[tuple[int, Emission]]:
         """Segment after segment, with those that are still on their way."""
+        self.walk.work.rounds += 1
         emitted: list[tuple[int, Emission]] = []
         going, start = list(slots), 0
         while going:
@@ -127,11 +133,9 @@ class Batch:
             if stop == self._num_layers:
                 emitted += self._emit(arrival.ask(going), dict.fromkeys(going, 1.0))
                 break
-            leaving = self._ask(arrival, [slot for slot in going if stop in self._sequences[slot].rule.thresholds])
-            if leaving:
-                emitted += self._emit(arrival.ask(list(leaving)), leaving)
-                self._leave(list(leaving), stop)
-                going = [slot for slot in going if slot not in leaving]
+            leaving = self._let_out(arrival, [slot for slot in going if stop in self._sequences[slot].rule.thresholds])
+            emitted += leaving
+            going = [slot for slot in going if slot not in dict(leaving)]
             start = stop
         return emitted
 
@@ -146,64 +150,41 @@ class Batch:
                     room -= count
         return fills
 
-    def _ask(self, arrival: Arrival, slots: Sequence[int]) -> Mapping[int, float]:
-        """Those of the sequences that leave at this exit, with its confidence."""
+    def _let_out(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
+        """The tokens of those sequences that leave at this exit."""
         if not slots:
-            return {}
-        asked, layer = arrival.ask(slots), arrival.layer
-        sequences = [self._sequences[slot] for slot in slots]
-        for row, sequence in enumerate(sequences):
-            if sequence.request.sampling.exit_logprobs:
-                sequence.passed[layer] = asked.logits_NV[row]
-        confidences = self._confidences(asked, sequences)
-        choices = self._choices(asked, sequences)
-        leaving = {}
-        for slot, sequence, confidence, choice in zip(slots, sequences, confidences, choices, strict=True):
-            self.nan_confidences += confidence != confidence
-            if sequence.rule.fires(layer, confidence, sequence.streak.see(choice) if choice is not None else 1):
-                leaving[slot] = confidence
-        return leaving
-
-    def _confidences(self, asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[float]:
-        rows_of: dict[str, list[int]] = {}
-        for row, sequence in enumerate(sequences):
-            rows_of.setdefault(sequence.rule.measure, []).append(row)
-        confidences = [0.0] * len(sequences)
-        for measure, rows in rows_of.items():
-            found = self._model.measure_named(measure)(asked.of(rows)).tolist()
-            for row, confidence in zip(rows, found, strict=True):
-                confidences[row] = confidence
-        return confidences
-
-    def _choices(self, asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[int | None]:
-        """The likeliest tokens, of the rows whose rules look at them."""
-        choices: list[int | None] = [None] * len(sequences)
-        if rows := [row for row, sequence in enumerate(sequences) if sequence.rule.needs_choices]:
-            for row, choice in zip(rows, asked.of(rows).logits_NV.argmax(-1).tolist(), strict=True):
-                choices[row] = choice
-        return choices
+            return []
+        asked = arrival.ask(slots)
+        confidences = self.decisions.leaving(asked, [self._sequences[slot] for slot in slots])
+        rows = [row for row, confidence in enumerate(confidences) if confidence is not None]
+        if not rows:
+            return []
+        leaving = {slots[row]: confidence for row, confidence in enumerate(confidences) if confidence is not None}
+        emitted = self._emit(asked.of(rows), leaving)
+        self._propagate(leaving, arrival.layer)
+        return emitted
 
     def _emit(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission]]:
         """A token for each sequence, of which the exit has a row each."""
         sequences = [self._sequences[slot] for slot in confidences]
-        choices = choose(asked.logits_NV, [sequence.draws for sequence in sequences])
+        choices = choose(asked.logits, [sequence.draws for sequence in sequences])
         emitted = []
         for row, (slot, confidence) in enumerate(confidences.items()):
             sequence, choice = sequences[row], choices[row]
             by_exit = None
             if sequence.request.sampling.exit_logprobs:
-                passed = {**sequence.passed, asked.layer: asked.logits_NV[row]}
+                passed = {**sequence.passed, asked.layer: asked.logits[row]}
                 by_exit = {layer: _logprobs(logits_V, choice, sequence.draws) for layer, logits_V in passed.items()}
             sequence.say(choice.token)
             emission = Emission(choice.token, asked.layer, confidence, choice.logprobs, by_exit, sequence.finish)
             emitted.append((slot, emission))
         return emitted
 
-    def _leave(self, slots: Sequence[int], layer: int) -> None:
-        """What an exit leaves behind is provided at once where the policy is to propagate."""
-        going = [slot for slot in slots if self._sequences[slot].finish is None]
-        if propagating := [slot for slot in going if self._sequences[slot].rule.kv_policy == "propagate"]:
-            self.walk.propagate(propagating, layer)
+    def _propagate(self, slots: Collection[int], layer: int) -> None:
+        """Provide what an exit leaves behind at once, where that is the policy and the text goes on."""
+        going = [slot for slot, of in self._going() if slot in slots and of.rule.kv_policy == "propagate"]
+        if going:
+            self.walk.propagate(going, layer)
 
 
 def _logprobs(logits_V: torch.Tensor, choice: Choice, draws: Draws) -> Logprobs:

@@ -3,9 +3,8 @@
 Shapes: N rows, B sequences, H hidden size.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,19 +16,8 @@ from megatron_ee.inference.launch import Launch, SequenceRows
 from megatron_ee.inference.ledger import DepthLedger
 from megatron_ee.inference.runner import Runner
 from megatron_ee.inference.waiting_states import WaitingStates
+from megatron_ee.inference.work import Work
 from megatron_ee.model.rotary import Rotary, RotationTable
-
-Segment = tuple[int, int]
-"""Layers `start + 1` to `stop`."""
-
-
-@dataclass(slots=True)
-class Work:
-    """What has been run: launches, and rows in them, by segment; `stored`: rows whose keys and values alone were made."""
-
-    launches: Counter[Segment] = field(default_factory=Counter)
-    rows: Counter[Segment] = field(default_factory=Counter)
-    stored: Counter[Segment] = field(default_factory=Counter)
 
 
 class DepthWalk:
@@ -54,12 +42,13 @@ class DepthWalk:
         )
         self._states = WaitingStates(slots, min(room, capacity), stage.model.hidden_size, parameter)
         self.work = Work()
+        self._recent: Launch | None = None
 
     def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> "Arrival":
         """Append tokens to sequences, by slot, and run them up to `stop`."""
         rows = [SequenceRows(slot, self.ledger.append(slot, len(new))) for slot, new in tokens.items()]
         ids_N = torch.tensor([token for new in tokens.values() for token in new], device=self._like.device)
-        return self._run(rows, self._runner.embed(ids_N), 0, stop)
+        return self._run(self._launch(rows), self._runner.embed(ids_N), 0, stop)
 
     def advance(self, counts: Mapping[int, int | None], start: int, stop: int) -> "Arrival":
         """Run positions that wait at `start` up to `stop`.
@@ -68,7 +57,8 @@ class DepthWalk:
             counts: how many of each sequence, by slot, those first that have waited longest; None: all.
         """
         rows = [SequenceRows(slot, self.ledger.waiting(slot, start, stop)[:count]) for slot, count in counts.items()]
-        return self._run(rows, self._states.read(start, rows), start, stop)
+        launch = self._launch(rows)
+        return self._run(launch, self._states.read(start, launch), start, stop)
 
     def catch_up(self, slots: Sequence[int]) -> None:
         """Take all that waits, in these sequences, through all layers."""
@@ -80,9 +70,10 @@ class DepthWalk:
         """Give all layers above `start` the keys and values of the states that wait there, as they are. Not exact."""
         stop = self._num_layers
         rows = [SequenceRows(slot, self.ledger.waiting(slot, start, stop)) for slot in slots]
-        x_NH = self._states.read(start, rows)
         launch = self._launch(rows)
+        x_NH = self._states.read(start, launch)
         self._runner.store(x_NH, launch, start, stop)
+        self.work.stores[start, stop] += 1
         self.work.stored[start, stop] += launch.num_rows
         self._arrive(rows, start, stop)
         for layer in self._exits:
@@ -90,14 +81,14 @@ class DepthWalk:
             if asking:
                 self._runner.store_block(*self._of_block(asking, rows, x_NH, layer), layer)
 
-    def _run(self, rows: list[SequenceRows], x_NH: torch.Tensor, start: int, stop: int) -> "Arrival":
-        launch = self._launch(rows)
+    def _run(self, launch: Launch, x_NH: torch.Tensor, start: int, stop: int) -> "Arrival":
+        rows = launch.rows
         y_NH, taps = self._runner.run(x_NH, launch, start, stop)
         self.work.launches[start, stop] += 1
         self.work.rows[start, stop] += launch.num_rows
         self._arrive(rows, start, stop)
         if stop < self._num_layers:
-            self._states.write(stop, rows, y_NH)
+            self._states.write(stop, launch, y_NH)
         features = None
         for layer, hidden_NH in taps.items():
             asking = [slot for slot, _ in rows if self.ledger.has_block(slot, layer)]
@@ -119,7 +110,10 @@ class DepthWalk:
         return x_NH[torch.tensor(is_own_N, device=x_NH.device)], self._launch(own)
 
     def _launch(self, rows: Sequence[SequenceRows]) -> Launch:
-        return Launch(rows, self.cache, self._rotation)
+        """The rows of one segment are often those of the one before."""
+        if self._recent is None or self._recent.rows != rows:
+            self._recent = Launch(rows, self.cache, self._rotation)
+        return self._recent
 
     def _arrive(self, rows: Sequence[SequenceRows], start: int, stop: int) -> None:
         for slot, positions in rows:

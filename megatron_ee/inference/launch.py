@@ -34,6 +34,7 @@ class Launch:
     Attributes:
         rows: sequence after sequence.
         num_rows: N.
+        slots_N, positions_N: int64, on the device.
     """
 
     def __init__(self, rows: Sequence[SequenceRows], cache: KeyValueCache, rotation: RotationTable) -> None:
@@ -45,15 +46,17 @@ class Launch:
         slots = [slot for slot, positions in rows for _ in positions]
         places = [place for _, positions in rows for place in positions]
         slots_N, positions_N = torch.tensor([slots, places], device=rotation.device)
-        self._positions_N = positions_N
+        self.slots_N, self.positions_N = slots_N, positions_N
         self._cosine, self._sine = rotation.at(positions_N)
         heads_G = torch.arange(cache.heads, device=rotation.device)
-        self._written_NG = ((slots_N[:, None] * cache.heads + heads_G) * cache.capacity + positions_N[:, None]).flatten()
+        self._written_NG = (
+            (slots_N[:, None] * cache.heads + heads_G) * cache.capacity + positions_N[:, None]
+        ).flatten()
         self._read = _Read.of([slot for slot, _ in rows], rotation.device)
         self._padded = None if len(set(counts)) == 1 else _Padding(counts, self._most, rotation.device)
         self._begins_all = all(positions.start == 0 for _, positions in rows) and self._padded is None
         self._reaches_all = all(positions.stop == self._length for _, positions in rows)
-        self._masks: dict[tuple[Window, bool], torch.Tensor | None] = {}
+        self._masks: dict[tuple[Window, int], torch.Tensor | None] = {}
 
     def last_rows_of(self, slots: Sequence[int]) -> list[int]:
         """Where the last row of each of these sequences is."""
@@ -115,8 +118,10 @@ class Launch:
                 scale=scale,
                 enable_gqa=group > 1,
             )
-        context_NH = context.view(queries, heads, group, most, head_dim).permute(0, 3, 1, 2, 4).reshape(
-            queries * most, heads * group * head_dim
+        context_NH = (
+            context.view(queries, heads, group, most, head_dim)
+            .permute(0, 3, 1, 2, 4)
+            .reshape(queries * most, heads * group * head_dim)
         )
         return context_NH if self._padded is None else self._padded.gather(context_NH)
 
@@ -135,7 +140,7 @@ class Launch:
     def _make_mask(self, window: Window, folded: int) -> torch.Tensor | None:
         if window is None and self._most == 1 and self._reaches_all:
             return None
-        positions_N = self._positions_N if self._padded is None else self._padded.spread(self._positions_N)
+        positions_N = self.positions_N if self._padded is None else self._padded.spread(self.positions_N)
         positions_BQ1 = positions_N.view(len(self.rows), self._most, 1)
         seen_T = torch.arange(self._length, device=positions_N.device)
         sees_BQT = seen_T <= positions_BQ1
@@ -170,7 +175,9 @@ class _Padding:
 
     def __init__(self, counts: Sequence[int], most: int, device: torch.device) -> None:
         firsts = [last - count for last, count in zip(accumulate(counts), counts, strict=True)]
-        spread = [first + min(place, count - 1) for first, count in zip(firsts, counts, strict=True) for place in range(most)]
+        spread = [
+            first + min(place, count - 1) for first, count in zip(firsts, counts, strict=True) for place in range(most)
+        ]
         places = [number * most + place for number, count in enumerate(counts) for place in range(count)]
         self._spread_BQ, self._places_N = torch.tensor(spread, device=device), torch.tensor(places, device=device)
 

@@ -12,6 +12,7 @@ from megatron_ee.checkpoint.sharded import differences, model_state, shape_of_tr
 from megatron_ee.checkpoint.sources import open_source
 from megatron_ee.config import Config, ParallelConfig
 from megatron_ee.device import Device
+from megatron_ee.inference.borders import stop_token_ids, tokens_before_text
 from megatron_ee.inference.declared_exits import exits_to_decode
 from megatron_ee.inference.measures import MEASURES, measure_of_logits
 from megatron_ee.inference.opened import OpenedModel
@@ -48,6 +49,7 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
         tokenizer = open_tokenizer(str(folder) if has_tokenizer(folder) else config.data.tokenizer)
     else:
         tokenizer = open_checkpoint_tokenizer(folder, description)
+    stops = stop_token_ids(folder, tokenizer)
     _check_split(description, parallel.tensor)
     (chunks,) = place(description.model, description.exits, ParallelConfig())
     stage = Stage(
@@ -68,7 +70,8 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
         tokenizer,
         tuple(description.exits.layers),
         {**MEASURES, **{name: measure_of_logits(measure) for name, measure in added.items()}},
-        stop_token_ids=(tokenizer.eod,),
+        stop_token_ids=stops,
+        begin=tokens_before_text(folder, tokenizer),
         max_positions=description.model.max_position_embeddings,
     )
 

@@ -21,6 +21,7 @@ class OpenedModel:
         exits: the layers after which the model has early exits.
         measures: by the names that `inference.exit.measure` may have.
         stop_token_ids: what ends a text unless a request says otherwise.
+        begin: tokens that come before a prompt that is given as a text.
         max_positions: longest sequence that the model was made for; None: it doesn't say.
     """
 
@@ -29,6 +30,7 @@ class OpenedModel:
     exits: tuple[int, ...]
     measures: Mapping[str, Measure]
     stop_token_ids: tuple[int, ...] = ()
+    begin: tuple[int, ...] = ()
     max_positions: int | None = None
 
     @cached_property

@@ -11,6 +11,7 @@ from torch.nn.functional import embedding, linear
 
 from megatron_ee.inference.launch import Launch
 from megatron_ee.inference.lean_layer import LeanLayer, LeanMlp, LeanNorm
+from megatron_ee.inference.work import Work
 from megatron_ee.model.exit_head import ExitHead
 from megatron_ee.model.layers import Layer
 from megatron_ee.model.stage import Stage
@@ -21,10 +22,14 @@ class Runner:
 
     Args:
         vocab_size: of the tokenizer: logits of rows beyond it, which are padding, are left out.
+
+    Attributes:
+        work: what heads and projections have run; whoever makes launches counts those of layers.
     """
 
     def __init__(self, stage: Stage, vocab_size: int) -> None:
         self.stage, self._vocab_size = stage, vocab_size
+        self.work = Work()
         self._group = stage.tp_group
         self._layers = {int(number): _lean(layer, int(number), stage) for number, layer in stage.layers.items()}
         self._exits = {int(layer): _Head(stage, int(layer)) for layer in stage.exits}
@@ -66,10 +71,14 @@ class Runner:
         Args:
             launch: of these rows, for an exit that attends.
         """
+        self.work.features[layer] += 1
+        self.work.feature_rows[layer] += len(hidden_NH)
         return self._exits[layer].features(hidden_NH, launch)
 
     def project(self, features_NH: torch.Tensor, layer: int) -> torch.Tensor:
         """logits_NV of the exit after `layer`, or of the final output after the last, divided by its temperature."""
+        self.work.projections[layer] += 1
+        self.work.projected[layer] += len(features_NH)
         head = self._exits[layer]
         if head.temperature != 1.0:
             features_NH = features_NH / head.temperature

@@ -23,7 +23,7 @@ from megatron_ee.checkpoint.to_huggingface import export_model
 from megatron_ee.checkpoint.unsharded import StepReader
 from megatron_ee.config import Config, to_yaml
 from megatron_ee.errors import UserError
-from megatron_ee.inference.engine import open_checkpoint_tokenizer
+from megatron_ee.inference.loading import open_checkpoint_tokenizer
 from megatron_ee.model.initialize import initialize
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.layout import place

@@ -5,11 +5,8 @@ import torch
 from helpers.decoding import decode, full_logits, opened, request, tokens_of
 from helpers.models import whole_model
 from helpers.tiny import VOCAB_SIZE
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from megatron_ee.config import ExitParams
-from megatron_ee.errors import FieldError
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.depth_walk import DepthWalk
 from megatron_ee.inference.opened import OpenedModel
@@ -80,7 +77,7 @@ def test_cached_logits_equal_the_full_forward(model: OpenedModel, chunks: list[i
     fed = 0
     for number, size in enumerate(chunks):
         part = others[:5] if number == 0 else others[4 + number : 5 + number]
-        logits_2V = walk.enter({2: tokens[fed : fed + size], 0: part}, 8).ask([2, 0]).logits_NV
+        logits_2V = walk.enter({2: tokens[fed : fed + size], 0: part}, 8).ask([2, 0]).logits
         fed += size
         wanted_2V = torch.stack((expected_SV[fed - 1], expected_other_SV[4 + number]))
         torch.testing.assert_close(logits_2V, wanted_2V, atol=_tolerance(model), rtol=0)

@@ -30,8 +30,8 @@ def measure_of_logits(of_logits: Callable[[torch.Tensor], torch.Tensor]) -> Meas
     """A plug-in's measure: logits_NV -> confidence [N]. One that gives something else is a PluginError when asked."""
 
     def measure(asked: AskedExit) -> torch.Tensor:
-        confidence_N = of_logits(asked.logits_NV)
-        _check_is_confidence(confidence_N, num_rows=len(asked.logits_NV))
+        confidence_N = of_logits(asked.logits)
+        _check_is_confidence(confidence_N, num_rows=len(asked.logits))
         return confidence_N
 
     return measure
