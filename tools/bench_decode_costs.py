@@ -112,4 +112,4 @@ def _confidence(measure: "Measure", asked: "AskedExit") -> list[float]:
 
 
 def _tokens(asked: "AskedExit") -> list[int]:
-    return asked.logits_NV.argmax(-1).tolist()
+    return asked.logits.argmax(-1).tolist()

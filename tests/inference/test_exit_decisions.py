@@ -135,7 +135,7 @@ def test_a_confidence_that_is_no_number_fires_nowhere_and_is_counted(model: Open
     params = ExitParams(measure="broken", threshold=0.0)
     texts = decode(batch, [request([1, 2, 3], params, max_new_tokens=4) for _ in range(2)])
     assert [{emission.exit_layer for emission in text} for text in texts] == [{8}, {2}]
-    assert batch.nan_confidences == 4 * len(EXITS)
+    assert batch.decisions.num_nan == 4 * len(EXITS)
 
 
 @pytest.mark.parametrize("measure", ["gate", "cosine"])

@@ -157,7 +157,7 @@ def test_a_config_says_how(folder: Path, ranks: RankPool, tmp_path: Path) -> Non
     )
     ((status, out, _),) = ranks.run(1, _command, str(path), "--checkpoint", str(folder), "--prompt", "a", "seed=1")
     assert status == 0
-    assert "2 tokens" in out
+    assert "tokens                 2 in 1 text" in out
     path.write_text(
         path.read_text().replace(f"{{like: {folder}}}", "{num_layers: 8, hidden_size: 32, num_attention_heads: 4}")
     )
