@@ -135,7 +135,9 @@ WITHOUT_TORCH = [
     PACKAGE / "inference/exit_rule.py",
     PACKAGE / "inference/opening.py",
     PACKAGE / "inference/request.py",
+    PACKAGE / "inference/sampling/check.py",
     PACKAGE / "inference/show.py",
+    PACKAGE / "inference/text.py",
 ]
 
 
