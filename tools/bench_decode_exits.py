@@ -145,8 +145,8 @@ def exit_table(cells: list[Cell]) -> Iterator[str]:
     many = "one sequence" if sizes.sequences == 1 else f"{sizes.sequences} sequences"
     yield f"{many}: full depth {full:.0f} tokens/s; to ask an exit costs {costs.eta:.2f} layers"
     yield (
-        f"{'missing KV, measure':<20}{'threshold':>9}{'depth':>7}{'agrees':>8}{'speed':>8}{'p10':>7}{'p90':>7}{'A/A':>7}"
-        f"{'ideal':>8}{'of ideal':>9}  {'verdict':<14}tokens by exit"
+        f"{'missing KV, measure':<20}{'threshold':>9}{'depth':>7}{'agrees':>8}{'speed':>8}{'p10':>7}{'p90':>7}"
+        f"{'A/A':>7}{'ideal':>8}{'of ideal':>9}  {'verdict':<14}tokens by exit"
     )
     for cell in cells:
         speed, over_ideal = cell.measures

@@ -11,7 +11,7 @@ from megatron_ee.inference.exit_decisions import ExitDecisions
 from megatron_ee.inference.exit_rule import ExitRule
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission, Logprobs, Request
-from megatron_ee.inference.sampling import Choice, Draws, choose, logprobs_of
+from megatron_ee.inference.sampling import Choice, Draws, check_sampling, choose, logprobs_of
 from megatron_ee.inference.sequences import DecodingSequence
 
 
@@ -55,6 +55,7 @@ class Batch:
                 prompt and answer are longer than the model's positions or the batch's capacity.
         """
         model, prompt = self._model, request.prompt
+        check_sampling(request.sampling, model.tokenizer.vocab_size)
         rule = ExitRule(request.exit, model.exits, model.gated)
         model.measure_named(rule.measure)
         if rule.max_pending > self._max_pending:
