@@ -7,8 +7,10 @@ Prompts are decoded together and printed with their texts, in their order, and a
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from megatron_ee.checkpoint.folders import find_model
@@ -38,10 +40,11 @@ def main() -> int:
         folder = find_model(arguments.checkpoint)
         with open_decoding_config(folder, overrides, config_file=config_file) as config:
             llm = LLM.of(open_model(folder, config), config)
-            if arguments.compare:
-                compare(llm, prompts, all_policies=arguments.kv_policies)
-            else:
-                _run(Session(llm), prompts, arguments.output)
+            with _one_speaks(llm):
+                if arguments.compare:
+                    compare(llm, prompts, all_policies=arguments.kv_policies)
+                else:
+                    _run(Session(llm), prompts, arguments.output)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -55,6 +58,16 @@ def split_settings(settings: Sequence[str]) -> tuple[Path | None, list[str]]:
     if settings and "=" not in settings[0]:
         return Path(settings[0]), list(settings[1:])
     return None, list(settings)
+
+
+@contextmanager
+def _one_speaks(llm: LLM) -> Iterator[None]:
+    """Of processes that torchrun started together, which all decode the same, only the first one prints."""
+    if llm.is_first:
+        yield
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield
 
 
 def _run(session: Session, prompts: Sequence[Prompt], output: Path | None) -> None:

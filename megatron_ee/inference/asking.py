@@ -5,7 +5,7 @@ torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from megatron_ee.config import Config, ExitParams, SamplingParams
 from megatron_ee.errors import FieldError
@@ -82,7 +82,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
         listed = list(prompts)
     except TypeError:
         raise FieldError("prompts", f"{prompts!r} is neither a text nor tokens nor a list of these") from None
-    return [listed] if listed and isinstance(listed[0], Integral) else listed  # type: ignore[list-item]
+    return [cast(Prompt, listed)] if listed and isinstance(listed[0], Integral) else cast(list[Prompt], listed)
 
 
 def _for_each(
@@ -90,9 +90,9 @@ def _for_each(
 ) -> list[Params]:
     if params is None or isinstance(params, kind):
         return [params or default] * count
-    listed = list(params) if isinstance(params, list | tuple) else [params]
-    if not all(isinstance(one, kind) for one in listed):
+    if not isinstance(params, list | tuple) or not all(isinstance(one, kind) for one in params):
         raise FieldError(name, f"neither {kind.__name__} nor a list of these")
+    listed: list[Params] = list(params)
     if len(listed) != count:
         raise FieldError(name, f"{len(listed)} for {count} prompts")
     return listed

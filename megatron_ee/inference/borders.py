@@ -19,6 +19,6 @@ def stop_token_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def tokens_before_text(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What comes before a prompt that is a text: in a Hugging Face folder, what its tokenizer writes there. A model that
-    was trained here has seen documents as they are, each after the end of another."""
+    """What comes before a prompt that is a text: in a Hugging Face folder, what its tokenizer writes there. A model
+    that was trained here has seen documents as they are, each after the end of another."""
     return tokenizer.begin if is_huggingface(folder) else ()

@@ -1,4 +1,4 @@
-"""What `python -m megatron_ee.inference` does with an open model: texts on a terminal, or in a file. Imports no torch."""
+"""What `python -m megatron_ee.inference` does with an open model: texts on a terminal or in a file. No torch here."""
 
 import json
 import os
@@ -50,7 +50,7 @@ class Session:
         """
         requests = self._llm.requests(list(prompts))
         try:
-            with output.open("w") as file:
+            with (output if self._llm.is_first else Path(os.devnull)).open("w") as file:
                 pieces = self._counted(in_order(self._llm.stream(list(prompts))))
                 for index, completion in completions(requests, pieces):
                     file.write(json.dumps(_record(prompts[index], completion), ensure_ascii=False) + "\n")

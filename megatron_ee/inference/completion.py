@@ -85,7 +85,7 @@ def completions(requests: Sequence[Request], pieces: Iterable[Piece]) -> Iterato
 
 
 def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The same pieces, text after text as the prompts are: the first one's as they come, others' when it is their turn."""
+    """The same pieces, text after text as the prompts are: the first one's as they come, others' when their turn is."""
     waiting: dict[int, list[Piece]] = {}
     turn = 0
     for piece in pieces:

@@ -2,20 +2,27 @@
 
 from megatron_ee.inference.completion import Piece
 from megatron_ee.inference.request import Emission, Request
+from megatron_ee.inference.text import TextStream
 from megatron_ee.tokenizer import Tokenizer
 
 
 class GrowingText:
+    """
+    Args:
+        index: of the prompt, among those of the call.
+    """
+
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer) -> None:
-        self._index, self._request, self._tokenizer = index, request, tokenizer
-        self._held: list[int] = []
+        self._index, sampling = index, request.sampling
+        self._stream = TextStream(tokenizer, sampling.stop, min_new_tokens=sampling.min_new_tokens)
 
     def take(self, emission: Emission) -> Piece:
-        if emission.finish == "stop":
-            return Piece(self._index, "", emission, "stop", emission.token)
-        self._held.append(emission.token)
-        text = self._tokenizer.decode(self._held)
-        if text.endswith("\ufffd") and len(self._held) < 4 and not emission.finish:
-            return Piece(self._index, "", emission)
-        self._held.clear()
-        return Piece(self._index, text, emission, emission.finish)
+        """What a new token adds. A stop string may be found only when no more tokens come; it ended the text then."""
+        stream = self._stream
+        text = "" if emission.finish == "stop" else stream.add(emission.token)
+        if emission.finish is not None:
+            text += stream.finish()
+        if stream.stop is not None:
+            return Piece(self._index, text, emission, "stop", stream.stop)
+        stop_token = emission.token if emission.finish == "stop" else None
+        return Piece(self._index, text, emission, emission.finish, stop_token)

@@ -72,8 +72,8 @@ class LLM:
         No prompt's tokens depend on the others.
 
         Args:
-            prompts: one, or a list: texts, or lists of token ids. Tokens are taken as they are; before a text comes what
-                the tokenizer of a Hugging Face folder writes there (<|begin_of_text|>).
+            prompts: one, or a list: texts, or lists of token ids. Tokens are taken as they are; before a text comes
+                what the tokenizer of a Hugging Face folder writes there (<|begin_of_text|>).
             sampling: for all prompts, or a list with one for each; None: the config's.
             exit: likewise.
 
@@ -96,6 +96,11 @@ class LLM:
     def requests(self, prompts: Prompts, sampling: Sampling = None, exit: Exits = None) -> list[Request]:
         """What `generate` makes of its arguments."""
         return self._asking.requests(prompts, sampling, exit)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of the processes that hold the model together; alone it is."""
+        return self.model.stage.tp_group.rank() == 0
 
     @property
     def work(self) -> Work:

@@ -85,9 +85,9 @@ class Runner:
         if not self._by_tensor_ranks:
             return linear(features_NH, head.weight[: self._vocab_size])
         share_NV = linear(features_NH, head.weight)
-        shares = share_NV.new_empty(self._group.size(), *share_NV.shape)
+        shares = share_NV.new_empty(self._group.size() * len(share_NV), share_NV.shape[1])
         dist.all_gather_into_tensor(shares, share_NV, group=self._group)
-        return shares.transpose(0, 1).flatten(1)[:, : self._vocab_size]
+        return shares.view(-1, *share_NV.shape).transpose(0, 1).flatten(1)[:, : self._vocab_size]
 
     def gate_logits(self, hidden_NH: torch.Tensor, layer: int) -> torch.Tensor:
         """fp32 [N]: how sure the exit's gate is, before the sigmoid."""

@@ -6,7 +6,7 @@ with matrices cost. Keys and values, which attention reads, are in neither.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_ee.inference.work import Segment, Work
 
@@ -108,14 +108,12 @@ def _of_heads(counts: Mapping[int, int], sizes: Mapping[int, int]) -> int:
     return sum(count * sizes[layer] for layer, count in counts.items())
 
 
-def _bytes(module: "object") -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())  # type: ignore[attr-defined]
+def _bytes(module: Any) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _keys_and_values(stage: "Stage", number: int) -> int:
     """A key and a value for each group of queries."""
-    attention = stage.layers[str(number)].self_attention  # type: ignore[union-attr]
-    size = _bytes(attention.linear_qkv)
-    config = stage.config
-    queries = config.num_attention_heads // config.num_query_groups
-    return size * 2 // (queries + 2)
+    layer: Any = stage.layers[str(number)]
+    queries = stage.config.num_attention_heads // stage.config.num_query_groups
+    return _bytes(layer.self_attention.linear_qkv) * 2 // (queries + 2)

@@ -89,7 +89,7 @@ def closing_table(
         "layers not waited for": f"{1 - waited:.1%}",
         "weight bytes not read": f"{savings.share_not_read:.1%} of the layers', "
         f"{_bytes(savings.bytes_not_read)} of {_bytes(savings.bytes_at_full_depth)} (prompts too)",
-        "exits' heads": f"asked {savings.num_asked} times; reading {_bytes(savings.head_bytes)} more than at full depth "
+        "exits' heads": f"asked {savings.num_asked} times; {_bytes(savings.head_bytes)} read beyond full depth's "
         f"({savings.head_share:.1%}), {savings.head_arithmetic:.1%} more arithmetic",
         "arithmetic saved": f"{savings.arithmetic_saved:.1%} of the layers'",
     }

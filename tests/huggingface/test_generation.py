@@ -47,9 +47,7 @@ def test_what_is_no_token_is_named(tmp_path: Path, value: Any) -> None:
     with pytest.raises(UserError) as caught:
         end_tokens(tmp_path)
     path = tmp_path / "generation_config.json"
-    assert str(caught.value) == (
-        f"{path}: eos_token_id is {json.dumps(value)}: neither a token id nor a list of them"
-    )
+    assert str(caught.value) == (f"{path}: eos_token_id is {json.dumps(value)}: neither a token id nor a list of them")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", ""])

@@ -1,15 +1,18 @@
 """The command, as a user gives it: in a process of its own where it starts, or is on a terminal; else in this one."""
 
+import io
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
 from megatron_ee.inference.__main__ import main, split_settings
@@ -53,7 +56,7 @@ def test_prompts_are_printed_in_order_with_one_table(
     assert rows["tokens by exit layer"] == "2: 18"
     assert rows["layers not waited for"] == "75.0%"
     assert rows["weight bytes not read"].startswith("75.0% of the layers', ")
-    assert rows["exits' heads"].startswith("asked 6 times; reading 0 B more than at full depth (0.0%), 0.0% more")
+    assert rows["exits' heads"].startswith("asked 6 times; 0 B read beyond full depth's (0.0%), 0.0% more")
     assert rows["arithmetic saved"] == "75.0% of the layers'"
 
 
@@ -79,7 +82,7 @@ def test_comparing_begins_with_full_depth(run: Path, capsys: pytest.CaptureFixtu
     status, out, err = _call(capsys, run, *prompts, "--compare", "inference.sampling.temperature=3.0")
     assert (status, err) == (0, "")
     rows = out.splitlines()
-    assert rows[0].split() == "mean depth agreement tokens/s speed tokens by exit layer".split()
+    assert rows[0].split() == ["mean", "depth", "agreement", "tokens/s", "speed", "tokens", "by", "exit", "layer"]
     assert rows[1].split()[:4] == ["full", "depth", "8.00", "100.0%"]
     assert [row.split()[1] for row in rows[2:]] == ["0.95", "0.9", "0.8", "0.7", "0.5"]
     status, out, _ = _call(capsys, run, *prompts, "--compare", "--kv-policies")
@@ -122,6 +125,27 @@ def test_flags_that_do_not_go_together(
     with pytest.raises(SystemExit):
         _call(capsys, run, *arguments)
     assert message in capsys.readouterr().err
+
+
+def _captured(run: Path, *arguments: str) -> str:
+    with (
+        patch.object(sys, "argv", ["inference", "--checkpoint", str(run), *arguments, *SHORT]),
+        redirect_stdout(io.StringIO()) as out,
+    ):
+        assert main() == 0
+    return out.getvalue()
+
+
+def test_of_two_processes_one_prints_what_both_decode(
+    run: Path, ranks: RankPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each has half of every matrix."""
+    command = ("--prompt", "early ", "--prompt", "deeper ", "inference.exit.threshold=0.2")
+    first, second = ranks.run(2, _captured, run, *command)
+    assert second == ""
+    texts, _, table = _call(capsys, run, *command)[1].rpartition("\n\n")
+    assert first.startswith(texts)
+    assert first.count("tokens by exit layer") == table.count("tokens by exit layer") == 1
 
 
 def test_lines_from_a_pipe_are_continued_one_after_the_other(run: Path) -> None:
@@ -172,5 +196,3 @@ def test_a_config_comes_before_overrides() -> None:
     assert split_settings(["run.yaml", "seed=1"]) == (Path("run.yaml"), ["seed=1"])
     assert split_settings(["seed=1"]) == (None, ["seed=1"])
     assert split_settings([]) == (None, [])
-
-

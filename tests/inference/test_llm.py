@@ -163,6 +163,33 @@ def test_a_stop_token_ends_a_text_and_is_no_part_of_it(llm: LLM) -> None:
     assert text.text == llm.model.tokenizer.decode([*whole.tokens[: count - 1]])
 
 
+def test_a_stop_string_ends_a_text_across_tokens_and_is_never_shown(llm: LLM) -> None:
+    (whole,) = llm.generate("let", _sampling(max_new_tokens=24), FULL)
+    spelled = [llm.model.tokenizer.decode([token]) for token in whole.tokens]
+    windows = [whole.text[start : start + 3] for start in range(4, len(whole.text) - 2)]
+    stop = next(window for window in windows if not any(window in text for text in spelled) and "\ufffd" not in window)
+    sampling = _sampling(max_new_tokens=24, stop=("never said", stop))
+    (text,) = llm.generate("let", sampling, FULL)
+    assert text.text == whole.text[: whole.text.index(stop)]
+    assert text.tokens == whole.tokens[: len(text.tokens)] and len(text.tokens) < 24
+    assert (text.finish_reason, text.stop_reason) == ("stop", stop)
+    shown = ""
+    for piece in llm.stream("let", sampling, FULL):
+        shown += piece.text
+        assert text.text.startswith(shown)
+    late = sampling.model_copy(update={"min_new_tokens": 24})
+    assert llm.generate("let", late, FULL)[0].tokens == whole.tokens
+
+
+def test_a_slot_is_free_when_a_stop_string_has_ended_its_text(folder: Path, mesh: Mesh) -> None:
+    llm = _open(folder, "inference.max_batch_size=1")
+    (whole,) = llm.generate("let", _sampling(), FULL)
+    stopped = _sampling(stop=(whole.text[0],))
+    texts = llm.generate(["let", "let"], [stopped, _sampling()], FULL)
+    assert [text.text for text in texts] == ["", whole.text]
+    assert texts[1].tokens == whole.tokens
+
+
 def test_a_folders_own_stop_tokens_end_texts(folder: Path, mesh: Mesh, tmp_path: Path) -> None:
     copy = tmp_path / "stops"
     copy.mkdir()
@@ -298,5 +325,3 @@ def test_field_errors_stay_what_they_are(llm: LLM) -> None:
     with pytest.raises(FieldError) as caught:
         llm.generate("a", exit=ExitParams(exits=(7,)))
     assert caught.value.field.startswith("inference.exit.exits")
-
-

@@ -20,7 +20,7 @@ EXITS = [2, 5]
 
 
 def test_a_case_by_hand() -> None:
-    """A prompt of three tokens and two more rounds: the first one's token leaves at 2, the second's goes on, with it."""
+    """A prompt of three tokens, and two rounds more: the first token leaves at 2, the next one takes it along."""
     work = Work(
         rounds=3,
         launches=Counter({(0, 2): 3, (2, 4): 2}),

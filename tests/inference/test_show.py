@@ -37,20 +37,16 @@ def test_the_closing_table_says_gains_and_costs() -> None:
         arithmetic_saved=0.0,
         head_arithmetic=0.125,
     )
-    lines = list(
-        closing_table(Summary(EMISSIONS, seconds=2.0), savings, num_texts=1, num_layers=12, is_exact=True)
-    )
+    lines = list(closing_table(Summary(EMISSIONS, seconds=2.0), savings, num_texts=1, num_layers=12, is_exact=True))
     assert lines == [
         "tokens                 4 in 1 text, 2.0 tokens/s",
         "mean depth             7.50 of 12 layers",
         "tokens by exit layer   3: 2, 12: 2",
         "layers not waited for  37.5%",
         "weight bytes not read  -0.0% of the layers', -1.5 MB of 4.0 GB (prompts too)",
-        "exits' heads           asked 4 times; reading 250.0 kB more than at full depth (0.0%), 12.5% more arithmetic",
+        "exits' heads           asked 4 times; 250.0 kB read beyond full depth's (0.0%), 12.5% more arithmetic",
         "arithmetic saved       0.0% of the layers'",
         "Every position runs every layer in the end; saved are those that still waited when their text ended.",
     ]
-    (*_, note) = closing_table(
-        Summary(EMISSIONS, seconds=2.0), savings, num_texts=1, num_layers=12, is_exact=False
-    )
+    (*_, note) = closing_table(Summary(EMISSIONS, seconds=2.0), savings, num_texts=1, num_layers=12, is_exact=False)
     assert "not exact" in note

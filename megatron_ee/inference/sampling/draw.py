@@ -1,0 +1,79 @@
+"""A draw by the inverse of the cumulative distribution.
+
+Shapes: N rows, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from megatron_ee.errors import UserError
+from megatron_ee.inference.sampling.weights import weights_of
+
+NO_TOKEN = -1
+
+
+class NoTokenError(UserError):
+    """There is nothing to choose from.
+
+    Attributes:
+        rows: where.
+    """
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        super().__init__(rows)
+        self.rows = tuple(rows)
+
+    def __str__(self) -> str:
+        names = ", ".join(map(str, self.rows))
+        return (
+            f"no token can be chosen in row {names} of the batch: the logits there are NaN, infinite or all ruled out "
+            "(weights that are not finite, fp16 beyond its range, or stop tokens that are the whole vocabulary)"
+        )
+
+
+def draw(p_NV: torch.Tensor, u_N: torch.Tensor) -> list[int]:
+    """A token of each row: the first whose cumulative probability is above `u` times the row's sum.
+
+    Args:
+        p_NV: not negative; a row may sum up to anything from 1e-9 to 1, and need not be normalised.
+        u_N: fp64 in [0, 1).
+
+    Raises:
+        NoTokenError: a row is NaN, infinite or zero.
+    """
+    return listed(drawn(p_NV, u_N))
+
+
+def drawn(p_NV: torch.Tensor, u_N: torch.Tensor) -> torch.Tensor:
+    """The same, still on the device [N], NO_TOKEN where there is none."""
+    peak_N = p_NV.amax(-1)
+    reached_NV = weights_of(p_NV).cumsum_(-1)
+    total_N = reached_NV[:, -1]
+    aim_N = (u_N.to(p_NV.device) * total_N).long().minimum(total_N - 1)  # the product may be rounded up
+    tokens_N = torch.searchsorted(reached_NV, aim_N[:, None], right=True)[:, 0]
+    return torch.where((peak_N > 0) & (peak_N < math.inf), tokens_N, NO_TOKEN)
+
+
+def likeliest(logits_NV: torch.Tensor) -> torch.Tensor:
+    """Each row's argmax, of equals the lowest id, still on the device [N]; NO_TOKEN where that is not finite."""
+    peak_N, tokens_N = logits_NV.max(-1)
+    return torch.where(peak_N.abs() < math.inf, tokens_N, NO_TOKEN)
+
+
+def listed(tokens_N: torch.Tensor, rows: Sequence[int] | None = None) -> list[int]:
+    """Copied to the host, once.
+
+    Args:
+        rows: where each token belongs; in order where not given.
+
+    Raises:
+        NoTokenError: there is none somewhere.
+    """
+    tokens: list[int] = tokens_N.tolist()
+    if rows is not None:
+        tokens = [token for _, token in sorted(zip(rows, tokens, strict=True))]
+    if NO_TOKEN in tokens:
+        raise NoTokenError([row for row, token in enumerate(tokens) if token == NO_TOKEN])
+    return tokens
