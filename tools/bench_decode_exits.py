@@ -120,22 +120,36 @@ def exit_cells(model: "OpenedModel", prompts: Prompts, sizes: Sizes) -> list[Cel
     costs = {measure: measured_costs(model, sizes, measure) for measure in dict.fromkeys(of.measure for of in settings)}
     decodings = [Decoding(model, prompts, sizes, setting) for setting in settings]
     rounds = all_take_turns(sizes.exit_rounds, Decoding(model, prompts, sizes, full_depth()), [*decodings])
+    agreement = Agreement(model, prompts)
     return [
-        Cell(decoding, of, costs[decoding.exit.measure], sizes, agreement_with_full_depth(model, prompts, decoding))
+        Cell(decoding, of, costs[decoding.exit.measure], sizes, agreement.of(decoding))
         for decoding, of in zip(decodings, rounds, strict=True)
     ]
 
 
-def agreement_with_full_depth(model: "OpenedModel", prompts: Prompts, decoding: Decoding) -> float:
+class Agreement:
     """The share of tokens that full depth would have chosen too, given the same text before them."""
-    agreed = total = 0
-    for number, said in decoding.said.items():
-        for prompt, text in zip(prompts.of_round(number, len(said)), said, strict=True):
-            tokens = [emission.token for emission in text]
-            choices = model.full_depth_choices([*prompt, *tokens])[len(prompt) - 1 : -1]
-            agreed += sum(token == choice for token, choice in zip(tokens, choices, strict=True))
-            total += len(tokens)
-    return agreed / total
+
+    def __init__(self, model: "OpenedModel", prompts: Prompts) -> None:
+        self._model, self._prompts = model, prompts
+        self._agreed: dict[tuple[int, ...], int] = {}  # exact policies say the same
+
+    def of(self, decoding: Decoding) -> float:
+        """Over all rounds."""
+        agreed = total = 0
+        for number, said in decoding.said.items():
+            for prompt, text in zip(self._prompts.of_round(number, len(said)), said, strict=True):
+                tokens = [emission.token for emission in text]
+                agreed += self._count(prompt, tokens)
+                total += len(tokens)
+        return agreed / total
+
+    def _count(self, prompt: tuple[int, ...], tokens: list[int]) -> int:
+        whole = (*prompt, *tokens)
+        if whole not in self._agreed:
+            choices = self._model.full_depth_choices(list(whole))[len(prompt) - 1 : -1]
+            self._agreed[whole] = sum(token == choice for token, choice in zip(tokens, choices, strict=True))
+        return self._agreed[whole]
 
 
 def exit_table(cells: list[Cell]) -> Iterator[str]:
