@@ -131,6 +131,7 @@ def test_the_config_says_what_a_call_does_not(folder: Path, mesh: Mesh) -> None:
         ("a", {"top_k": 3}, None, "sampling: neither SamplingParams nor a list of these"),
         ("a", None, [SamplingParams()], "exit: neither ExitParams"),
         (["a", "b"], None, [ExitParams(), ExitParams(exits=(7,))], r"no exit after layer 7.* \(prompts.1\)$"),
+        (["a", "b"], [SamplingParams(), SamplingParams(stop_token_ids=(322,))], None, r"322.* \(prompts.1\)$"),
         ("a", None, ExitParams(measure="gate"), r"gate.* \(prompts.0\)$"),
         ("a", None, ExitParams(measure="guess"), r"guess.* \(prompts.0\)$"),
     ],
@@ -144,6 +145,14 @@ def test_what_is_wrong_names_the_prompt_before_anything_is_decoded(
             call(prompts, sampling, exit)
     assert llm.work == before
     assert len(llm.generate("let", _sampling())[0].tokens) == 8
+
+
+def test_a_prompt_whose_logits_are_no_numbers_is_named(folder: Path, mesh: Mesh) -> None:
+    llm = _open(folder)
+    llm.model.stage.embedding.weight[7] = torch.nan  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"^prompts\.1: no token can be chosen: the logits there are NaN"):
+        llm.generate([[1, 2], [7, 2], [3]], _sampling(), FULL)
+    assert len(llm.generate([[1, 2]], _sampling(), FULL)[0].tokens) == 8
 
 
 def test_texts_end_where_the_models_positions_do(llm: LLM) -> None:
