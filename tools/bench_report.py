@@ -87,11 +87,14 @@ def measure_of(
 
 def table(measures: list[Measure]) -> str:
     """The report as text."""
-    lines = [f"{'':<34}{'value':>12}{'goal':>8}{'p10':>12}{'p90':>12}{'A/A':>8}"]
+    width = max([33, *(len(measure.measure) for measure in measures)]) + 1
+    lines = [f"{'':<{width}}{'value':>12}{'goal':>8}{'p10':>12}{'p90':>12}{'A/A':>8}"]
     for measure in measures:
         goal = "" if measure.goal is None else f"{measure.goal:g}"
         low, high = measure.spread
-        lines.append(f"{measure.measure:<34}{measure.value:>12.5g}{goal:>8}{low:>12.5g}{high:>12.5g}{measure.aa:>8.3f}")
+        lines.append(
+            f"{measure.measure:<{width}}{measure.value:>12.5g}{goal:>8}{low:>12.5g}{high:>12.5g}{measure.aa:>8.3f}"
+        )
     return "\n".join(lines)
 
 

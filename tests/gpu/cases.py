@@ -153,7 +153,9 @@ def decoded_at_mixed_depths(name: DeviceName, policy: str) -> dict[str, Any]:
         expected = keys_and_values(model.stage, tokens)
         for number in range(1, 9):
             actual = batch.walk.cache.read(number, slot, len(tokens))
-            distance = max(distance, *(_distance(ours, theirs) for ours, theirs in zip(actual, expected[number])))
+            distance = max(
+                distance, *(_distance(ours, theirs) for ours, theirs in zip(actual, expected[number], strict=True))
+            )
     return {
         "texts": [[(emission.token, emission.exit_layer) for emission in text] for text in texts],
         "distance": distance,
@@ -204,7 +206,7 @@ def _distance_in_chunks(model: OpenedModel, tokens: list[int], sizes: list[int],
     walk, fed, distance = DepthWalk(model.runner, model.exits, slots=1, capacity=64, room=64), 0, 0.0
     walk.ledger.open(0)
     for size in sizes:
-        logits_1V = walk.enter({0: tokens[fed : fed + size]}, 8).ask([0]).logits_NV
+        logits_1V = walk.enter({0: tokens[fed : fed + size]}, 8).ask([0]).logits
         fed += size
         distance = max(distance, _distance(logits_1V[0], full_SV[fed - 1]))
     return distance
