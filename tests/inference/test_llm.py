@@ -1,5 +1,7 @@
 """The Python interface, on a model of Hugging Face's and on a run of ours."""
 
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 import megatron_ee
 from megatron_ee import LLM, ExitParams, SamplingParams
 from megatron_ee.errors import FieldError, UserError
+from megatron_ee.inference.command import Session
 from megatron_ee.inference.completion import Piece, completions, in_order
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.parallel.mesh import Mesh
@@ -253,6 +256,16 @@ def test_streams_may_be_left_and_may_cross(llm: LLM) -> None:
     one, other = llm.stream("let", _sampling(), MIXED), llm.stream("let", _sampling(), MIXED)
     both = [(first.emission, second.emission) for first, second in zip(one, other, strict=True)]
     assert [first for first, _ in both] == [second for _, second in both] == list(expected.emissions)
+
+
+def test_a_wrong_line_does_not_end_a_session(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("early exits\n" + "let a token leave " * 20 + "\nlet\n"))
+    Session(llm).converse()
+    out, err = capsys.readouterr()
+    assert out.count(", mean depth ") == 2
+    assert re.fullmatch(r"prompts\.0: \d+ tokens, but the model has 48 positions\n", err)
 
 
 def test_a_run_is_opened_without_bos(tmp_path: Path, mesh: Mesh) -> None:

@@ -23,8 +23,8 @@ class NoTokenError(UserError):
     """
 
     reason = (
-        "the logits there are NaN, infinite or all ruled out (weights that are not finite, fp16 beyond its range, or stop "
-        "tokens that are the whole vocabulary)"
+        "the logits there are NaN, infinite or all ruled out (weights that are not finite, fp16 beyond its range, or "
+        "stop tokens that are the whole vocabulary)"
     )
 
     def __init__(self, rows: Sequence[int]) -> None:
