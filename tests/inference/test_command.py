@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -181,12 +182,15 @@ def _on_a_terminal(command: list[str], typed: bytes) -> str:
     os.close(theirs)
     os.write(ours, typed)
     shown = b""
+    guard = threading.Timer(60, process.kill)
+    guard.start()
     try:
         while part := os.read(ours, 4096):
             shown += part
     except OSError:  # what Linux says when the other side is closed
         pass
     finally:
+        guard.cancel()
         os.close(ours)
     assert process.wait(timeout=60) == 0, shown
     return shown.decode().replace("\r\n", "\n")
