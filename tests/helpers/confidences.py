@@ -3,13 +3,14 @@
 Shapes: S positions, V the vocabulary, H hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from megatron_ee.config import ExitParams
 from megatron_ee.model.stage import Stage
 
 
@@ -68,3 +69,24 @@ def said_at_exits(stage: Stage, tokens: Sequence[int], exits: Sequence[int]) -> 
         values = (value[:, 0].double().numpy() for value in (logits_SBV, y_SBH, x_SBH))
         said[stop], x_SBH = SaidAtExit(*values, gates_S), y_SBH
     return said
+
+
+def leaves_at(
+    said: Mapping[int, SaidAtExit], position: int, params: ExitParams, exits: Sequence[int]
+) -> tuple[int, float]:
+    """The rule, written out: the layer after which a position's token leaves, and the confidence there.
+
+    Args:
+        exits: all of the model's.
+    """
+    thresholds = {layer: params.thresholds.get(layer, params.threshold) for layer in params.exits or exits}
+    chosen: list[int] = []
+    for layer in exits if params.mode == "early_exit" and params.exits != () else ():
+        if layer < params.min_exit or thresholds.get(layer, 1.0) == 1:
+            continue
+        confidence = said[layer].confidence(params.measure, position)
+        chosen.append(said[layer].choice(position))
+        in_a_row = len(chosen) >= params.patience and len(set(chosen[-params.patience :])) == 1
+        if in_a_row and confidence >= thresholds[layer]:
+            return layer, confidence
+    return max(said), 1.0

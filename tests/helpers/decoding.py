@@ -25,8 +25,8 @@ class TinyTokenizer(ByteTokenizer):
 def opened(stage: Stage, *, measures: Mapping[str, Measure] = MEASURES, **more: Any) -> OpenedModel:
     """A whole model on one stage, ready to decode; it has no stop token."""
     exits = tuple(sorted(int(layer) for layer in stage.exits))[:-1]
-    rows = stage.projection_weight(stage.model.num_layers).shape[0]
-    return OpenedModel(stage, TinyTokenizer(rows), exits, measures, **more)
+    vocab_size = stage.projection_weight(stage.model.num_layers).shape[0] * stage.tp_group.size()
+    return OpenedModel(stage, TinyTokenizer(vocab_size), exits, measures, **more)
 
 
 def request(prompt: Sequence[int], params: ExitParams, **sampling: Any) -> Request:

@@ -2,12 +2,11 @@
 says of each row by itself."""
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from helpers.confidences import SaidAtExit, said_at_exits
+from helpers.confidences import leaves_at, said_at_exits
 from helpers.decoding import decode, opened, request, tokens_of
 from helpers.models import whole_model
 from helpers.tiny import VOCAB_SIZE
@@ -62,23 +61,11 @@ def _params(model: OpenedModel, name: str) -> ExitParams:
     return ExitParams.model_validate({**rule, "thresholds": thresholds})
 
 
-def _leaves(said: Mapping[int, SaidAtExit], position: int, params: ExitParams) -> tuple[int, float]:
-    """The rule, written out: the layer, and the confidence there."""
-    chosen = []
-    for layer in params.exits or EXITS:
-        confidence = said[layer].confidence(params.measure, position)
-        chosen.append(said[layer].choice(position))
-        in_a_row = len(chosen) >= params.patience and len(set(chosen[-params.patience :])) == 1
-        if in_a_row and confidence >= params.thresholds[layer]:
-            return layer, confidence
-    return 8, 1.0
-
-
 def _assert_as_said(model: OpenedModel, of: Request, text: list[Emission]) -> None:
     said = said_at_exits(model.stage, [*of.prompt, *tokens_of(text)], EXITS)
     for number, emission in enumerate(text):
         position = len(of.prompt) + number - 1
-        layer, confidence = _leaves(said, position, of.exit)
+        layer, confidence = leaves_at(said, position, of.exit, EXITS)
         assert emission.exit_layer == layer
         assert emission.confidence == pytest.approx(confidence, abs=1e-6 if of.exit.measure == "gate" else 1e-10)
         assert emission.token == said[layer].choice(position)
