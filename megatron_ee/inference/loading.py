@@ -62,7 +62,9 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
         dtype=DTYPES[description.precision],
     )
     stage.load_sharded(source.load(model_state(stage, mesh)))
-    stage = stage.eval().requires_grad_(False).to(dtype)
+    stage.eval().requires_grad_(False)
+    if dtype is not None:
+        _convert(stage, dtype)
     arrange_weights(stage)
     added = load_plugins(config.plugins).exit_measures
     return OpenedModel(
@@ -96,6 +98,12 @@ def _described_by(config: Config, folder: Path, found: Description) -> Descripti
     if different := differences(shape_of_trunk(found), shape_of_trunk(wanted)):
         raise CheckpointError(f"checkpoint: {folder} is of another model than the config: {different}")
     return replace(found, exits=exits_to_decode(folder, found.exits, config.exits))
+
+
+def _convert(stage: Stage, dtype: torch.dtype) -> None:
+    """To another dtype, also what the stage makes by its config's: rotations and masks."""
+    stage.to(dtype)
+    stage.config.params_dtype = dtype
 
 
 def _check_split(description: Description, ranks: int) -> None:
