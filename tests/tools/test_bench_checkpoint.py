@@ -35,11 +35,11 @@ def test_the_tokenizer_is_learned_the_run_started_and_both_are_kept(
     assert started == [[str(TOOLS.parent / "scripts/train.sh"), str(tool.CONFIG), *overrides]]
 
     kept = (tmp_path / "tokenizer.json").stat()
-    for iteration, status in ((1319, None), (1320, 0)):  # stopped just before its end, it goes on
+    for iteration, status in ((659, None), (660, 0)):  # stopped just before its end, it goes on
         folder = step_folder(tmp_path / "checkpoint", iteration)
         folder.mkdir(parents=True)
         (folder / FORMAT_FILE).touch()
         assert tool.main() == status
     assert len(started) == 2
     assert (tmp_path / "tokenizer.json").stat() == kept
-    assert capsys.readouterr().out == f"{tmp_path}/checkpoint is trained: 1320 iterations\n"
+    assert capsys.readouterr().out == f"{tmp_path}/checkpoint is trained: 660 iterations\n"
