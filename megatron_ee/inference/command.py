@@ -48,11 +48,10 @@ class Session:
         Raises:
             UserError: the file cannot be written.
         """
-        requests = self._llm.requests(list(prompts))
+        requests, pieces = self._llm.requests(list(prompts)), self._llm.stream(list(prompts))
         try:
-            with (output if self._llm.is_first else Path(os.devnull)).open("w") as file:
-                pieces = self._counted(in_order(self._llm.stream(list(prompts))))
-                for index, completion in completions(requests, pieces):
+            with (output if self._llm.is_first else Path(os.devnull)).open("w", encoding="utf-8") as file:
+                for index, completion in completions(requests, self._counted(in_order(pieces))):
                     file.write(json.dumps(_record(prompts[index], completion), ensure_ascii=False) + "\n")
                     file.flush()
         except OSError as error:

@@ -229,7 +229,7 @@ def test_any_stop_strings_of_any_text(words: list[str], stops: list[str]) -> Non
 
 
 def test_a_stop_string_ends_nothing_before_the_least_number_of_tokens() -> None:
-    words = ["a", "EN", "D", "b", "E", "N" "D", "c"]
+    words = ["a", "EN", "D", "b", "EN", "D", "c"]
     assert _stream(words, ["END"], min_new_tokens=3) == (["a", "", ""], "END")
     assert _stream(words, ["END"], min_new_tokens=4) == (["a", "", "END", "b", "", ""], "END")
     assert _stream(words, ["END"], min_new_tokens=7) == (["a", "", "END", "b", "", "END", "c", ""], None)
