@@ -147,6 +147,16 @@ def test_byte_fallback(byte_fallback: HuggingFaceTokenizer) -> None:
     assert "".join(_pieces(byte_fallback, [*spelled("é"), lone, 4])) == "é\ufffda", "a shown character is taken back"
 
 
+def test_byte_fallback_finds_characters_again_in_a_long_run_that_is_no_text(
+    byte_fallback: HuggingFaceTokenizer,
+) -> None:
+    """It marks each byte of the run, but that has to end some time."""
+    tokens = [5 + byte for byte in b"\xff" + EURO * 8]
+    assert "".join(_pieces(byte_fallback, tokens)) == "\ufffd" * 13 + "€" * 4
+    run = [5 + byte for byte in b"\xff" + EURO * 3 + GRIN]  # its last 13 bytes alone are text
+    assert "".join(_pieces(byte_fallback, [*run, 4])) == byte_fallback.decode([*run, 4]) == "\ufffd" * 14 + "a"
+
+
 @given(st.lists(st.sampled_from([2, 3, 4, *(5 + byte for byte in EURO + GRIN), 5 + 0xFF]), max_size=80))
 def test_byte_fallback_never_loses_its_place(byte_fallback: HuggingFaceTokenizer, tokens: list[int]) -> None:
     """Bytes that are no text may be marked by more or fewer signs, but all that is between them comes out."""
