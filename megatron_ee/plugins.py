@@ -2,10 +2,12 @@
 
 A file defines any of these module-level dictionaries, from name to part:
 
-  EXIT_MEASURES          confidence of an exit: logits_V -> [0, 1]             inference.exit.measure
+  EXIT_MEASURES          confidence of an exit: logits_NV -> N in [0, 1]       inference.exit.measure
   PIPELINE_SCHEDULES     a stage's F and B actions: (Pipeline, stage) -> list  parallel.schedule
   OPTIMIZER_BACKENDS     (stage, config, mesh, gradients) -> OptimizerBackend    optimizer.backend
   LEARNING_RATE_DECAYS   (config, step, num_steps) -> share of the peak rate   optimizer.lr_decay
+
+A measure is asked of N rows at once, with the exit's logits as they are, of V tokens. No row may depend on another's.
 
 Files are code: they are run only where the user names them, never because a checkpoint's config does.
 """

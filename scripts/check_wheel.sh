@@ -68,7 +68,7 @@ EOF
 train_and_decode() {
   local python=$1/bin/python run=runs/$2
   "$python" -m megatron_ee.training tiny.yaml name="$2" "${@:3}"
-  "$python" -m megatron_ee.inference --checkpoint "$run" --prompt "def " inference.max_new_tokens=8
+  "$python" -m megatron_ee.inference --checkpoint "$run" --prompt "def " inference.sampling.max_new_tokens=8
   [[ -s $run/metrics.jsonl ]] || fail "$2: $run has no figures"
 }
 

@@ -23,7 +23,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 step() { printf '\n-- %s\n' "$1"; }
 
-decode() { "$PYTHON" -m megatron_ee.inference --checkpoint "$run" "${prompts[@]}" "$@" inference.max_new_tokens=64; }
+decode() {
+  "$PYTHON" -m megatron_ee.inference --checkpoint "$run" "${prompts[@]}" "$@" inference.sampling.max_new_tokens=64
+}
 
 step "training $config into $run"
 scripts/train.sh "$config"

@@ -98,7 +98,7 @@ WITHOUT_TORCH = [
     PACKAGE / "data/sources.py",
     *(
         PACKAGE / f"huggingface/{name}.py"
-        for name in ("settings", "rope", "architecture", "names", "headers", "exit_files", "truncated")
+        for name in ("settings", "rope", "architecture", "names", "headers", "exit_files", "generation", "truncated")
     ),
     PACKAGE / "parallel/balance.py",
     PACKAGE / "parallel/costs.py",
@@ -126,7 +126,13 @@ WITHOUT_TORCH = [
     PACKAGE / "training/planning.py",
     PACKAGE / "training/observation/step_times.py",
     PACKAGE / "training/observation/trace.py",
+    *(
+        PACKAGE / f"inference/{name}.py"
+        for name in ("__main__", "asking", "borders", "command", "comparison", "completion", "growing_text", "llm")
+    ),
+    *(PACKAGE / f"inference/{name}.py" for name in ("prompts", "savings", "text", "work")),
     PACKAGE / "inference/declared_exits.py",
+    PACKAGE / "inference/exit_rule.py",
     PACKAGE / "inference/opening.py",
     PACKAGE / "inference/request.py",
     PACKAGE / "inference/sampling/check.py",

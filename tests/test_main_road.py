@@ -83,15 +83,16 @@ def test_a_finished_run_is_not_trained_again(config: Path, run: Path) -> None:
 
 
 def test_decoding_prints_text_and_what_exits_did(run: Path) -> None:
-    done = _decode(run, "--prompt", "early ", "inference.max_new_tokens=12", "inference.exit.threshold=0.2")
+    done = _decode(run, "--prompt", "early ", "inference.sampling.max_new_tokens=12", "inference.exit.threshold=0.2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("early ")
-    assert re.search(r"\[12 tokens, mean depth \d\.\d\d of 4 layers, .*, \d+\.\d tokens/s\]", done.stdout)
+    assert re.search(r"^tokens +12 in 1 text, \d+\.\d tokens/s$", done.stdout, re.MULTILINE)
+    assert re.search(r"^mean depth +\d\.\d\d of 4 layers$", done.stdout, re.MULTILINE)
     assert "\x1b" not in done.stdout
 
 
 def test_comparing_starts_from_full_depth(run: Path) -> None:
-    done = _decode(run, "--prompt", "early ", "--compare", "inference.max_new_tokens=8")
+    done = _decode(run, "--prompt", "early ", "--compare", "inference.sampling.max_new_tokens=8")
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()
     assert rows[1].split()[:4] == ["full", "depth", "4.00", "100.0%"]

@@ -5,18 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.decoding import decode, opened, request, tokens_of
 from helpers.models import whole_model
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
-from helpers.tiny import VOCAB_SIZE
 
 from megatron_ee.config import ExitParams
-from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.policies import MEASURES
-from megatron_ee.inference.request import Request
+from megatron_ee.inference.batch import Batch
+from megatron_ee.inference.measures import MEASURES, measure_of_logits
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.plugins import PluginError, choose, load_plugins
-from megatron_ee.tokenizer import ByteTokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "docs/examples/my_parts.py"
 
@@ -42,19 +40,15 @@ def test_a_run_with_a_schedule_optimizer_and_decay_of_ones_own(tmp_path: Path, r
 
 
 def test_a_measure_of_ones_own_decides_exits(mesh: Mesh) -> None:
-    stage = whole_model(mesh, exits=[2, 5])
-    tokenizer = ByteTokenizer()
-    tokenizer.vocab_size = VOCAB_SIZE
-    measures = {**MEASURES, **load_plugins([str(EXAMPLE)]).exit_measures}
-    engine = Engine(stage, tokenizer, [2, 5], measures)
-
-    def confidences(measure: str) -> list[float]:
-        params = ExitParams(measure=measure, threshold=0.0)
-        request = Request(prompt=(1, 2), max_new_tokens=4, stop=VOCAB_SIZE, exit=params)
-        return [emission.confidence for emission in engine.generate(request)]
-
-    pairs = zip(confidences("margin"), confidences("max_probability"), strict=True)
-    assert all(0 <= own < built_in for own, built_in in pairs)
+    own = load_plugins([str(EXAMPLE)]).exit_measures
+    measures = {**MEASURES, **{name: measure_of_logits(measure) for name, measure in own.items()}}
+    model = opened(whole_model(mesh, exits=[2, 5]), measures=measures)
+    names = ["gini", "max_probability"]
+    requests = [request([1, 2], ExitParams(measure=name, threshold=0.0), max_new_tokens=4) for name in names]
+    texts = decode(Batch(model, slots=2, capacity=8), requests)
+    assert tokens_of(texts[0]) == tokens_of(texts[1])
+    for gini, highest in zip(*texts, strict=True):
+        assert highest.confidence**2 < gini.confidence < highest.confidence, "shares squared, summed"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ order in every other round. A ratio is the median over rounds, and without/witho
 
 import argparse
 import gc
-import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bench_gpu_decoding import PERIOD, DecodingSizes, decoding_measures
 from bench_report import Measure, measure_of, table, take_turns, write
 
-from megatron_ee.config import Config, ExitParams
+from megatron_ee.config import Config
 from megatron_ee.device import Device, choose_device
 from megatron_ee.errors import UserError
 from megatron_ee.log import quiet_dependencies
@@ -27,9 +27,6 @@ if TYPE_CHECKING:  # what imports megatron-core has to wait until the device is 
     from megatron_ee.data.batch import Batch
     from megatron_ee.parallel.mesh import Mesh
     from megatron_ee.training.trainer import Trainer
-
-THRESHOLD = 0.5
-PERIOD = 64  # tokens count up and begin again: learnt within seconds, so that exits become confident
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +42,11 @@ class Sizes:
     micro_batch_size: int = 4
     global_batch_size: int = 16
     rounds: int = 20  # the first is dropped
-    new_tokens: int = 128
-    decoding_rounds: int = 7
+    decoding: DecodingSizes = DecodingSizes()
     learning_steps: int = 100  # at most, before decoding
 
 
-SMALL = Sizes(4, 32, 4, 320, (1, 2), 16, 1, 2, 6, 4, 3, 2)
+SMALL = Sizes(4, 32, 4, 320, (1, 2), 16, 1, 2, 6, DecodingSizes((1, 3), 4, 3), 2)
 
 
 def main() -> int:
@@ -88,7 +84,7 @@ def run(sizes: Sizes, device: Device) -> list[Measure]:
     if device.torch.type == "cuda":
         measures.append(memory_measure(sizes, (without, static_without), (having, static_having), batch, context))
     learn(having, batch, sizes.learning_steps)
-    measures += decoding_measures(sizes, having, context)
+    measures += decoding_measures(sizes.decoding, having, context)
     close_mesh()
     return measures
 
@@ -231,40 +227,6 @@ def peak_of_a_step(trainer: "Trainer", batch: "Batch") -> int:
     torch.cuda.reset_peak_memory_stats()
     step(trainer, batch)
     return trainer.mesh.device.peak_memory_bytes() - before
-
-
-def decoding_measures(sizes: Sizes, trainer: "Trainer", context: dict[str, Any]) -> list[Measure]:
-    """Tokens per second of one greedy request with a cache, at full depth and with exits."""
-    depths: list[int] = []
-
-    def decode(params: ExitParams) -> float:
-        started = time.perf_counter()
-        depths[:] = generate(trainer, sizes.new_tokens, params)
-        return time.perf_counter() - started
-
-    exiting = ExitParams(threshold=THRESHOLD)
-    rounds = take_turns(sizes.decoding_rounds, lambda: decode(ExitParams(mode="full")), lambda: decode(exiting))
-    decode(exiting)
-    by_exit = {str(layer): depths.count(layer) for layer in sorted(set(depths))}
-    exits = context | {"threshold": THRESHOLD, "mean_depth": statistics.mean(depths), "tokens_by_exit": by_exit}
-    full, early = ([sizes.new_tokens / seconds for seconds in times] for times in (rounds.a, rounds.b))
-    speed = [1 / ratio for ratio in rounds.paired]
-    return [
-        measure_of("decode_tokens_per_s_full_depth", full, "higher", rounds.aa, context),
-        measure_of(f"decode_tokens_per_s_threshold_{THRESHOLD}", early, "higher", rounds.aa, exits),
-        measure_of(f"decode_speed_ratio_threshold_{THRESHOLD}", speed, "higher", rounds.aa, exits),
-    ]
-
-
-def generate(trainer: "Trainer", new_tokens: int, params: ExitParams) -> list[int]:
-    """The exit layer of each new token. Greedy choices reach the host one by one, so no clock runs ahead."""
-    from megatron_ee.inference.engine import Engine
-    from megatron_ee.inference.policies import MEASURES
-    from megatron_ee.inference.request import Request
-
-    engine = Engine(trainer.stage.eval(), trainer.tokenizer, list(trainer.config.exits.layers), MEASURES)
-    request = Request(tuple(range(PERIOD // 2)), new_tokens, stop=-1, exit=params)
-    return [emission.exit_layer for emission in engine.generate(request)]
 
 
 def describe(sizes: Sizes, device: Device) -> dict[str, Any]:

@@ -58,6 +58,20 @@ def take_turns(rounds: int, a: Callable[[], float], b: Callable[[], float]) -> R
     return kept
 
 
+def all_take_turns(rounds: int, a: Callable[[int], float], others: list[Callable[[int], float]]) -> list[Rounds]:
+    """Run A, each other one, and A again in turns, told the round's number; the first round is dropped."""
+    kept = [Rounds([], [], []) for _ in others]
+    for number in range(rounds):
+        seconds = [run(number) for run in (a, *others, a)]
+        if number % 2:
+            seconds[0], seconds[-1] = seconds[-1], seconds[0]
+        for of, other in zip(kept, seconds[1:-1], strict=True) if number else ():
+            of.a.append(seconds[0])
+            of.b.append(other)
+            of.again.append(seconds[-1])
+    return kept
+
+
 def measure_of(
     name: str,
     values: list[float],
@@ -73,11 +87,14 @@ def measure_of(
 
 def table(measures: list[Measure]) -> str:
     """The report as text."""
-    lines = [f"{'':<34}{'value':>12}{'goal':>8}{'p10':>12}{'p90':>12}{'A/A':>8}"]
+    width = max([33, *(len(measure.measure) for measure in measures)]) + 1
+    lines = [f"{'':<{width}}{'value':>12}{'goal':>8}{'p10':>12}{'p90':>12}{'A/A':>8}"]
     for measure in measures:
         goal = "" if measure.goal is None else f"{measure.goal:g}"
         low, high = measure.spread
-        lines.append(f"{measure.measure:<34}{measure.value:>12.5g}{goal:>8}{low:>12.5g}{high:>12.5g}{measure.aa:>8.3f}")
+        lines.append(
+            f"{measure.measure:<{width}}{measure.value:>12.5g}{goal:>8}{low:>12.5g}{high:>12.5g}{measure.aa:>8.3f}"
+        )
     return "\n".join(lines)
 
 

@@ -1,25 +1,24 @@
 """Hold the measures that decide exits against each other, at equal mean depth: compare_measures.py CHECKPOINT
 
 All tokens of held-out text are run once through all layers, teacher-forced, and every threshold is tried on what the
-exits say. Prints, for each measure, the share of tokens on which early exits choose as full depth does, at several mean
-depths; and how well gates are calibrated. Writes RUN/pictures/measures.json, and measures.png beside it.
+exits say. Prints, for each measure that the model has, the share of tokens on which early exits choose as full depth
+does, at several mean depths; and how well gates are calibrated. Writes RUN/pictures/measures.json, and measures.png
+beside it.
 
 A gate that was trained with false_exit_cost c says r / (r + c (1 - r)) where its exit is right with probability r;
-its calibration is that of the r that this stands for. Depth counts layers alone: a gate also spares the vocabulary
-product of every exit that does not fire.
+its calibration is that of the r that this stands for. Depth counts layers alone: gates and cosines also spare the
+vocabulary product of every exit that does not fire.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from exit_curves import Curve, Reliability, curve_of, depths_between, reliability_of, without_cost
 
 from megatron_ee.checkpoint.description import read_description
@@ -32,20 +31,11 @@ from megatron_ee.log import quiet_dependencies
 from megatron_ee.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from megatron_ee.inference.engine import Engine
+    from exit_observations import Observed
 
-_BATCH = 8  # sequences
+    from megatron_ee.inference.opened import OpenedModel
+
 _NO_PLUGINS = ("plugins=[]", "inference.exit.measure=max_probability")  # a checkpoint's config may name code
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """Of each exit at each token: confidences by measure (gates' of the exits that have one), and whether its choice is
-    the final exit's, or the label."""
-
-    confidences_EN: dict[str, np.ndarray]
-    agrees_EN: np.ndarray
-    correct_EN: np.ndarray
 
 
 def main() -> int:
@@ -61,16 +51,18 @@ def main() -> int:
         output = arguments.output or pictures_of(folder) / "measures.json"
         with open_decoding_config(folder, _NO_PLUGINS) as config:
             device = choose_device(config.device)
-            from megatron_ee.inference.engine import load_engine  # imports megatron-core, which needs a chosen device
+            from exit_observations import observe  # imports megatron-core, which needs a chosen device
 
-            engine = load_engine(folder, config, device)
+            from megatron_ee.inference.loading import load_model
+
+            model = load_model(folder, config, device)
             gate_loss = (config if is_huggingface(folder) else read_description(folder)).exits.gate_loss
-            if not engine.exits:
+            if not model.exits:
                 raise UserError(f"{folder}: the model has no early exit to compare measures of")
-            text = read_text(arguments.text, engine.tokenizer) if arguments.text else held_out(config, engine.tokenizer)
+            text = read_text(arguments.text, model.tokenizer) if arguments.text else held_out(config, model.tokenizer)
             windows_BS = cut(text, config.data.sequence_length, arguments.sequences)
-            observed = observe(engine, windows_BS)
-        report(engine, observed, output, cost=gate_loss.false_exit_cost, target=gate_loss.target)
+            observed = observe(model, windows_BS)
+        report(model, observed, output, cost=gate_loss.false_exit_cost, target=gate_loss.target)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -129,52 +121,12 @@ def cut(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
     return np.stack([tokens[start : start + length + 1] for start in starts])
 
 
-@torch.no_grad()
-def observe(engine: "Engine", windows_BS: np.ndarray) -> Observed:
-    """One forward of every window, a few at a time."""
-    parts = [
-        _observe(engine, torch.from_numpy(part))
-        for part in np.split(windows_BS, range(_BATCH, len(windows_BS), _BATCH))
-    ]
-
-    def joined(values: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(values, axis=1)
-
-    return Observed(
-        {name: joined([part.confidences_EN[name] for part in parts]) for name in parts[0].confidences_EN},
-        joined([part.agrees_EN for part in parts]),
-        joined([part.correct_EN for part in parts]),
-    )
-
-
-def _observe(engine: "Engine", windows_BS: torch.Tensor) -> Observed:
-    stage, num_layers = engine.stage, engine.stage.model.num_layers
-    windows_BS = windows_BS.to(next(stage.parameters()).device)
-    tokens_BS, labels_SB = windows_BS[:, :-1], windows_BS[:, 1:].T
-    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-    _, taps = stage.run_layers(stage.embed(tokens_BS), positions, 0, num_layers)
-    choices, highest, gates = {}, [], []
-    for layer in (*engine.exits, num_layers):
-        hidden_SBH = taps[stage.tap_of(layer)]
-        logits_SBV = stage.exit_logits(hidden_SBH, layer, positions).float()
-        choices[layer] = logits_SBV[..., : engine.tokenizer.vocab_size].argmax(-1)  # beyond it is padding
-        if layer < num_layers:
-            highest.append(logits_SBV.softmax(-1).amax(-1))
-        if layer in engine.gated:
-            gates.append(stage.gate_logits(hidden_SBH, layer).sigmoid())
-
-    def flat(values: list[torch.Tensor]) -> np.ndarray:
-        return torch.stack(values).flatten(1).cpu().numpy()
-
-    confidences = {"max_probability": flat(highest)} | ({"gate": flat(gates)} if engine.gated else {})
-    agrees = flat([choices[layer] == choices[num_layers] for layer in engine.exits])
-    return Observed(confidences, agrees, flat([choices[layer] == labels_SB for layer in engine.exits]))
-
-
-def report(engine: "Engine", observed: Observed, output: Path, *, cost: float, target: str) -> None:
+def report(model: "OpenedModel", observed: "Observed", output: Path, *, cost: float, target: str) -> None:
     """Print the tables, and write both files."""
-    exits, num_layers = engine.exits, engine.stage.model.num_layers
-    asked = {name: engine.gated if name == "gate" else exits for name in observed.confidences_EN}
+    from exit_observations import exits_asked
+
+    exits, num_layers = list(model.exits), model.stage.model.num_layers
+    asked = exits_asked(model)
     curves = {
         name: curve_of(confidences_EN, observed.agrees_EN[_rows(asked[name], exits)], asked[name], num_layers)
         for name, confidences_EN in observed.confidences_EN.items()
@@ -182,7 +134,7 @@ def report(engine: "Engine", observed: Observed, output: Path, *, cost: float, t
     right_EN = observed.agrees_EN if target == "final" else observed.correct_EN
     gates = {
         layer: reliability_of(without_cost(of_gate_N, cost), right_EN[exits.index(layer)])
-        for layer, of_gate_N in zip(engine.gated, observed.confidences_EN.get("gate", ()), strict=True)
+        for layer, of_gate_N in zip(asked.get("gate", ()), observed.confidences_EN.get("gate", ()), strict=True)
     }
     depths = depths_between(max(layers[0] for layers in asked.values()), num_layers)
     _print_curves(curves, depths, observed.agrees_EN, exits)

@@ -11,7 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from plot_losses import STYLE, WITHOUT_DATE
 
-COLOURS = {"max_probability": "#0072b2", "gate": "#d55e00"}
+COLOURS = {
+    "max_probability": "#0072b2",
+    "margin": "#56b4e9",
+    "entropy": "#009e73",
+    "cosine": "#cc79a7",
+    "gate": "#d55e00",
+}
 
 
 def save_picture(output: Path, curves: Mapping[str, Curve], gates: Mapping[int, Reliability], *, title: str) -> None:

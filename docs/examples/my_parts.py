@@ -3,7 +3,7 @@
 plugins: [docs/examples/my_parts.py]
 parallel: {schedule: one-at-a-time}
 optimizer: {backend: sgd, lr_decay: inverse-sqrt}
-inference: {exit: {measure: margin}}
+inference: {exit: {measure: gini}}
 """
 
 import math
@@ -18,10 +18,9 @@ from megatron_ee.parallel.pipeline.schedules import Pipeline
 from megatron_ee.training.gradients import StageGradients
 
 
-def margin(logits_V: torch.Tensor) -> float:
-    """Confidence of an exit: how far the likeliest token is ahead of the next one."""
-    first, second = logits_V.float().softmax(-1).topk(2).values
-    return float(first - second)
+def gini(logits_NV: torch.Tensor) -> torch.Tensor:
+    """Confidence of an exit, row by row: how likely two draws agree, which is 1 less the Gini impurity."""
+    return logits_NV.float().softmax(-1).square().sum(-1)
 
 
 def one_at_a_time(pipeline: Pipeline, stage: int) -> list[Action]:
@@ -67,7 +66,7 @@ class Sgd:
         pass
 
 
-EXIT_MEASURES = {"margin": margin}
+EXIT_MEASURES = {"gini": gini}
 PIPELINE_SCHEDULES = {"one-at-a-time": one_at_a_time}
 OPTIMIZER_BACKENDS = {"sgd": Sgd}
 LEARNING_RATE_DECAYS = {"inverse-sqrt": inverse_sqrt}

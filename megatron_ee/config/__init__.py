@@ -2,7 +2,7 @@
 
 from megatron_ee.config.errors import ConfigError
 from megatron_ee.config.exit_losses import DistillationConfig, GateKind, GateLossConfig, WeightScheduleConfig
-from megatron_ee.config.inference import ExitParams, InferenceConfig, SamplingParams, ServingConfig
+from megatron_ee.config.inference import ExitParams, InferenceConfig, KvPolicy, SamplingParams, ServingConfig
 from megatron_ee.config.layerskip import LayerDropoutConfig, LayerSkipConfig
 from megatron_ee.config.like import ModelReader
 from megatron_ee.config.loader import load_config, open_config, open_values, to_yaml
@@ -27,6 +27,7 @@ __all__ = [
     "GateLossConfig",
     "HeadKind",
     "InferenceConfig",
+    "KvPolicy",
     "LayerDropoutConfig",
     "LayerSkipConfig",
     "LoggingConfig",

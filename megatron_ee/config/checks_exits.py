@@ -1,10 +1,11 @@
 """Rules between exits and the rest of a config: each is a generator of (path, message) pairs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megatron_ee.config.inference import ExitParams
     from megatron_ee.config.model import ExitsConfig
     from megatron_ee.config.schema import Config
 
@@ -36,6 +37,16 @@ def apart_from_final(layer: int, own: tuple[int, int], final: tuple[int, int], *
     )
 
 
+def unknown_exits(params: "ExitParams", exits: Sequence[int]) -> Problems:
+    """What a request names beside a model's exits."""
+    named = [(f"exits.{number}", layer) for number, layer in enumerate(params.exits or ())]
+    named += [(f"thresholds.{layer}", layer) for layer in params.thresholds]
+    for field, layer in named:
+        if layer not in exits:
+            others = f", only after {list(exits)}" if exits else ": exits.layers is empty"
+            yield f"inference.exit.{field}", f"there is no exit after layer {layer}{others}"
+
+
 def exits_problems(exits: "ExitsConfig") -> Problems:
     """What LayerSkip's recipe does not go with, within the section `exits`."""
     others = {exits.head} if isinstance(exits.head, str) else set(exits.head)
@@ -62,13 +73,7 @@ def _layer_problems(config: "Config") -> Problems:
         if layer >= num_layers:
             why = ": the last layer's exit is built in" if layer == num_layers else ""
             yield f"exits.layers.{number}", f"{layer} must be below num_layers = {num_layers}{why}"
-    params = config.inference.exit
-    named = [(f"exits.{number}", layer) for number, layer in enumerate(params.exits or ())]
-    named += [(f"thresholds.{layer}", layer) for layer in params.thresholds]
-    for field, layer in named:
-        if layer not in exits:
-            others = f", only after {list(exits)}" if exits else ": exits.layers is empty"
-            yield f"inference.exit.{field}", f"there is no exit after layer {layer}{others}"
+    yield from unknown_exits(config.inference.exit, exits)
 
 
 def _pinned_problems(config: "Config") -> Problems:
@@ -93,11 +98,7 @@ def _pinned_problems(config: "Config") -> Problems:
 
 def _measure_problems(config: "Config") -> Problems:
     params, exits = config.inference.exit, config.exits
-    if params.measure != "gate" or params.mode == "full":
+    if params.measure != "gate":
         return
-    allowed = exits.layers if params.exits is None else params.exits
-    may_fire = [
-        layer for layer in allowed if layer >= params.min_exit and params.thresholds.get(layer, params.threshold) < 1
-    ]
-    if lacking := [layer for layer in may_fire if layer in exits.layers and exits.gate_of(layer) == "none"]:
+    if lacking := [layer for layer in params.may_fire(exits.layers) if exits.gate_of(layer) == "none"]:
         yield "inference.exit.measure", f"gate, but exits.gate is none for the exits after layers {lacking}"

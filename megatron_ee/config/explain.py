@@ -209,6 +209,8 @@ def _words(choice: Choice) -> str:
         return any_length if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
     if choice.type in (int, float):
         return _number_words({int: "integer", float: "number"}[choice.type], limits)
+    if choice.type is str and "min_length" in limits:
+        return "a non-empty string"
     plain = {str: "a string", bool: "true or false", NoneType: "null"}.get(choice.type, "a mapping")
     return f"{plain} that matches {limits['pattern']}" if "pattern" in limits else plain
 

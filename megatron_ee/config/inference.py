@@ -1,12 +1,13 @@
 """The sections `inference` and `serving`: how text is generated when a request does not say otherwise."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from megatron_ee.config.checks import InvalidFieldsError
 from megatron_ee.config.fields import (
     Layers,
-    Names,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -16,6 +17,8 @@ from megatron_ee.config.fields import (
     list_as_tuple,
 )
 
+Text = Annotated[str, Field(min_length=1)]
+StopStrings = Annotated[tuple[Text, ...], BeforeValidator(list_as_tuple)]
 TokenIds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(list_as_tuple)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 KvPolicy = Literal["recompute", "fill", "propagate"]
@@ -41,13 +44,20 @@ class SamplingParams(Section):
         {}, description="token id -> what is added to its logit"
     )
     seed: NonNegativeInt | None = Field(None, description="of the request's random numbers; null: from the run's seed")
-    stop: Names = Field((), description="strings that end the text; they are not part of it")
+    stop: StopStrings = Field((), description="strings that end the text; they are not part of it")
     stop_token_ids: TokenIds = Field((), description="tokens that end the text, beside the model's own")
     ignore_eos: bool = Field(False, description="the model's own stop tokens don't end the text")
     logprobs: NonNegativeInt | None = Field(
         None, description="log-probability of each token, and of the k likeliest, by the exit that spoke"
     )
     exit_logprobs: bool = Field(False, description="the same of every exit that a token passed")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            message = f"{self.min_new_tokens} must be at most max_new_tokens = {self.max_new_tokens}"
+            raise InvalidFieldsError([("min_new_tokens", message)])
+        return self
 
 
 class ExitParams(Section):
@@ -65,12 +75,25 @@ class ExitParams(Section):
     thresholds: dict[PositiveInt, Probability] = Field({}, description="per exit layer, instead of `threshold`")
     min_exit: NonNegativeInt = Field(0, description="exits below this layer never fire")
     exits: Layers | None = Field(None, description="the exits that may fire; default: all of the model's")
-    patience: PositiveInt = Field(1, description="an exit fires only if so many in a row, itself last, choose its token")
+    patience: PositiveInt = Field(
+        1, description="an exit fires only if so many that may fire, in a row and itself last, choose its token"
+    )
     kv_policy: KvPolicy = Field(
         "recompute",
         description="missing keys and values: recompute and fill are exact; propagate is not, and saves arithmetic",
     )
     max_pending: PositiveInt = Field(256, description="positions with missing KV before a catch-up pass")
+
+    def may_fire(self, exits: Iterable[int]) -> dict[int, float]:
+        """Those of a model's exits that may fire, ascending, and the confidence that each needs."""
+        if self.mode == "full":
+            return {}
+        needed = {layer: self.thresholds.get(layer, self.threshold) for layer in sorted(exits)}
+        may_fire = {layer: threshold for layer, threshold in needed.items() if self._allows(layer) and threshold < 1}
+        return may_fire if len(may_fire) >= self.patience else {}  # there are not so many in a row
+
+    def _allows(self, layer: int) -> bool:
+        return layer >= self.min_exit and (self.exits is None or layer in self.exits)
 
 
 class InferenceConfig(Section):

@@ -2,56 +2,54 @@
 
 The run's own config says how (its `inference` section), or a config that is named first; overrides change it. The
 checkpoint may be a Hugging Face folder; to one without exits of its own, exits.layers and exits.norm=shared give some.
-With --compare, each prompt is continued at full depth and at several thresholds, and a table shows what exits gain and
-what they cost.
+Prompts are decoded together and printed with their texts, in their order, and a table says what the exits did. With
+--compare, they are continued at full depth and at several thresholds, and a table shows what exits gain and cost.
 """
 
 import argparse
 import os
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_ee.checkpoint.folders import find_model
-from megatron_ee.config import Config
-from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
+from megatron_ee.inference.asking import Prompt
+from megatron_ee.inference.command import Session
+from megatron_ee.inference.comparison import compare
+from megatron_ee.inference.llm import LLM, open_model
 from megatron_ee.inference.opening import open_decoding_config
-from megatron_ee.inference.request import Emission, Request
-from megatron_ee.inference.show import DepthPainter, Summary
+from megatron_ee.inference.prompts import read_prompts
 from megatron_ee.log import quiet_dependencies
 
-if TYPE_CHECKING:
-    from megatron_ee.inference.engine import Engine
-
 _CHECKPOINT = "a run folder (its newest), a step folder or a Hugging Face folder"
-COMPARED_THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.5)
+_PROMPTS = "one a line that is not blank; or a .jsonl of objects with `prompt`, a text or a list of tokens"
+_INTERACTIVE = "continue each line that is typed; Ctrl-C ends a text, Ctrl-D the session"
+_OUTPUT = "write texts, tokens and depths there, a line of JSON for each prompt, instead of printing them"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help=_CHECKPOINT)
-    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--compare", action="store_true", help="full depth against exits, for several thresholds")
-    parser.add_argument("settings", nargs="*", metavar="[CONFIG] key.path=value")
-    arguments = parser.parse_intermixed_args()
+    arguments = _parse()
     config_file, overrides = split_settings(arguments.settings)
     quiet_dependencies()
     try:
+        prompts: list[Prompt] = [*arguments.prompt]
+        for path in arguments.prompts:
+            prompts += read_prompts(path)
         folder = find_model(arguments.checkpoint)
         with open_decoding_config(folder, overrides, config_file=config_file) as config:
-            device = choose_device(config.device)
-            from megatron_ee.inference.engine import load_engine  # imports megatron-core, which needs a chosen device
-
-            engine = load_engine(folder, config, device)
-            run = compare if arguments.compare else show
-            run(engine, config, arguments.prompt)
+            llm = LLM.of(open_model(folder, config), config)
+            with _one_speaks(llm):
+                if arguments.compare:
+                    compare(llm, prompts, all_policies=arguments.kv_policies)
+                else:
+                    _run(Session(llm), prompts, arguments.output)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -62,76 +60,47 @@ def split_settings(settings: Sequence[str]) -> tuple[Path | None, list[str]]:
     return None, list(settings)
 
 
-def show(engine: "Engine", config: Config, prompts: Sequence[str]) -> None:
-    """Print each prompt's continuation as it is decoded."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    num_layers = engine.stage.model.num_layers
-    painter = DepthPainter(engine.tokenizer, [*engine.exits, num_layers], colour=colour)
-    if legend := painter.legend():
-        print(legend)
-    for prompt in prompts:
-        print(prompt, end="", flush=True)
-        emissions, started = [], time.perf_counter()
-        for emission in engine.generate(make_request(engine, config, prompt)):
-            emissions.append(emission)
-            print(painter.paint(emission), end="", flush=True)
-        summary = Summary(emissions, time.perf_counter() - started)
-        print(f"\n[{summary.line(num_layers)}]\n", flush=True)
+@contextmanager
+def _one_speaks(llm: LLM) -> Iterator[None]:
+    """Of processes that torchrun started together, which all decode the same, only the first one prints."""
+    if llm.is_first:
+        yield
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield
 
 
-def compare(engine: "Engine", config: Config, prompts: Sequence[str]) -> None:
-    """Print a table: a row for full depth and for each threshold, over all prompts, decoded greedily.
-
-    `agreement` is the share of tokens that full depth would have chosen too, given the same text before them.
-    """
-    base = config.inference.exit
-    settings = [("full depth", base.model_copy(update={"mode": "full"}))]
-    for threshold in COMPARED_THRESHOLDS:
-        changed = {"mode": "early_exit", "threshold": threshold, "thresholds": {}}
-        settings.append((f"threshold {threshold}", base.model_copy(update=changed)))
-    requests = [make_request(engine, config, prompt) for prompt in prompts]
-    list(engine.generate(replace(requests[0], max_new_tokens=8, temperature=0)))  # the first tokens are slow
-    print(f"{'':16}{'mean depth':>12}{'agreement':>12}{'tokens/s':>12}{'speed':>8}   tokens by exit layer")
-    full_speed = None
-    for name, params in settings:
-        summary, agreement = _measure(engine, [replace(request, temperature=0, exit=params) for request in requests])
-        if not summary.emissions:
-            print(f"{name:16}no tokens: the text ended at once")
-            continue
-        full_speed = full_speed or summary.tokens_per_second
-        used = ", ".join(f"{layer}: {count}" for layer, count in summary.exits_used().items())
-        speed = summary.tokens_per_second
-        print(
-            f"{name:16}{summary.mean_depth:>12.2f}{agreement:>12.1%}{speed:>12.1f}{speed / full_speed:>7.2f}x   {used}"
-        )
+def _run(session: Session, prompts: Sequence[Prompt], output: Path | None) -> None:
+    if not prompts:
+        session.converse()
+    elif output is None:
+        session.show(prompts)
+    else:
+        session.write(prompts, output)
+    session.close()
 
 
-def make_request(engine: "Engine", config: Config, prompt: str) -> Request:
-    """A request from a prompt and the config's `inference` section; an empty prompt starts a document."""
-    return Request(
-        prompt=tuple(engine.tokenizer.encode(prompt)) or (engine.tokenizer.eod,),
-        max_new_tokens=config.inference.max_new_tokens,
-        stop=engine.tokenizer.eod,
-        temperature=config.inference.temperature,
-        top_k=config.inference.top_k,
-        seed=config.seed,
-        exit=config.inference.exit,
-    )
-
-
-def _measure(engine: "Engine", requests: Sequence[Request]) -> tuple[Summary, float]:
-    """Decode all requests; the share of tokens that full depth agrees with is measured outside the clock."""
-    emissions: list[Emission] = []
-    seconds, agreed = 0.0, 0
-    for request in requests:
-        started = time.perf_counter()
-        text = list(engine.generate(request))
-        seconds += time.perf_counter() - started
-        tokens = [emission.token for emission in text]
-        choices = engine.full_depth_choices([*request.prompt, *tokens])[len(request.prompt) - 1 : -1]
-        agreed += sum(token == choice for token, choice in zip(tokens, choices, strict=True))
-        emissions += text
-    return Summary(emissions, seconds), agreed / max(1, len(emissions))
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help=_CHECKPOINT)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--prompts", action="append", default=[], type=Path, metavar="FILE", help=_PROMPTS)
+    parser.add_argument("--interactive", action="store_true", help=_INTERACTIVE)
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help=_OUTPUT)
+    parser.add_argument("--compare", action="store_true", help="full depth against exits, for several thresholds")
+    parser.add_argument("--kv-policies", action="store_true", help="with --compare: every KV policy, too")
+    parser.add_argument("settings", nargs="*", metavar="[CONFIG] key.path=value")
+    arguments = parser.parse_intermixed_args()
+    has_prompts = bool(arguments.prompt or arguments.prompts)
+    if has_prompts == arguments.interactive:
+        parser.error("give prompts, by --prompt or --prompts, or --interactive")
+    if arguments.interactive and (arguments.compare or arguments.output):
+        parser.error("--interactive goes with neither --compare nor --output")
+    if arguments.compare and arguments.output:
+        parser.error("--compare prints a table and writes no --output")
+    if arguments.kv_policies and not arguments.compare:
+        parser.error("--kv-policies goes with --compare")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -40,21 +40,21 @@ class AskedExit:
         self._features_NH = features_NH
 
     @cached_property
-    def logits_NV(self) -> torch.Tensor:
-        """Of the model's dtype, divided by the exit's temperature; of the tokenizer's tokens, without padding."""
+    def logits(self) -> torch.Tensor:
+        """[N, V] of the model's dtype, divided by the exit's temperature, without the vocabulary's padding."""
         features_NH = self._features_NH
         if features_NH is None:
             features_NH = self._runner.features(self.hidden_NH, self.layer)
         return self._runner.project(features_NH, self.layer)
 
     @cached_property
-    def gate_logits_N(self) -> torch.Tensor:
-        """fp32: how sure the exit's gate is, before the sigmoid."""
+    def gate_logits(self) -> torch.Tensor:
+        """fp32 [N]: how sure the exit's gate is, before the sigmoid."""
         return self._runner.gate_logits(self.hidden_NH, self.layer)
 
     def of(self, rows: Sequence[int]) -> "AskedExit":
         """Some of the rows; what is computed already isn't computed again."""
-        if len(rows) == len(self.hidden_NH):
+        if list(rows) == list(range(len(self.hidden_NH))):
             return self
         index = torch.tensor(rows, device=self.hidden_NH.device)
         part = AskedExit(
@@ -65,6 +65,6 @@ class AskedExit:
             previous_NH=self.previous_NH[index],
             features_NH=None if self._features_NH is None else self._features_NH[index],
         )
-        if "logits_NV" in self.__dict__:
-            part.__dict__["logits_NV"] = self.logits_NV[index]
+        if "logits" in self.__dict__:
+            part.__dict__["logits"] = self.logits[index]
         return part

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from megatron_ee.inference.measures import Measure
 from megatron_ee.inference.runner import Runner
 from megatron_ee.model.stage import Stage
+from megatron_ee.plugins import choose
 from megatron_ee.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OpenedModel:
     """
     Attributes:
@@ -19,6 +21,7 @@ class OpenedModel:
         exits: the layers after which the model has early exits.
         measures: by the names that `inference.exit.measure` may have.
         stop_token_ids: what ends a text unless a request says otherwise.
+        begin: tokens that come before a prompt that is given as a text.
         max_positions: longest sequence that the model was made for; None: it doesn't say.
     """
 
@@ -27,10 +30,32 @@ class OpenedModel:
     exits: tuple[int, ...]
     measures: Mapping[str, Measure]
     stop_token_ids: tuple[int, ...] = ()
+    begin: tuple[int, ...] = ()
     max_positions: int | None = None
+
+    @cached_property
+    def runner(self) -> Runner:
+        return Runner(self.stage, self.tokenizer.vocab_size)
+
+    @property
+    def gated(self) -> frozenset[int]:
+        """The exits with a gate."""
+        return frozenset(layer for layer in self.exits if self.stage.head(layer).gate is not None)
+
+    def measure_named(self, name: str) -> Measure:
+        """
+        Raises:
+            PluginError: there is none.
+        """
+        return choose("inference.exit.measure", name, self.measures, {})
 
     @torch.no_grad()
     def full_depth_choices(self, tokens: list[int]) -> list[int]:
         """The token that the full model would choose after each of these, given all before it: the truth that an
         exit's choices are held against."""
-        raise NotImplementedError
+        positions = torch.arange(len(tokens), device=next(self.stage.parameters()).device)
+        x_SBH = self.stage.embed(positions.new_tensor([tokens]))
+        num_layers = self.stage.model.num_layers
+        y_SBH, _ = self.stage.run_layers(x_SBH, positions, 0, num_layers)
+        features_SBH = self.stage.exit_features(y_SBH, num_layers, positions)
+        return self.runner.project(features_SBH[:, 0], num_layers).argmax(-1).tolist()

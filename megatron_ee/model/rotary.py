@@ -71,3 +71,26 @@ def _turn(x_SBND: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, by:
     torch.mul(second, cosine, out=turned_second)
     turned_second.addcmul_(first, sine, value=by)
     return turned_SBND
+
+
+class RotationTable:
+    """All positions up to a capacity, for decoding: rows of it are picked a launch.
+
+    Args:
+        dtype: of what will be rotated.
+    """
+
+    def __init__(self, rotary: Rotary, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.device = device
+        cosine, sine = (part.flatten(1) for part in rotary.at(torch.arange(capacity, device=device), dtype))
+        self._cosine_CD, self._sine_CD = torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
+
+    def at(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a channel, and what the other channel of its pair, is multiplied by: each [N, 1, 1, D]."""
+        cosine_ND, sine_ND = self._cosine_CD[positions_N], self._sine_CD[positions_N]
+        return cosine_ND[:, None, None], sine_ND[:, None, None]
+
+
+def turn(x_NGRD: torch.Tensor, cosine_N11D: torch.Tensor, sine_N11D: torch.Tensor) -> torch.Tensor:
+    """Heads turned by what a `RotationTable` says of their rows; `rotate`, where there is no backward."""
+    return torch.addcmul(x_NGRD * cosine_N11D, x_NGRD.roll(x_NGRD.shape[-1] // 2, -1), sine_N11D)

@@ -204,8 +204,13 @@ class Stage(MegatronModule):
     def projection_input(self, features_SBH: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of `project`, for a loss that computes the product piece by piece: features of all positions, and
         the rows [V, H] of the exit's projection."""
-        _, weight = self._projection(layer)
+        weight = self.projection_weight(layer)
         return enter_projection(self._cooled(features_SBH, layer), self.config, self.groups), weight
+
+    def projection_weight(self, layer: int) -> torch.Tensor:
+        """[V, H]: this rank's rows of the projection of the exit after `layer`, which may be the embedding's."""
+        _, weight = self._projection(layer)
+        return weight
 
     def gate_logits(self, hidden_SBH: torch.Tensor, layer: int) -> torch.Tensor:
         """fp32 [S, B] of all positions, from the hidden state at the exit's tap: how sure its gate is, before the

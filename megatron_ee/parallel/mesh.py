@@ -4,6 +4,7 @@ Ranks are numbered as megatron-core does: pipeline stage outermost, then data-pa
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_ee.config import ParallelConfig
 from megatron_ee.device import Device
 from megatron_ee.errors import UserError
-from megatron_ee.parallel.world import data_parallel_size
+from megatron_ee.parallel.world import MeshError, data_parallel_size
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -137,13 +138,14 @@ class Mesh:
 
 
 def open_mesh(parallel: ParallelConfig, device: Device, *, timeout: timedelta = TIMEOUT) -> Mesh:
-    """Join the other ranks (as torchrun's environment says; alone without one) and build the groups.
+    """Join the other ranks (as torchrun's environment says; alone without one) and build the groups. A process that has
+    opened a mesh of this shape gets the same groups again.
 
     Args:
         timeout: how long a message may take before torch gives up, and with it the process.
 
     Raises:
-        MeshError: see `data_parallel_size`.
+        MeshError: see `data_parallel_size`; or the process has a mesh of another shape.
     """
     if not dist.is_initialized():
         if dist.is_torchelastic_launched():
@@ -152,12 +154,7 @@ def open_mesh(parallel: ParallelConfig, device: Device, *, timeout: timedelta = 
             dist.init_process_group(device.backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     data_size = data_parallel_size(parallel, world_size)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
-    )
+    _open_groups(parallel, timeout)
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # its tracker must exist; parameters are seeded by name
     pipeline_rank, place_in_stage = divmod(rank, data_size * parallel.tensor)
     data_rank, tensor_rank = divmod(place_in_stage, parallel.tensor)
@@ -179,10 +176,33 @@ def open_mesh(parallel: ParallelConfig, device: Device, *, timeout: timedelta = 
     return mesh
 
 
+def launched_ranks() -> int:
+    """How many processes were started together; 1 without a launcher."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
 def close_mesh() -> None:
     """Leave all groups; the process may open another mesh afterwards."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _open_groups(parallel: ParallelConfig, timeout: timedelta) -> None:
+    """megatron-core's own, of which a process has one set."""
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
+        )
+        return
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    if (tensor, pipeline) != (parallel.tensor, parallel.pipeline):
+        raise MeshError("parallel", f"this process has a mesh already, of tensor: {tensor} and pipeline: {pipeline}")
 
 
 def _open_links(parallel: ParallelConfig, ranks_per_stage: int, rank: int, timeout: timedelta) -> Links:

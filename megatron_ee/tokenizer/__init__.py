@@ -32,6 +32,7 @@ class Tokenizer(Protocol):
         vocab_size: above every token id.
         eod: ends a document. It never comes out of a text, whatever the text says.
         pad: fills a sequence and is never learned; NO_PAD, which is no token, where the tokenizer has none of its own.
+        begin: what Hugging Face's own tokenizer writes before every text, as <|begin_of_text|>; `encode` doesn't.
         special_tokens: spelling -> token, of those that never come out of a text; a chat template writes them.
         named_tokens: role -> spelling, as in eos_token: what a chat template calls them.
         chat_template: how it writes conversations, a Jinja program (see `chat`); None where it doesn't say.
@@ -41,6 +42,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     eod: int
     pad: int
+    begin: tuple[int, ...]
     special_tokens: Mapping[str, SpecialToken]
     named_tokens: Mapping[str, str]
     chat_template: str | None

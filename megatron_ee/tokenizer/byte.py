@@ -20,6 +20,7 @@ class ByteTokenizer:
     vocab_size = 258
     eod = 256
     pad = 257
+    begin: tuple[int, ...] = ()
     special_tokens: Mapping[str, SpecialToken] = {_EOD: SpecialToken(eod)}
     named_tokens: Mapping[str, str] = {"eos_token": _EOD}
     chat_template: str | None = CHAT_TEMPLATE

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,6 +63,7 @@ class HuggingFaceTokenizer:
         pad = vocabulary.get(settings.get("pad_token", ""), NO_PAD)
         self.pad = NO_PAD if pad == self.eod else pad
         self.vocab_size = max(vocabulary.values()) + 1
+        self.begin = _begin(self._library, self.vocab_size, where)
         self.name = f"hf-{hashlib.sha256(files[TOKENIZER_FILE] + eod_name.encode()).hexdigest()[:16]}"
         definition = json.loads(files[TOKENIZER_FILE])
         self._can_cut = _can_cut(definition)
@@ -199,6 +201,18 @@ def _read_chat_template(files: Mapping[str, bytes]) -> str | None:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
+
+
+def _begin(library: Any, vocab_size: int, where: str) -> tuple[int, ...]:
+    """What the tokenizer's post-processor writes before a text: in transformers, too, it alone says, where there is a
+    tokenizer.json, and not the settings' add_bos_token."""
+    written = library.encode("a", add_special_tokens=True)
+    marks = zip(written.ids, written.special_tokens_mask, strict=True)
+    begin = tuple(token for token, _ in takewhile(lambda mark: mark[1], marks))
+    for token in begin:
+        if token >= vocab_size:
+            raise UserError(f"{where}: its post-processor writes token {token}, which is none of it")
+    return begin
 
 
 def _end_of_document(vocabulary: Mapping[str, int], settings: Mapping[str, str], where: str) -> str:

@@ -20,7 +20,7 @@ from megatron_ee.checkpoint.unpickling import check_pickles
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
-from megatron_ee.inference.engine import load_engine
+from megatron_ee.inference.loading import load_model
 from megatron_ee.training.build import build_trainer
 
 SAVED = (2, 4)
@@ -183,7 +183,7 @@ def test_verification_can_be_left_out(folder: Path, ranks: RankPool) -> None:
 
 def _load_to_decode(step: Path, config: Config) -> str:
     try:
-        load_engine(step, config, choose_device("cpu"))
+        load_model(step, config, choose_device("cpu"))
     except UserError as error:
         return str(error)
     return "loaded"

@@ -11,22 +11,17 @@ import torch
 import transformers
 from helpers.disks import small_disk
 from helpers.huggingface import ARCHITECTURES, assert_same, save_model, tensors_of
-from helpers.tiny import tiny_config
+from helpers.saved import save_random_run
 from helpers.tokenizers import write_bpe_folder
 
 from megatron_ee.checkpoint import from_huggingface, streaming, to_huggingface
-from megatron_ee.checkpoint.description import Description, Progress, read_description
+from megatron_ee.checkpoint.description import read_description
 from megatron_ee.checkpoint.from_huggingface import import_model
-from megatron_ee.checkpoint.saver import Saver
-from megatron_ee.checkpoint.sharded import model_state
 from megatron_ee.checkpoint.to_huggingface import export_model
 from megatron_ee.checkpoint.unsharded import StepReader
-from megatron_ee.config import Config, to_yaml
 from megatron_ee.errors import UserError
-from megatron_ee.inference.engine import open_checkpoint_tokenizer
-from megatron_ee.model.initialize import initialize
+from megatron_ee.inference.loading import open_checkpoint_tokenizer
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.layout import place
 from megatron_ee.parallel.mesh import Mesh
 
 ALL_KINDS = {
@@ -100,31 +95,6 @@ def test_a_source_without_a_tokenizer_needs_one_named(tmp_path: Path) -> None:
         import_model(small, tmp_path / "another", tokenizer="bytes")
 
 
-def _save(folder: Path, mesh: Mesh, precision: str = "fp32", model: Any = None, **exits: Any) -> tuple[Config, Stage]:
-    """A run of a random model of ours, with one checkpoint."""
-    config = tiny_config(
-        name=folder.name,
-        model={"vocab_size": 320, **(model or {})},
-        exits={"weight_schedule": {"shape": "constant"}, **exits},
-        training={"precision": precision},
-    )
-    (chunks,) = place(config.model, config.exits, config.parallel)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    stage = Stage(
-        config.model, config.exits, chunks, vocab_size=320, groups=mesh.groups, device=mesh.device, dtype=dtype
-    )
-    initialize(stage, 0)
-    with torch.no_grad():
-        for name, parameter in stage.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    description = Description(config.model, config.exits, config.training.precision, "bytes", 320, Progress(7, 28))
-    saver = Saver(folder, mesh, {"config.yaml": to_yaml(config).encode()})
-    saver.start(lambda: {"model": model_state(stage, mesh)}, description, copies=False)
-    saver.finish()
-    return config, stage.eval().requires_grad_(False)
-
-
 def _parameters(run: Path) -> dict[str, torch.Tensor]:
     (step,) = (run / "checkpoints").glob("step_*")
     reader = StepReader(step)
@@ -133,7 +103,7 @@ def _parameters(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_exits_lie_beside_the_model_and_come_back(tmp_path: Path, mesh: Mesh, precision: str) -> None:
-    config, _ = _save(tmp_path / "run", mesh, precision, **ALL_KINDS)
+    config, _ = save_random_run(tmp_path / "run", mesh, precision, **ALL_KINDS)
     exported = export_model(tmp_path / "run", tmp_path / "theirs")
     assert exported.exits == (2, 4, 5, 6)
     content = json.loads((tmp_path / "theirs/exits.json").read_text())
@@ -151,7 +121,7 @@ def test_exits_lie_beside_the_model_and_come_back(tmp_path: Path, mesh: Mesh, pr
 
 
 def test_a_model_without_a_config_of_theirs_says_which_tokens_end_it(tmp_path: Path, mesh: Mesh) -> None:
-    _save(tmp_path / "run", mesh, layers=[])
+    save_random_run(tmp_path / "run", mesh, layers=[])
     exported = export_model(tmp_path / "run", tmp_path / "theirs")
     assert exported.architecture == "LlamaForCausalLM" and exported.exits == ()
     config = transformers.AutoConfig.from_pretrained(tmp_path / "theirs")
@@ -186,7 +156,7 @@ def test_the_model_that_ends_at_an_exit_is_a_stock_model(
     tmp_path: Path, mesh: Mesh, layer: int, model: dict[str, Any]
 ) -> None:
     tied = "tie_embeddings" in model
-    _, stage = _save(tmp_path / "run", mesh, model=model, **ALL_KINDS)
+    _, stage = save_random_run(tmp_path / "run", mesh, model=model, **ALL_KINDS)
     exported = export_model(tmp_path / "run", tmp_path / "theirs", exit_layer=layer)
     assert exported.exits == () and not list((tmp_path / "theirs").glob("exits*"))
     config = json.loads((tmp_path / "theirs/config.json").read_text())
@@ -198,7 +168,7 @@ def test_the_model_that_ends_at_an_exit_is_a_stock_model(
 
 
 def test_what_can_not_be_exported_is_refused(tmp_path: Path, mesh: Mesh) -> None:
-    _save(tmp_path / "run", mesh, layers=[2])
+    save_random_run(tmp_path / "run", mesh, layers=[2])
     with pytest.raises(UserError, match="--exit: there is no exit after layer 3; exits: 2"):
         export_model(tmp_path / "run", tmp_path / "theirs", exit_layer=3)
     with pytest.raises(UserError, match="is neither a run with a whole checkpoint nor a step folder"):

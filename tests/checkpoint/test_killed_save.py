@@ -21,7 +21,7 @@ from megatron_ee.checkpoint.description import read_description
 from megatron_ee.checkpoint.folders import is_whole, newest_checkpoint, step_folder
 from megatron_ee.config import Config, load_config, to_yaml
 from megatron_ee.device import choose_device
-from megatron_ee.inference.engine import load_engine
+from megatron_ee.inference.loading import load_model
 from megatron_ee.parallel.mesh import close_mesh
 from megatron_ee.training.build import build_trainer
 
@@ -71,8 +71,8 @@ def _parameters(*steps: Path) -> list[Parameters]:
     loaded = []
     for step in steps:
         close_mesh()
-        engine = load_engine(step, load_config(step / "config.yaml"), choose_device("cpu"))
-        loaded.append({name: value.numpy().copy() for name, value in engine.stage.named_parameters()})
+        model = load_model(step, load_config(step / "config.yaml"), choose_device("cpu"))
+        loaded.append({name: value.numpy().copy() for name, value in model.stage.named_parameters()})
     return loaded
 
 

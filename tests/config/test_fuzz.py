@@ -41,6 +41,28 @@ SCALINGS: list[dict[str, Any] | None] = [
 
 
 @st.composite
+def sampling_params(draw: st.DrawFn) -> dict[str, Any]:
+    least, more = draw(st.integers(0, 50)), draw(st.integers(1, 50))
+    penalties = st.floats(-2, 2)
+    return {
+        "max_new_tokens": least + more,
+        "min_new_tokens": least,
+        "temperature": draw(numbers),
+        "top_k": draw(st.integers(0, 100)),
+        "top_p": draw(st.one_of(st.just(1), st.floats(0, 1, exclude_min=True))),
+        "min_p": draw(probabilities),
+        "frequency_penalty": draw(penalties),
+        "presence_penalty": draw(penalties),
+        "logit_bias": draw(st.dictionaries(st.integers(0, 9), st.floats(-1e300, 1e300), max_size=2)),
+        "seed": draw(st.one_of(st.none(), st.integers(0, 2**64))),
+        "stop": draw(st.lists(texts.filter(bool), max_size=3)),
+        "stop_token_ids": draw(st.lists(st.integers(0, 9), max_size=2)),
+        "ignore_eos": draw(st.booleans()),
+        "logprobs": draw(st.one_of(st.none(), st.integers(0, 5))),
+    }
+
+
+@st.composite
 def valid_trees(draw: st.DrawFn) -> dict[str, Any]:
     schedule = draw(st.sampled_from(["1f1b", "gpipe", "interleaved"]))
     pipeline, chunks = (draw(st.integers(2, 3)), 2) if schedule == "interleaved" else (draw(st.integers(1, 4)), 1)
@@ -100,11 +122,16 @@ def valid_trees(draw: st.DrawFn) -> dict[str, Any]:
         },
         "optimizer": {"lr": lr, "min_lr": lr * draw(probabilities), "beta1": draw(st.floats(0, 1, exclude_max=True))},
         "inference": {
+            "sampling": draw(sampling_params()),
             "exit": {
+                "mode": draw(st.sampled_from(["full", "early_exit"])),
+                "measure": draw(st.sampled_from(["max_probability", "margin", "entropy", "cosine"])),
                 "threshold": draw(probabilities),
                 "thresholds": draw(st.dictionaries(some_exits, probabilities, max_size=at_most)),
                 "exits": draw(st.one_of(st.none(), st.lists(some_exits, max_size=at_most))),
-            }
+                "patience": draw(counts),
+                "kv_policy": draw(st.sampled_from(["recompute", "fill", "propagate"])),
+            },
         },
     }
 

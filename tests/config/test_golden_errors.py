@@ -80,6 +80,29 @@ ONE_FIELD: Cases = {
             "inference: {exit: {threshold: false}}",
             "1:20: inference.exit.threshold: false is not a number",
         ),
+        "a boolean for the probability of an exit": (
+            "inference: {exit: {thresholds: {6: true}}}",
+            "1:33: inference.exit.thresholds.6: true is not a number",
+        ),
+        "a boolean for a count of exits": (
+            "inference: {exit: {patience: true}}",
+            "1:20: inference.exit.patience: true is not an integer",
+        ),
+        "booleans for numbers of sampling": (
+            "inference: {sampling: {temperature: false, top_k: false, logit_bias: {3: true}, logprobs: true}}",
+            "1:24: inference.sampling.temperature: false is not a number",
+            "1:44: inference.sampling.top_k: false is not an integer",
+            "1:71: inference.sampling.logit_bias.3: true is not a number",
+            "1:81: inference.sampling.logprobs: true must be a non-negative integer or null",
+        ),
+        "a number for a boolean of sampling": (
+            "inference: {sampling: {ignore_eos: 0}}",
+            "1:24: inference.sampling.ignore_eos: 0 is not true or false",
+        ),
+        "a string for a list of strings": (
+            "inference: {sampling: {stop: END}}",
+            "1:24: inference.sampling.stop: 'END' is not a list",
+        ),
         "a word for a key": (
             "inference: {exit: {thresholds: {six: 1}}}",
             "1:33: inference.exit.thresholds.six: the key 'six' is not an integer",
@@ -129,6 +152,34 @@ ONE_FIELD: Cases = {
             "inference: {exit: {thresholds: {6: -0.5}}}",
             "1:33: inference.exit.thresholds.6: -0.5 must be a number at least 0 and at most 1",
         ),
+        "no exit in a row": (
+            "inference: {exit: {patience: 0}}",
+            "1:20: inference.exit.patience: 0 must be a positive integer",
+        ),
+        "no pending position": (
+            "inference: {exit: {max_pending: 0}}",
+            "1:20: inference.exit.max_pending: 0 must be a positive integer",
+        ),
+        "no probability to sample from": (
+            "inference: {sampling: {top_p: 0}}",
+            "1:24: inference.sampling.top_p: 0 must be a number above 0 and at most 1",
+        ),
+        "a penalty": (
+            "inference: {sampling: {frequency_penalty: -2.5}}",
+            "1:24: inference.sampling.frequency_penalty: -2.5 must be a number at least -2 and at most 2",
+        ),
+        "an infinite bias": (
+            "inference: {sampling: {logit_bias: {7: 1e999}}}",
+            "1:37: inference.sampling.logit_bias.7: inf is not a finite number",
+        ),
+        "a bias of no token": (
+            "inference: {sampling: {logit_bias: {-7: 1.0}}}",
+            "1:37: inference.sampling.logit_bias.-7: the key -7 must be a non-negative integer",
+        ),
+        "a string of nothing": (
+            "inference: {sampling: {stop: [END, '']}}",
+            "1:36: inference.sampling.stop.1: '' must be a non-empty string",
+        ),
         "beta": ("optimizer: {beta1: 1.0}", "1:13: optimizer.beta1: 1.0 must be a number at least 0 and below 1"),
         "infinite": ("optimizer: {lr: 1e999}", "1:13: optimizer.lr: inf is not a finite number"),
         "too few in a list": ("data: {split: [90, 10]}", "1:8: data.split: [90, 10] must be a list of 3"),
@@ -153,6 +204,15 @@ ONE_FIELD: Cases = {
         "projection": (
             "exits: {projection: share}",
             "1:9: exits.projection: 'share' must be 'shared', 'own' or a list; did you mean 'shared'?",
+        ),
+        "measure": (
+            "inference: {exit: {measure: entropie}}",
+            "1:20: inference.exit.measure: 'entropie' must be 'max_probability', 'margin', 'entropy', 'cosine', 'gate' "
+            "or a plug-in's; did you mean 'entropy'?",
+        ),
+        "missing keys and values": (
+            "inference: {exit: {kv_policy: copy}}",
+            "1:20: inference.exit.kv_policy: 'copy' must be 'recompute', 'fill' or 'propagate'",
         ),
         "schedule": (
             "parallel: {schedule: interleave}",
@@ -228,6 +288,12 @@ BETWEEN_FIELDS: Cases = {
         "of a request, but of no model": (
             "inference: {exit: {exits: [2]}}",
             "1:28: inference.exit.exits.0: there is no exit after layer 2: exits.layers is empty",
+        ),
+    },
+    "sampling": {
+        "more tokens at least than at most": (
+            "inference: {sampling: {max_new_tokens: 8, min_new_tokens: 9}}",
+            "1:43: inference.sampling.min_new_tokens: 9 must be at most max_new_tokens = 8",
         ),
     },
     "LayerSkip's recipe": {

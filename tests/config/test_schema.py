@@ -1,11 +1,12 @@
 """What the config tree accepts, derives and refuses, given plain Python values."""
 
+import math
 from typing import Any
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from megatron_ee.config import Config, ExitParams, ExitsConfig, ModelConfig, TrainingConfig
+from megatron_ee.config import Config, ExitParams, ExitsConfig, ModelConfig, SamplingParams, TrainingConfig
 from megatron_ee.config.fields import Layers, NonNegativeFloat, PositiveInt, Probability
 
 MODEL = {"num_layers": 8, "hidden_size": 96, "num_attention_heads": 4}
@@ -151,3 +152,34 @@ def test_a_border_exit_belongs_to_exactly_one_stage(left_end: bool, right_start:
 def test_hidden_size_need_not_divide_over_heads_when_head_dim_is_given() -> None:
     model = {"num_layers": 1, "hidden_size": 10, "num_attention_heads": 4, "head_dim": 4}
     assert config(model=model).model.head_dim == 4
+
+
+@pytest.mark.parametrize("params", [ExitParams, SamplingParams])
+def test_a_request_takes_integers_for_numbers_and_nothing_else_for_them(params: type[BaseModel]) -> None:
+    """In Python, where no YAML reader looks at it first; a boolean is one of Python's integers."""
+    for name, field in params.model_fields.items():
+        for value in (False, True, "1", math.nan):
+            if (field.annotation, type(value)) in [(bool, bool), (str, str)]:
+                continue
+            with pytest.raises(ValidationError):
+                params(**{name: value})
+        if field.annotation is float:
+            taken = getattr(params(**{name: 1}), name)
+            assert taken == 1.0 and type(taken) is float
+
+
+@pytest.mark.parametrize("value", [False, math.nan, 1.5, -0.1])
+def test_the_threshold_of_one_exit_is_a_probability_too(value: float) -> None:
+    with pytest.raises(ValidationError):
+        ExitParams(thresholds={2: value})
+    assert ExitParams(thresholds={2: 1}).thresholds == {2: 1.0}
+
+
+@pytest.mark.parametrize(
+    "asked", [{"exits": [2]}, {"thresholds": {5: 1.0}}, {"mode": "full"}, {"min_exit": 6}, {"patience": 3}]
+)
+def test_gates_are_missing_only_where_they_are_asked(asked: dict[str, Any]) -> None:
+    exits = {"layers": [2, 5], "gate": ["mlp", "none"]}
+    config(exits=exits, inference={"exit": {"measure": "gate", **asked}})
+    with pytest.raises(ValidationError, match=r"gate, but exits.gate is none for the exits after layers \[5\]"):
+        config(exits=exits, inference={"exit": {"measure": "gate"}})

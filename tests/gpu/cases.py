@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from helpers.decoding import decode, full_logits, keys_and_values, opened, request, texts_of, tokens_of
 from helpers.models import whole_model
 from helpers.runs import Records
 from helpers.tiny import VOCAB_SIZE
@@ -13,15 +14,14 @@ from helpers.tiny import VOCAB_SIZE
 from megatron_ee.checkpoint.staging import Staging
 from megatron_ee.config import Config, ExitParams, ParallelConfig
 from megatron_ee.device import Device, choose_device
-from megatron_ee.inference.decoder import Decoder
-from megatron_ee.inference.engine import Engine, load_engine
-from megatron_ee.inference.policies import MEASURES, max_probability
-from megatron_ee.inference.request import Request
+from megatron_ee.inference.batch import Batch
+from megatron_ee.inference.depth_walk import DepthWalk
+from megatron_ee.inference.loading import load_model
+from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import open_mesh
 from megatron_ee.parallel.pipeline.recorder import Recorder
-from megatron_ee.tokenizer import ByteTokenizer
 from megatron_ee.training.build import build_trainer
 from megatron_ee.training.trainer import Trainer
 
@@ -91,8 +91,8 @@ def train_and_save(name: DeviceName, config: Config, until: int | None = None) -
 
 
 def read(name: DeviceName, step: Path, config: Config) -> dict[str, Any]:
-    """A checkpoint's parameters as an engine for decoding has them."""
-    return _parameters(load_engine(step, config, device_of(name)).stage)
+    """A checkpoint's parameters as they are decoded with."""
+    return _parameters(load_model(step, config, device_of(name)).stage)
 
 
 def recorded_spans(name: DeviceName, config: Config) -> int:
@@ -127,39 +127,65 @@ def allowance_for_exits(config: Config) -> int:
     return len(config.exits.layers) * hidden * DTYPES[config.training.precision].itemsize
 
 
-def decoding(name: DeviceName) -> dict[str, Any]:
-    """How far cached logits are from the full forward's, however tokens are fed and wherever they leave."""
-    mesh = open_mesh(ParallelConfig(), device_of(name))
-    stage = whole_model(mesh, exits=EXITS)
-    tokens = torch.randint(VOCAB_SIZE, (30,), generator=torch.Generator().manual_seed(0)).tolist()
-    full = {layer: _full_logits(stage, tokens, layer) for layer in (*EXITS, 8)}
-    chunks = {str(sizes): _chunked_distance(stage, tokens, sizes, full[8]) for sizes in ([30], [1] * 30, [9, 1, 15, 5])}
-    thresholds = {layer: float(full[layer].softmax(-1).amax(-1).median()) for layer in EXITS}
-    decoder = Decoder(stage, thresholds, max_probability, max_pending=4, capacity=64)
-    depths, distance = [], 0.0
-    for position, token in enumerate(tokens):
-        outcome = decoder.feed([token])
-        depths.append(outcome.exit_layer)
-        distance = max(distance, _distance(outcome.logits_V, full[outcome.exit_layer][position]))
-    return {"chunks": chunks, "mixed": distance, "depths": depths}
+def cached_logits(name: DeviceName) -> dict[str, float]:
+    """How far cached logits are from the full forward's, by the numbers of tokens that are fed together."""
+    model = _opened(name)
+    tokens = _tokens(30)
+    full_SV = full_logits(model.stage, tokens, 8)
+    return {str(sizes): _distance_in_chunks(model, tokens, sizes, full_SV) for sizes in ([30], [1] * 30, [9, 1, 15, 5])}
+
+
+def decoded_at_mixed_depths(name: DeviceName, policy: str) -> dict[str, Any]:
+    """A ragged batch whose rows leave at all depths: texts, how far its flushed keys and values are from those of
+    full depth, and where each is kept."""
+    model = _opened(name)
+    full = {layer: full_logits(model.stage, _tokens(40), layer).softmax(-1).amax(-1) for layer in EXITS}
+    params = ExitParams(
+        thresholds={layer: float(of.median()) for layer, of in full.items()}, kv_policy=policy, max_pending=6
+    )
+    requests = [request(_tokens(length, seed=length), params) for length in (3, 9, 1, 14)]
+    batch = Batch(model, slots=4, capacity=64, max_pending=6, prefill_chunk=8)
+    texts = decode(batch, requests)
+    batch.flush(range(4))
+    distance = 0.0
+    for slot, (of, text) in enumerate(zip(requests, texts, strict=True)):
+        tokens = [*of.prompt, *tokens_of(text)][:-1]
+        expected = keys_and_values(model.stage, tokens)
+        for number in range(1, 9):
+            actual = batch.walk.cache.read(number, slot, len(tokens))
+            distance = max(
+                distance, *(_distance(ours, theirs) for ours, theirs in zip(actual, expected[number], strict=True))
+            )
+    return {
+        "texts": [[(emission.token, emission.exit_layer) for emission in text] for text in texts],
+        "distance": distance,
+        "device": batch.walk.cache.of(1)[0].device.type,
+    }
 
 
 def generated(name: DeviceName) -> dict[str, list[tuple[int, int]]]:
     """Tokens and exit layers by kind of request."""
-    mesh = open_mesh(ParallelConfig(), device_of(name))
-    engine = Engine(whole_model(mesh, exits=EXITS), _TinyTokenizer(), EXITS, MEASURES)
-    requests = {
-        "full": {"exit": ExitParams(mode="full")},
-        "threshold 1": {"exit": ExitParams(threshold=1.0)},
-        "threshold 0": {"exit": ExitParams(threshold=0.0)},
-        "sampled": {"exit": ExitParams(mode="full"), "temperature": 1.0, "top_k": 8, "seed": 3},
-        "sampled again": {"exit": ExitParams(mode="full"), "temperature": 1.0, "top_k": 8, "seed": 3},
+    model = _opened(name)
+    kinds = {
+        "full": request((1, 2, 3), ExitParams(mode="full")),
+        "threshold 1": request((1, 2, 3), ExitParams(threshold=1.0)),
+        "threshold 0": request((1, 2, 3), ExitParams(threshold=0.0)),
+        "sampled": request((1, 2, 3), ExitParams(mode="full"), temperature=1.0, top_k=8, seed=3),
+        "sampled again": request((1, 2, 3), ExitParams(mode="full"), temperature=1.0, top_k=8, seed=3),
     }
-    answers = {}
-    for kind, fields in requests.items():
-        request = Request(prompt=(1, 2, 3), max_new_tokens=16, stop=VOCAB_SIZE, **fields)  # type: ignore[arg-type]
-        answers[kind] = [(emission.token, emission.exit_layer) for emission in engine.generate(request)]
-    return answers
+    texts = texts_of(model, list(kinds.values()))
+    return {
+        kind: [(emission.token, emission.exit_layer) for emission in text]
+        for kind, text in zip(kinds, texts, strict=True)
+    }
+
+
+def _opened(name: DeviceName) -> OpenedModel:
+    return opened(whole_model(open_mesh(ParallelConfig(), device_of(name)), exits=EXITS))
+
+
+def _tokens(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def _parameters(stage: Stage) -> dict[str, Any]:
@@ -175,27 +201,16 @@ def _bytes_of_parameters(trainer: Trainer) -> int:
     )
 
 
-def _chunked_distance(stage: Stage, tokens: list[int], sizes: list[int], full_SV: torch.Tensor) -> float:
-    decoder, fed, distance = Decoder(stage, {}, max_probability, max_pending=1000, capacity=64), 0, 0.0
+@torch.inference_mode()
+def _distance_in_chunks(model: OpenedModel, tokens: list[int], sizes: list[int], full_SV: torch.Tensor) -> float:
+    walk, fed, distance = DepthWalk(model.runner, model.exits, slots=1, capacity=64, room=64), 0, 0.0
+    walk.ledger.open(0)
     for size in sizes:
-        outcome = decoder.feed(tokens[fed : fed + size])
+        logits_1V = walk.enter({0: tokens[fed : fed + size]}, 8).ask([0]).logits
         fed += size
-        distance = max(distance, _distance(outcome.logits_V, full_SV[fed - 1]))
+        distance = max(distance, _distance(logits_1V[0], full_SV[fed - 1]))
     return distance
-
-
-def _full_logits(stage: Stage, tokens: list[int], layer: int) -> torch.Tensor:
-    """[S, V] at an exit, from one pass without a cache."""
-    device = next(stage.parameters()).device
-    with torch.no_grad():
-        positions = torch.arange(len(tokens), device=device)
-        _, taps = stage.run_layers(stage.embed(torch.tensor([tokens], device=device)), positions, 0, layer)
-        return stage.exit_logits(taps[stage.tap_of(layer)], layer, positions).squeeze(1)
 
 
 def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max())
-
-
-class _TinyTokenizer(ByteTokenizer):
-    vocab_size = VOCAB_SIZE

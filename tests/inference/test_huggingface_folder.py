@@ -14,21 +14,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers.decoding import full_logits, request, texts_of, tokens_of
 from helpers.huggingface import ARCHITECTURES, save_model
 from helpers.ranks import RankPool
 from helpers.tokenizers import write_bpe_folder
 from safetensors.torch import save_file
 
 from megatron_ee.checkpoint.folders import find_model
-from megatron_ee.config import ConfigError, ExitsConfig
+from megatron_ee.config import ConfigError, ExitParams, ExitsConfig
 from megatron_ee.device import choose_device
 from megatron_ee.errors import FieldError
 from megatron_ee.huggingface.exit_files import exits_json
 from megatron_ee.inference.__main__ import main, split_settings
 from megatron_ee.inference.declared_exits import exits_to_decode
-from megatron_ee.inference.engine import load_engine
+from megatron_ee.inference.loading import load_model
+from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.opening import open_decoding_config
-from megatron_ee.inference.request import Request
 
 FIELDS = {"vocab_size": 330, "eos_token_id": 329, "bos_token_id": 329}
 SHARED = ("exits.layers=all", "exits.norm=shared")
@@ -47,33 +48,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _open(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The logits of every exit after each token of the prompt, and what greedy decoding at each makes of it."""
     with open_decoding_config(find_model(folder), overrides) as config:
-        engine = load_engine(folder, config, choose_device("cpu"))
-    tokens, positions = torch.tensor([PROMPT]), torch.arange(len(PROMPT))
-    last = engine.stage.model.num_layers
-    with torch.no_grad():
-        y_SBH, taps = engine.stage.run_layers(engine.stage.embed(tokens), positions, 0, last)
-        hidden = {tap.layer: hidden_SBH for tap, hidden_SBH in taps.items()} | {last: y_SBH}
-        logits = {layer: engine.stage.exit_logits(of, layer, positions).float() for layer, of in hidden.items()}
+        model = load_model(folder, config, choose_device("cpu"))
+    layers = (*model.exits, model.stage.model.num_layers)
+    logits = {layer: full_logits(model.stage, PROMPT, layer).float().numpy() for layer in layers}
     return {
-        "logits": {layer: of.squeeze(1).numpy() for layer, of in logits.items()},
-        "dtype": str(next(engine.stage.parameters()).dtype),
-        "tokens": {layer: _greedy(engine, config, layer) for layer in logits},
-        "tokenizer": engine.tokenizer.name,
+        "logits": logits,
+        "dtype": str(next(model.stage.parameters()).dtype),
+        "tokens": {layer: _greedy(model, layer) for layer in layers},
+        "tokenizer": model.tokenizer.name,
     }
 
 
-def _greedy(engine: Any, config: Any, layer: int) -> list[int]:
-    params = {"mode": "full"} if layer == engine.stage.model.num_layers else {"threshold": 0.0, "exits": (layer,)}
-    request = Request(
-        prompt=PROMPT,
-        max_new_tokens=NEW_TOKENS,
-        stop=-1,
-        temperature=0,
-        top_k=0,
-        seed=0,
-        exit=config.inference.exit.model_copy(update=params),
-    )
-    return [emission.token for emission in engine.generate(request)]
+def _greedy(model: OpenedModel, layer: int) -> list[int]:
+    changes = {"mode": "full"} if layer == model.stage.model.num_layers else {"threshold": 0.0, "exits": (layer,)}
+    (text,) = texts_of(model, [request(PROMPT, ExitParams.model_validate(changes), max_new_tokens=NEW_TOKENS)])
+    return tokens_of(text)
 
 
 def _of_transformers(folder: Path, layer: int, vocab_size: int) -> tuple[np.ndarray, list[int]]:
@@ -148,7 +137,7 @@ def _command(*arguments: str) -> tuple[int, str, str]:
 
 
 def test_the_command_opens_it_and_says_once_that_exits_may_be_untrained(folder: Path, ranks: RankPool) -> None:
-    common = ("--checkpoint", str(folder), "--prompt", "early exits", "inference.max_new_tokens=4")
+    common = ("--checkpoint", str(folder), "--prompt", "early exits", "inference.sampling.max_new_tokens=4")
     ((status, out, err),) = ranks.run(1, _command, *common, *SHARED, "inference.exit.threshold=0.0")
     assert (status, err) == (
         0,
@@ -164,11 +153,11 @@ def test_a_config_says_how(folder: Path, ranks: RankPool, tmp_path: Path) -> Non
     path.write_text(
         f"name: run\nmodel: {{like: {folder}}}\nexits: {{layers: [2], norm: shared}}\n"
         "training: {train_iters: 1, global_batch_size: 1, micro_batch_size: 1}\n"
-        "data: {sequence_length: 64}\ninference: {max_new_tokens: 2}\n"
+        "data: {sequence_length: 64}\ninference: {sampling: {max_new_tokens: 2}}\n"
     )
     ((status, out, _),) = ranks.run(1, _command, str(path), "--checkpoint", str(folder), "--prompt", "a", "seed=1")
     assert status == 0
-    assert "2 tokens" in out
+    assert "tokens                 2 in 1 text" in out
     path.write_text(
         path.read_text().replace(f"{{like: {folder}}}", "{num_layers: 8, hidden_size: 32, num_attention_heads: 4}")
     )

@@ -1,50 +1,52 @@
-"""Text with depths, and the summary of what exits did."""
+"""Text with depths, and what closes it."""
 
 from megatron_ee.inference.request import Emission
-from megatron_ee.inference.show import DepthPainter, Summary
-from megatron_ee.tokenizer import ByteTokenizer
+from megatron_ee.inference.savings import Savings
+from megatron_ee.inference.show import DepthPainter, Summary, closing_table
 
-
-def _emit(text: str, layer: int) -> list[Emission]:
-    return [Emission(token, layer, 1.0) for token in text.encode()]
-
-
-def _paint(painter: DepthPainter, emissions: list[Emission]) -> str:
-    return "".join(painter.paint(emission) for emission in emissions)
+EMISSIONS = [Emission(0, layer, 1.0) for layer in (3, 3, 12, 12)]
 
 
 def test_plain_text_where_there_is_no_terminal() -> None:
-    painter = DepthPainter(ByteTokenizer(), [3, 12], colour=False)
-    assert _paint(painter, _emit("größer", 3) + _emit("!", 12)) == "größer!"
+    painter = DepthPainter([3, 12], colour=False)
+    assert painter.paint("größer", 3) + painter.paint("!", 12) == "größer!"
     assert painter.legend() == ""
 
 
 def test_early_tokens_are_coloured_and_full_depth_is_not() -> None:
-    painter = DepthPainter(ByteTokenizer(), [3, 6, 12], colour=True)
-    assert _paint(painter, [*_emit("a", 3), *_emit("b", 6), *_emit("c", 12)]) == (
+    painter = DepthPainter([3, 6, 12], colour=True)
+    assert painter.paint("a", 3) + painter.paint("b", 6) + painter.paint("c", 12) + painter.paint("", 3) == (
         "\x1b[38;5;46ma\x1b[0m\x1b[38;5;196mb\x1b[0mc"
     )
     assert painter.legend() == "\x1b[38;5;46mexit 3\x1b[0m  \x1b[38;5;196mexit 6\x1b[0m  full depth"
 
 
-def test_a_character_of_several_tokens_appears_when_it_is_whole() -> None:
-    painter = DepthPainter(ByteTokenizer(), [12], colour=False)
-    first, second = (painter.paint(emission) for emission in _emit("ü", 12))
-    assert (first, second) == ("", "ü")
-
-
-def test_bytes_that_are_no_text_do_not_hold_up_what_follows() -> None:
-    painter = DepthPainter(ByteTokenizer(), [12], colour=False)
-    painted = "".join(painter.paint(Emission(token, 12, 1.0)) for token in [0xFF, 0xFF, 0xFF, 0xFF, 65])
-    assert painted.endswith("A")
-    assert set(painted[:-1]) == {"\ufffd"}
-
-
 def test_summary_counts_layers() -> None:
-    summary = Summary([*_emit("ab", 3), *_emit("cd", 12)], seconds=2.0)
-    assert summary.mean_depth == 7.5
-    assert summary.exits_used() == {3: 2, 12: 2}
+    summary = Summary(EMISSIONS, seconds=2.0)
     assert summary.line(12) == (
         "4 tokens, mean depth 7.50 of 12 layers, tokens by exit layer {3: 2, 12: 2}, 2.0 tokens/s"
     )
-    assert Summary([], seconds=0.0).line(12) == "no tokens: the text ended at once"
+
+
+def test_the_closing_table_says_gains_and_costs() -> None:
+    savings = Savings(
+        bytes_at_full_depth=4_000_000_000,
+        bytes_not_read=-1_500_000,
+        head_bytes=250_000,
+        num_asked=4,
+        arithmetic_saved=0.0,
+        head_arithmetic=0.125,
+    )
+    lines = list(closing_table(Summary(EMISSIONS, seconds=2.0), savings, num_texts=1, num_layers=12, is_exact=True))
+    assert lines == [
+        "tokens                 4 in 1 text, 2.0 tokens/s",
+        "mean depth             7.50 of 12 layers",
+        "tokens by exit layer   3: 2, 12: 2",
+        "layers not waited for  37.5%",
+        "weight bytes not read  -0.0% of the layers', -1.5 MB of 4.0 GB (prompts too)",
+        "exits' heads           asked 4 times; 250.0 kB read beyond full depth's (0.0%), 12.5% more arithmetic",
+        "arithmetic saved       0.0% of the layers'",
+        "Every position runs every layer in the end; saved are those that still waited when their text ended.",
+    ]
+    (*_, note) = closing_table(Summary(EMISSIONS, seconds=2.0), savings, num_texts=1, num_layers=12, is_exact=False)
+    assert "not exact" in note

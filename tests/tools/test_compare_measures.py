@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.confidences import said_at_exits
+from helpers.decoding import opened
+from helpers.models import whole_model
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
 from megatron_ee.config import Config
 from megatron_ee.errors import UserError
+from megatron_ee.parallel.mesh import Mesh
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
+import exit_observations  # noqa: E402
 from compare_measures import pictures_of  # noqa: E402
 from exit_curves import curve_of, depths_between, reliability_of, without_cost  # noqa: E402
 
@@ -71,6 +76,28 @@ def test_what_a_gate_says_stands_for_a_probability() -> None:
     assert depths_between(3, 12, 4) == [3.0, 6.0, 9.0, 12.0]
 
 
+def test_what_exits_are_seen_to_say(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of batches and of rows that don't come out even."""
+    monkeypatch.setattr(exit_observations, "_BATCH", 2)
+    monkeypatch.setattr(exit_observations, "_ROWS", 7)
+    exits = [2, 4, 6]
+    stage = whole_model(mesh, exits=exits, head=["norm", "mlp", "block"], gate=["none", "linear", "mlp"])
+    windows_BS = np.random.default_rng(0).integers(64, size=(3, 6))
+    observed = exit_observations.observe(opened(stage), windows_BS)
+    said = [said_at_exits(stage, window_S[:-1].tolist(), exits) for window_S in windows_BS]
+    # position after position within a batch of two windows, then the one that is left
+    order = [(window, position) for pair in ((0, 1), (2,)) for position in range(5) for window in pair]
+    asked = exit_observations.exits_asked(opened(stage))
+    assert asked == {**dict.fromkeys(["max_probability", "margin", "entropy", "cosine"], exits), "gate": [4, 6]}
+    for name, layers in asked.items():
+        expected_EN = [[said[window][layer].confidence(name, at) for window, at in order] for layer in layers]
+        np.testing.assert_allclose(observed.confidences_EN[name], expected_EN, atol=1e-5, err_msg=name)
+    choices_EN = np.array([[said[window][layer].choice(at) for window, at in order] for layer in (*exits, 8)])
+    np.testing.assert_array_equal(observed.agrees_EN, choices_EN[:-1] == choices_EN[-1])
+    labels_N = [windows_BS[window, at + 1] for window, at in order]
+    np.testing.assert_array_equal(observed.correct_EN, choices_EN[:-1] == np.array(labels_N))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
     """The folder of runs of two models, one with gates."""
@@ -96,7 +123,8 @@ def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_model_with_gates_is_compared(trained: Path) -> None:
     done = _tool(trained / "runs/gated", "--sequences", 20)
     assert done.returncode == 0, done.stderr
-    assert "max_probability              gate" in done.stdout
+    names = ["max_probability", "margin", "entropy", "cosine", "gate"]
+    assert "".join(f"{name:>18}" for name in names) in done.stdout
     assert "gate of exit 5, cost 2 taken out: calibration error" in done.stdout
     pictures = trained / "runs/gated/pictures"
     content = json.loads((pictures / "measures.json").read_text())
@@ -105,7 +133,7 @@ def test_a_model_with_gates_is_compared(trained: Path) -> None:
     assert sum(content["gates"]["5"]["counts"]) == 320
     at_depth = content["at_mean_depth"]
     assert (at_depth["depth"][0], at_depth["depth"][-1]) == (5.0, 8.0)
-    assert at_depth["max_probability"][-1] == at_depth["gate"][-1] == 1.0
+    assert [at_depth[name][-1] for name in names] == [1.0] * len(names)
     assert (pictures / "measures.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -115,7 +143,7 @@ def test_a_model_without_gates_and_a_text_of_ones_own(trained: Path, tmp_path: P
     done = _tool(trained / "runs/bare", "--text", text, "--output", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "out.json").read_text())
-    assert content["curves"].keys() == {"max_probability"} and not content["gates"]
+    assert content["curves"].keys() == {"max_probability", "margin", "entropy", "cosine"} and not content["gates"]
     assert content["tokens"] == 16 * ((len(text.read_text()) - 1) // 16)
     text.write_text("short")
     done = _tool(trained / "runs/bare", "--text", text)

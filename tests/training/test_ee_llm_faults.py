@@ -1,7 +1,8 @@
 """What EE-LLM's training gets wrong (Chen et al. 2023, as published), each under a test that names it.
 
 Its bubble filling (labels of other micro-batches, deadlock, bias) is in test_fills.py and in
-parallel/pipeline/test_fills.py.
+parallel/pipeline/test_fills.py; its decoding's faults, and what it trains otherwise than it decodes, are in
+inference/test_ee_llm_faults.py.
 """
 
 from pathlib import Path
@@ -19,12 +20,9 @@ from helpers.tiny import SEQUENCE_LENGTH, tiny_config
 from megatron_ee.checkpoint.folders import CheckpointError
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
-from megatron_ee.inference.decoder import Decoder
-from megatron_ee.inference.policies import max_probability
 from megatron_ee.model.layers import Layer
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.build import build_trainer
-from megatron_ee.training.losses import exit_loss
 
 EPSILON = {"epsilon": 1e-3}
 SEED_OF_SOME_LUCK = 3  # an untrained model is right once in 64 tokens
@@ -193,44 +191,6 @@ def test_ee_llm_weighs_tokens_by_a_shard_of_the_vocabulary(ranks: RankPool, chun
         result["gradients"]["exits.2.norm.weight"][1][0] for result in (ranks.run(2, one_step, equal)[0], split[0])
     )
     assert np.abs(weighted).max() < 0.5 * np.abs(of_equal).max(), "an untrained exit is sure of nothing"
-
-
-@pytest.mark.parametrize("chunk_rows", [0, 5])
-@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
-def test_ee_llm_decodes_without_the_temperature_that_it_trained_with(
-    mesh: Mesh, temperature: float, chunk_rows: int
-) -> None:
-    """The distribution whose cross-entropy an exit is trained on is the one by which decoding decides, and samples."""
-    stage = whole_model(mesh, exits=[2, 5], temperature=[1.0, temperature]).train()
-    tokens = torch.randint(64, (SEQUENCE_LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
-    positions = torch.arange(SEQUENCE_LENGTH)
-    _, taps = stage.run_layers(stage.embed(torch.tensor([tokens])), positions, 0, 8)
-    features_SBH = stage.exit_features(taps[stage.tap_of(5)], 5, positions)
-    last_BS = torch.zeros(1, SEQUENCE_LENGTH)
-    last_BS[0, -1] = 1
-    trained_V = torch.tensor(
-        [
-            -float(
-                exit_loss(
-                    stage,
-                    features_SBH,
-                    5,
-                    torch.full_like(positions, label)[None],
-                    last_BS,
-                    scale=1,
-                    chunk_rows=chunk_rows,
-                ).cross_entropy
-            )
-            for label in range(64)
-        ]
-    )
-    decoder = Decoder(stage, {5: 0.0}, max_probability, max_pending=100, capacity=SEQUENCE_LENGTH)
-    outcome = decoder.feed(tokens)
-    assert outcome.exit_layer == 5
-    torch.testing.assert_close(outcome.logits_V.log_softmax(-1), trained_V, atol=1e-5, rtol=0)
-    assert outcome.confidence == pytest.approx(float(trained_V.exp().max()), abs=1e-5)
-    untempered_V = features_SBH[-1].flatten() @ stage.output.weight.T / temperature  # type: ignore[union-attr]
-    torch.testing.assert_close(outcome.logits_V, untempered_V, atol=1e-5, rtol=0)
 
 
 def test_another_temperature_is_another_model(folder: Path, ranks: RankPool) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.decoding import request, texts_of
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train, write_small_dataset
 
 from megatron_ee.checkpoint.folders import CheckpointError, newest_checkpoint
 from megatron_ee.config import Config, ExitParams
 from megatron_ee.device import choose_device
-from megatron_ee.inference.engine import load_engine
-from megatron_ee.inference.request import Request
+from megatron_ee.inference.loading import load_model
 from megatron_ee.training.build import build_trainer
 from megatron_ee.training.operations.skipping import DivergedError
 
@@ -91,21 +91,19 @@ def test_a_resumed_run_in_half_precision_is_the_uninterrupted_one(folder: Path, 
             np.testing.assert_array_equal(ours["parameters"][name], parameter, err_msg=name)
 
 
-def _dtypes_of_an_engine(config: Config) -> set[str]:
+def _dtypes_in_decoding(config: Config) -> set[str]:
     step = newest_checkpoint(Path(config.runs) / config.name)
     assert step is not None
-    engine = load_engine(step, config, choose_device("cpu"))
-    emissions = list(
-        engine.generate(Request(prompt=(65, 66), max_new_tokens=4, stop=-1, exit=ExitParams(threshold=0.5)))
-    )
-    assert len(emissions) == 4
-    return {str(parameter.dtype) for parameter in engine.stage.parameters()}
+    model = load_model(step, config, choose_device("cpu"))
+    (text,) = texts_of(model, [request([65, 66], ExitParams(threshold=0.5), max_new_tokens=4)])
+    assert len(text) == 4
+    return {str(parameter.dtype) for parameter in model.stage.parameters()}
 
 
 def test_a_checkpoint_says_its_precision(folder: Path, ranks: RankPool) -> None:
     ranks.run(1, _train_to_three, _config(folder, "half", "bf16", {}))
     config = _config(folder, "half", "bf16", {})
-    assert ranks.run(1, _dtypes_of_an_engine, config) == [{"torch.bfloat16"}]
+    assert ranks.run(1, _dtypes_in_decoding, config) == [{"torch.bfloat16"}]
     with pytest.raises(AssertionError, match=r"training\.precision is bf16, not fp32") as caught:
         ranks.run(1, train, _config(folder, "half", "fp32", {}))
     assert CheckpointError.__name__ in str(caught.value)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.decoding import request, texts_of
 from helpers.ranks import RankPool
 from helpers.runs import Records, refusal, run_config, train, write_small_dataset
 from megatron.core import dist_checkpointing
@@ -20,8 +21,7 @@ from megatron_ee.checkpoint.unpickling import check_pickles
 from megatron_ee.config import Config, load_config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
-from megatron_ee.inference.engine import load_engine
-from megatron_ee.inference.request import Request
+from megatron_ee.inference.loading import load_model
 from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.build import build_trainer
 from megatron_ee.training.observation.trace import read_trace
@@ -196,18 +196,11 @@ def _decode(run: Path, layer: int | None) -> list[tuple[int, int]]:
     step = newest_checkpoint(run)
     assert step is not None
     config = load_config(step / "config.yaml")
-    engine = load_engine(step, config, choose_device("cpu"))
-    exit_params = {"mode": "full"} if layer is None else {"threshold": 0.0, "exits": (layer,)}
-    request = Request(
-        prompt=tuple(engine.tokenizer.encode("early exits")),
-        max_new_tokens=8,
-        stop=engine.tokenizer.eod,
-        temperature=0,
-        top_k=0,
-        seed=0,
-        exit=config.inference.exit.model_copy(update=exit_params),
-    )
-    return [(emission.token, emission.exit_layer) for emission in engine.generate(request)]
+    model = load_model(step, config, choose_device("cpu"))
+    changes = {"mode": "full"} if layer is None else {"threshold": 0.0, "exits": (layer,)}
+    params = config.inference.exit.model_copy(update=changes)
+    (text,) = texts_of(model, [request(model.tokenizer.encode("early exits"), params, max_new_tokens=8)])
+    return [(emission.token, emission.exit_layer) for emission in text]
 
 
 def test_a_merged_model_decodes_at_its_exits_and_as_before_at_full_depth(

@@ -6,4 +6,4 @@ from megatron_ee.inference.asked_exit import AskedExit
 
 
 def gate(asked: AskedExit) -> torch.Tensor:
-    return asked.gate_logits_N.sigmoid()
+    return asked.gate_logits.sigmoid()

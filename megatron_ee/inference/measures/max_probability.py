@@ -1,4 +1,4 @@
-"""The probability of the likeliest token (CALM, arXiv 2207.07061, calls it the softmax response)."""
+"""The probability of the likeliest token."""
 
 import torch
 
@@ -6,7 +6,5 @@ from megatron_ee.inference.asked_exit import AskedExit
 
 
 def max_probability(asked: AskedExit) -> torch.Tensor:
-    logits_NV = asked.logits_NV
-    if logits_NV.dtype in (torch.float16, torch.bfloat16):
-        logits_NV = logits_NV.float()
-    return (logits_NV.amax(-1) - logits_NV.logsumexp(-1)).exp()
+    logits_NV = asked.logits
+    return logits_NV.softmax(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32)).amax(-1)

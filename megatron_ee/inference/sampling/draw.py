@@ -19,7 +19,13 @@ class NoTokenError(UserError):
 
     Attributes:
         rows: where.
+        reason: why, in each of them.
     """
+
+    reason = (
+        "the logits there are NaN, infinite or all ruled out (weights that are not finite, fp16 beyond its range, or "
+        "stop tokens that are the whole vocabulary)"
+    )
 
     def __init__(self, rows: Sequence[int]) -> None:
         super().__init__(rows)
@@ -27,10 +33,7 @@ class NoTokenError(UserError):
 
     def __str__(self) -> str:
         names = ", ".join(map(str, self.rows))
-        return (
-            f"no token can be chosen in row {names} of the batch: the logits there are NaN, infinite or all ruled out "
-            "(weights that are not finite, fp16 beyond its range, or stop tokens that are the whole vocabulary)"
-        )
+        return f"no token can be chosen in row {names} of the batch: {self.reason}"
 
 
 def draw(p_NV: torch.Tensor, u_N: torch.Tensor) -> list[int]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.decoding import request, texts_of, tokens_of
 from helpers.ranks import RankPool
 from helpers.runs import WORDS, run_config, train
 from helpers.tokenizers import write_bpe, write_bpe_folder
@@ -13,8 +14,7 @@ from megatron_ee.config import CheckpointConfig, Config
 from megatron_ee.data.indexed import write_indexed
 from megatron_ee.device import choose_device
 from megatron_ee.errors import UserError
-from megatron_ee.inference.engine import load_engine
-from megatron_ee.inference.request import Request
+from megatron_ee.inference.loading import load_model
 from megatron_ee.tokenizer import open_tokenizer
 from megatron_ee.training.build import build_trainer
 
@@ -24,23 +24,10 @@ def _train_one(config: Config) -> None:
 
 
 def _decode(step: Path, config: Config) -> tuple[str, str]:
-    engine = load_engine(step, config, choose_device("cpu"))
-    prompt = tuple(engine.tokenizer.encode("early exits"))
-    tokens = [
-        emission.token
-        for emission in engine.generate(
-            Request(
-                prompt=prompt,
-                max_new_tokens=4,
-                stop=engine.tokenizer.eod,
-                temperature=0,
-                top_k=0,
-                seed=0,
-                exit=config.inference.exit,
-            )
-        )
-    ]
-    return engine.tokenizer.name, engine.tokenizer.decode([*prompt, *tokens])
+    model = load_model(step, config, choose_device("cpu"))
+    prompt = model.tokenizer.encode("early exits")
+    (text,) = texts_of(model, [request(prompt, config.inference.exit, max_new_tokens=4)])
+    return model.tokenizer.name, model.tokenizer.decode([*prompt, *tokens_of(text)])
 
 
 def _message_of_resuming(config: Config) -> str:

@@ -1,0 +1,163 @@
+"""Takes rows of sequences from depth to depth, and keeps ledger, cache and waiting states in agreement.
+
+Shapes: N rows, B sequences, H hidden size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.kv_cache import KeyValueCache
+from megatron_ee.inference.launch import Launch, SequenceRows
+from megatron_ee.inference.ledger import DepthLedger
+from megatron_ee.inference.runner import Runner
+from megatron_ee.inference.waiting_states import WaitingStates
+from megatron_ee.inference.work import Work
+from megatron_ee.model.rotary import Rotary, RotationTable
+
+
+class DepthWalk:
+    """
+    Args:
+        exits: of the model; positions may wait at them.
+        slots: sequences at most.
+        capacity: positions of a sequence at most.
+        room: positions of a sequence that may be at one exit at a time.
+    """
+
+    def __init__(self, runner: Runner, exits: Sequence[int], *, slots: int, capacity: int, room: int) -> None:
+        stage = runner.stage
+        self._runner, self._num_layers = runner, stage.model.num_layers
+        parameter = next(stage.parameters())
+        self._like = parameter
+        self._exits = tuple(exits)
+        self.ledger = DepthLedger((0, *exits, self._num_layers))
+        self.cache = KeyValueCache(stage, slots, capacity)
+        self._rotation = RotationTable(
+            Rotary(stage.model, parameter.device), capacity, parameter.dtype, parameter.device
+        )
+        self._states = WaitingStates(slots, min(room, capacity), stage.model.hidden_size, parameter)
+        self.work = Work()
+        self._recent: Launch | None = None
+
+    def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> "Arrival":
+        """Append tokens to sequences, by slot, and run them up to `stop`."""
+        rows = [SequenceRows(slot, self.ledger.append(slot, len(new))) for slot, new in tokens.items()]
+        ids_N = torch.tensor([token for new in tokens.values() for token in new], device=self._like.device)
+        return self._run(self._launch(rows), self._runner.embed(ids_N), 0, stop)
+
+    def advance(self, counts: Mapping[int, int | None], start: int, stop: int) -> "Arrival":
+        """Run positions that wait at `start` up to `stop`.
+
+        Args:
+            counts: how many of each sequence, by slot, those first that have waited longest; None: all.
+        """
+        rows = [SequenceRows(slot, self.ledger.waiting(slot, start, stop)[:count]) for slot, count in counts.items()]
+        launch = self._launch(rows)
+        return self._run(launch, self._states.read(start, launch), start, stop)
+
+    def catch_up(self, slots: Sequence[int]) -> None:
+        """Take all that waits, in these sequences, through all layers."""
+        for start, stop in pairwise((*self._exits, self._num_layers)):
+            if waiting := [slot for slot in slots if self.ledger.waiting(slot, start, stop)]:
+                self.advance(dict.fromkeys(waiting), start, stop)
+
+    def propagate(self, slots: Sequence[int], start: int) -> None:
+        """Give all layers above `start` the keys and values of the states that wait there, as they are. Not exact."""
+        stop = self._num_layers
+        rows = [SequenceRows(slot, self.ledger.waiting(slot, start, stop)) for slot in slots]
+        launch = self._launch(rows)
+        x_NH = self._states.read(start, launch)
+        self._runner.store(x_NH, launch, start, stop)
+        self.work.stores[start, stop] += 1
+        self.work.stored[start, stop] += launch.num_rows
+        self._arrive(rows, start, stop)
+        for layer in self._exits:
+            asking = [slot for slot in slots if layer > start and self.ledger.has_block(slot, layer)]
+            if asking:
+                self._runner.store_block(*self._of_block(asking, rows, x_NH, layer), layer)
+
+    def _run(self, launch: Launch, x_NH: torch.Tensor, start: int, stop: int) -> "Arrival":
+        rows = launch.rows
+        y_NH, taps = self._runner.run(x_NH, launch, start, stop)
+        self.work.launches[start, stop] += 1
+        self.work.rows[start, stop] += launch.num_rows
+        self._arrive(rows, start, stop)
+        if stop < self._num_layers:
+            self._states.write(stop, launch, y_NH)
+        features = None
+        for layer, hidden_NH in taps.items():
+            asking = [slot for slot, _ in rows if self.ledger.has_block(slot, layer)]
+            if asking:
+                hidden_NH, block_launch = self._of_block(asking, rows, hidden_NH, layer)
+                features = Features(block_launch, self._runner.features(hidden_NH, layer, block_launch))
+        return Arrival(self._runner, stop, launch, x_NH, y_NH, taps[stop], features)
+
+    def _of_block(
+        self, slots: Sequence[int], rows: Sequence[SequenceRows], x_NH: torch.Tensor, layer: int
+    ) -> tuple[torch.Tensor, Launch]:
+        """The rows of sequences that ask the block of an exit's head, which they have reached now."""
+        own = [of for of in rows if of.slot in set(slots)]
+        for slot, positions in own:
+            self.ledger.advance_block(slot, layer, positions)
+        if len(own) == len(rows):
+            return x_NH, self._launch(own)
+        is_own_N = [of.slot in set(slots) for of in rows for _ in of.positions]
+        return x_NH[torch.tensor(is_own_N, device=x_NH.device)], self._launch(own)
+
+    def _launch(self, rows: Sequence[SequenceRows]) -> Launch:
+        """The rows of one segment are often those of the one before."""
+        if self._recent is None or self._recent.rows != rows:
+            self._recent = Launch(rows, self.cache, self._rotation)
+        return self._recent
+
+    def _arrive(self, rows: Sequence[SequenceRows], start: int, stop: int) -> None:
+        for slot, positions in rows:
+            assert self.ledger.advance(slot, start, stop, len(positions)) == positions
+
+
+class Features(NamedTuple):
+    """What the block of an exit's head made of the rows of the sequences that ask it."""
+
+    launch: Launch
+    features_NH: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Rows that have come to an exit, or to the end."""
+
+    runner: Runner
+    layer: int
+    launch: Launch
+    input_NH: torch.Tensor
+    output_NH: torch.Tensor
+    hidden_NH: torch.Tensor
+    features: Features | None
+
+    def ask(self, slots: Sequence[int]) -> AskedExit:
+        """The exit at the last position of each of these sequences."""
+        rows = self.launch.last_rows_of(slots)
+        features_NH = None
+        if self.runner.attends(self.layer):
+            assert self.features is not None, "a sequence asks an exit that it has not named"
+            features_NH = pick(self.features.features_NH, self.features.launch.last_rows_of(slots))
+        return AskedExit(
+            self.runner,
+            self.layer,
+            hidden_NH=pick(self.hidden_NH, rows),
+            output_NH=pick(self.output_NH, rows),
+            previous_NH=pick(self.input_NH, rows),
+            features_NH=features_NH,
+        )
+
+
+def pick(x_NH: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Some of the rows; no copy where they are all."""
+    if list(rows) == list(range(len(x_NH))):
+        return x_NH
+    return x_NH[torch.tensor(rows, device=x_NH.device)]

@@ -1,0 +1,54 @@
+"""Which rows leave at an exit: each as its own request says, whatever its neighbours do."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.opened import OpenedModel
+from megatron_ee.inference.sequences import DecodingSequence
+
+
+class ExitDecisions:
+    """
+    Attributes:
+        num_nan: how often a confidence was no number, so that the exit did not fire.
+    """
+
+    def __init__(self, model: OpenedModel) -> None:
+        self._model = model
+        self.num_nan = 0
+
+    def leaving(self, asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[float | None]:
+        """The exit's confidence where it fires, and None where it does not.
+
+        Args:
+            sequences: of the exit's rows; it may fire for each of them.
+        """
+        for row, sequence in enumerate(sequences):
+            if sequence.request.sampling.exit_logprobs:
+                sequence.passed[asked.layer] = asked.logits[row]
+        confidences, choices = self._look(asked, sequences)
+        leaving: list[float | None] = []
+        for sequence, confidence, choice in zip(sequences, confidences, choices, strict=True):
+            self.num_nan += math.isnan(confidence)
+            in_a_row = 1 if choice is None else sequence.streak.see(choice)
+            leaving.append(confidence if sequence.rule.fires(asked.layer, confidence, in_a_row) else None)
+        return leaving
+
+    def _look(self, asked: AskedExit, sequences: Sequence[DecodingSequence]) -> tuple[list[float], list[int | None]]:
+        """Confidences and, where a rule looks at them, the likeliest tokens: one copy from the device."""
+        rows_of: dict[str, list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            rows_of.setdefault(sequence.rule.measure, []).append(row)
+        answers = [self._model.measures[measure](asked.of(rows)) for measure, rows in rows_of.items()]
+        choosing = [row for row, sequence in enumerate(sequences) if sequence.rule.needs_choices]
+        if choosing:
+            answers.append(asked.of(choosing).logits.argmax(-1))
+        if len(answers) == 1:
+            return answers[0].tolist(), [None] * len(sequences)
+        numbers = iter(torch.cat([answer.double() for answer in answers]).tolist())  # fp64 holds any token's number
+        confidences = {row: next(numbers) for rows in rows_of.values() for row in rows}
+        choices = dict(zip(choosing, map(int, numbers), strict=True))
+        return [confidences[row] for row in range(len(sequences))], [choices.get(row) for row in range(len(sequences))]

@@ -1,0 +1,108 @@
+"""One transformer layer for decoding: the parameters of megatron-core's, and a dozen calls of torch.
+
+`Stage.run_layers` is its specification. Decoding a token is bound by Python where the model is small, and modules cost
+several times as much as what they compute.
+
+Shapes: N rows, H hidden size, G key-value heads of this rank, R query heads of each of these, D head dimension.
+"""
+
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import linear, rms_norm, silu
+
+from megatron_ee.inference.launch import Launch
+from megatron_ee.model.layers import Layer
+
+
+class LeanNorm:
+    """RMSNorm, by the weight of a module."""
+
+    def __init__(self, module: torch.nn.Module, eps: float) -> None:
+        assert isinstance(module.weight, torch.nn.Parameter)
+        self._weight, self._shape, self._eps = module.weight, module.weight.shape, eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self._shape, self._weight, self._eps)
+
+
+class RowSplit:
+    """A product whose matrix is split over tensor-parallel ranks by its inputs, added to a residual stream."""
+
+    def __init__(self, weight: torch.Tensor, group: dist.ProcessGroup) -> None:
+        self._weight, self._transposed = weight, weight.t()
+        self._group = group if group.size() > 1 else None
+
+    def add_to(self, residual_NH: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
+        if self._group is None:
+            return torch.addmm(residual_NH, x_NI, self._transposed)
+        partial_NH = linear(x_NI, self._weight)
+        dist.all_reduce(partial_NH, group=self._group)
+        return residual_NH + partial_NH
+
+
+class LeanMlp:
+    """SwiGLU (arXiv 2002.05202) with the norm before it, added to the residual stream."""
+
+    def __init__(self, norm: torch.nn.Module, mlp: torch.nn.Module, eps: float, group: dist.ProcessGroup) -> None:
+        self._norm = LeanNorm(norm, eps)
+        self._gate_and_up = mlp.linear_fc1.weight  # type: ignore[union-attr]
+        self._down = RowSplit(mlp.linear_fc2.weight, group)  # type: ignore[union-attr, arg-type]
+
+    def __call__(self, x_NH: torch.Tensor) -> torch.Tensor:
+        gate, up = linear(self._norm(x_NH), self._gate_and_up).chunk(2, -1)  # type: ignore[arg-type]
+        return self._down.add_to(x_NH, silu(gate).mul_(up))
+
+
+class LeanLayer:
+    """
+    Args:
+        attention: its number in the cache; see `Stage.attention_windows`.
+    """
+
+    def __init__(self, layer: Layer, attention: int, group: dist.ProcessGroup) -> None:
+        config, inner = layer.config, layer.self_attention
+        self._attention, self._head_dim = attention, config.kv_channels
+        self._scale = inner.core_attention.softmax_scale or config.kv_channels**-0.5
+        eps = config.layernorm_epsilon
+        self._norm = LeanNorm(layer.input_layernorm, eps)
+        self._qkv, self._bias = inner.linear_qkv.weight, inner.linear_qkv.bias
+        self._heads = inner.num_query_groups_per_partition
+        self._queries = inner.num_attention_heads_per_partition // self._heads
+        self._projection = RowSplit(inner.linear_proj.weight, group)
+        self._mlp = LeanMlp(layer.pre_mlp_layernorm, layer.mlp, eps, group)
+        self._head_norms = None
+        if inner.q_layernorm is not None:
+            self._head_norms = LeanNorm(inner.q_layernorm, eps), LeanNorm(inner.k_layernorm, eps)
+
+    def __call__(self, x_NH: torch.Tensor, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's output, and the residual stream after its attention; both [N, H]."""
+        qkv = linear(self._norm(x_NH), self._qkv, self._bias)
+        qkv_NGXD = qkv.view(len(x_NH), self._heads, self._queries + 2, self._head_dim)
+        qk_NGYD, values_NGD = qkv_NGXD[:, :, :-1], qkv_NGXD[:, :, -1]
+        if self._head_norms is not None:
+            norm_queries, norm_keys = self._head_norms
+            qk_NGYD = torch.cat((norm_queries(qk_NGYD[:, :, :-1]), norm_keys(qk_NGYD[:, :, -1:])), 2)
+        context_NI = launch.attend(self._attention, qk_NGYD, values_NGD, self._scale)
+        after_attention_NH = self._projection.add_to(x_NH, context_NI)
+        return self._mlp(after_attention_NH), after_attention_NH
+
+    def store(self, x_NH: torch.Tensor, launch: Launch) -> None:
+        """Keys and values alone, of states that do not run through the layer."""
+        weight, bias = self._keys_and_values
+        kv_NG2D = linear(self._norm(x_NH), weight, bias).view(len(x_NH), self._heads, 2, self._head_dim)
+        keys_NG1D = kv_NG2D[:, :, :1]
+        if self._head_norms is not None:
+            keys_NG1D = self._head_norms[1](keys_NG1D)
+        launch.store(self._attention, keys_NG1D, kv_NG2D[:, :, 1])
+
+    @cached_property
+    def _keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows of the QKV projection that make keys and values: a copy, made where it is needed."""
+
+        def pick(part: torch.Tensor) -> torch.Tensor:
+            by_head = part.view(self._heads, self._queries + 2, self._head_dim, *part.shape[1:])
+            return by_head[:, -2:].reshape(-1, *part.shape[1:])
+
+        return pick(self._qkv), None if self._bias is None else pick(self._bias)

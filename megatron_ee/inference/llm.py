@@ -1,0 +1,182 @@
+"""Decoding from Python: `LLM(path).generate(prompts, SamplingParams(...), ExitParams(...))`.
+
+Opening a model chooses this process's device, so nothing here imports megatron-core before.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from megatron_ee.checkpoint.folders import find_model
+from megatron_ee.config import Config, ExitParams, SamplingParams
+from megatron_ee.errors import FieldError, UserError
+from megatron_ee.inference.asking import Asking, Prompt
+from megatron_ee.inference.completion import Completion, Piece, completions
+from megatron_ee.inference.growing_text import GrowingText
+from megatron_ee.inference.opening import open_decoding_config
+from megatron_ee.inference.request import Emission, Request
+from megatron_ee.inference.work import Work
+from megatron_ee.log import quiet_dependencies
+
+if TYPE_CHECKING:
+    from megatron_ee.inference.batch import Batch
+    from megatron_ee.inference.opened import OpenedModel
+
+Prompts = Prompt | Sequence[Prompt]
+Sampling = SamplingParams | Sequence[SamplingParams] | None
+Exits = ExitParams | Sequence[ExitParams] | None
+
+
+class LLM:
+    """A model that is open for decoding. It may be open as often as memory allows, and serves one call after another.
+
+    Args:
+        path: a run folder (its newest checkpoint), a step folder or a Hugging Face folder.
+        config: the path of a config, instead of the one that a run has and of the defaults that another folder gets.
+        overrides: of the config, as on a command line: ["inference.exit.threshold=0.8"].
+        device: `auto`, `cpu` or `cuda`, instead of the config's.
+
+    Attributes:
+        config: its `inference` section holds where a call says nothing.
+        model: what is open.
+
+    Raises:
+        UserError: the folder cannot be opened, or does not fit the config; the message says why.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        config: str | Path | None = None,
+        overrides: Sequence[str] = (),
+        device: Literal["auto", "cpu", "cuda"] | None = None,
+    ) -> None:
+        quiet_dependencies()
+        folder = find_model(Path(path))
+        overrides = [*overrides, *([f"device={device}"] if device else [])]
+        with open_decoding_config(folder, overrides, config_file=Path(config) if config else None) as opened:
+            self._take(open_model(folder, opened), opened)
+
+    @classmethod
+    def of(cls, model: "OpenedModel", config: Config) -> Self:
+        """Around a model that is open already."""
+        llm = cls.__new__(cls)
+        llm._take(model, config)
+        return llm
+
+    def generate(self, prompts: Prompts, sampling: Sampling = None, exit: Exits = None) -> list[Completion]:
+        """Continue prompts, `inference.max_batch_size` of them at a time.
+
+        No prompt's tokens depend on the others.
+
+        Args:
+            prompts: one, or a list: texts, or lists of token ids. Tokens are taken as they are; before a text comes
+                what the tokenizer of a Hugging Face folder writes there (<|begin_of_text|>).
+            sampling: for all prompts, or a list with one for each; None: the config's.
+            exit: likewise.
+
+        Returns:
+            A completion for each prompt, in their order.
+
+        Raises:
+            UserError: a prompt or its settings don't fit the model: the message names it, as prompts.3, and nothing has
+                been decoded. Or a prompt's logits are no numbers.
+        """
+        requests, pieces = self._begin(prompts, sampling, exit)
+        whole = dict(completions(requests, pieces))
+        return [whole[index] for index in range(len(requests))]
+
+    def stream(self, prompts: Prompts, sampling: Sampling = None, exit: Exits = None) -> Iterator[Piece]:
+        """`generate`, token by token as they come; those of several prompts in turns. Errors are raised at once."""
+        _, pieces = self._begin(prompts, sampling, exit)
+        return pieces
+
+    def requests(self, prompts: Prompts, sampling: Sampling = None, exit: Exits = None) -> list[Request]:
+        """What `generate` makes of its arguments."""
+        return self._asking.requests(prompts, sampling, exit)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of the processes that hold the model together; alone it is."""
+        return self.model.stage.tp_group.rank() == 0
+
+    @property
+    def work(self) -> Work:
+        """What has been run so far, by calls whose texts have ended."""
+        return self._work + self.model.runner.work
+
+    def _take(self, model: "OpenedModel", config: Config) -> None:
+        self.model, self.config, self._work = model, config, Work()
+        self._asking = Asking(config, model.tokenizer, model.begin, model.stop_token_ids)
+
+    def _begin(self, prompts: Prompts, sampling: Sampling, exit: Exits) -> tuple[list[Request], Iterator[Piece]]:
+        requests = self.requests(prompts, sampling, exit)
+        if not requests:
+            return requests, iter(())
+        batch = self._make_batch(requests)
+        _check(batch, requests)
+        return requests, self._run(batch, requests)
+
+    def _make_batch(self, requests: Sequence[Request]) -> "Batch":
+        from megatron_ee.inference.batch import Batch
+
+        positions = self.model.max_positions
+        lengths = [len(request.prompt) + request.sampling.max_new_tokens for request in requests]
+        settings = self.config.inference
+        return Batch(
+            self.model,
+            slots=min(len(requests), settings.max_batch_size),
+            capacity=max(lengths) if positions is None else min(max(lengths), positions),
+            max_pending=max(request.exit.max_pending for request in requests),
+            prefill_chunk=settings.prefill_chunk,
+        )
+
+    def _run(self, batch: "Batch", requests: Sequence[Request]) -> Iterator[Piece]:
+        waiting = deque(enumerate(requests))
+        texts: dict[int, GrowingText] = {}
+        try:
+            while waiting or texts:
+                while waiting and batch.free_slots:
+                    index, request = waiting.popleft()
+                    texts[batch.add(request)] = GrowingText(index, request, self.model.tokenizer)
+                for slot, emission in _step(batch, texts):
+                    piece = texts[slot].take(emission)
+                    if piece.finish_reason is not None:
+                        batch.remove(slot)
+                        del texts[slot]
+                    yield piece
+        finally:
+            self._work += batch.walk.work
+
+
+def open_model(folder: Path, config: Config) -> "OpenedModel":
+    """Choose this process's device, and open the folder there."""
+    from megatron_ee.device import choose_device
+
+    device = choose_device(config.device)
+    from megatron_ee.inference.loading import load_model  # imports megatron-core, which needs a chosen device
+
+    return load_model(folder, config, device)
+
+
+def _step(batch: "Batch", texts: Mapping[int, GrowingText]) -> list[tuple[int, Emission]]:
+    from megatron_ee.inference.sampling import NoTokenError
+
+    try:
+        return batch.step()
+    except NoTokenError as error:
+        names = ", ".join(f"prompts.{texts[slot].index}" for slot in error.rows)
+        raise UserError(f"{names}: no token can be chosen: {error.reason}") from error
+
+
+def _check(batch: "Batch", requests: Sequence[Request]) -> None:
+    """Before anything is decoded, so that one wrong prompt takes no time of the others."""
+    for index, request in enumerate(requests):
+        try:
+            batch.remove(batch.add(request))
+        except FieldError as error:
+            if error.field == "prompt":
+                raise FieldError(f"prompts.{index}", error.message) from error
+            raise FieldError(error.field, f"{error.message} (prompts.{index})") from error

@@ -1,0 +1,119 @@
+"""Opens a checkpoint or a Hugging Face folder for decoding."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_ee.checkpoint.description import Description
+from megatron_ee.checkpoint.folders import CheckpointError, is_huggingface
+from megatron_ee.checkpoint.models import has_tokenizer
+from megatron_ee.checkpoint.sharded import differences, model_state, shape_of_trunk
+from megatron_ee.checkpoint.sources import open_source
+from megatron_ee.config import Config, ParallelConfig
+from megatron_ee.device import Device
+from megatron_ee.inference.borders import stop_token_ids, tokens_before_text
+from megatron_ee.inference.declared_exits import exits_to_decode
+from megatron_ee.inference.measures import MEASURES, measure_of_logits
+from megatron_ee.inference.opened import OpenedModel
+from megatron_ee.inference.weight_layout import arrange_weights
+from megatron_ee.model.precision import DTYPES
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.layout import place
+from megatron_ee.parallel.mesh import launched_ranks, open_mesh
+from megatron_ee.parallel.world import MeshError
+from megatron_ee.plugins import load_plugins
+from megatron_ee.tokenizer import BYTES, Tokenizer, open_tokenizer
+
+
+def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dtype | None = None) -> OpenedModel:
+    """Open a step folder, whatever layout wrote it, or a Hugging Face folder. Processes that torchrun started together
+    split its matrices between them (tensor parallelism); each then has to make the same calls.
+
+    Args:
+        dtype: to decode in, instead of the checkpoint's own.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another format version.
+        FieldError: see `exits_to_decode`.
+        MeshError: the model does not divide over so many processes.
+    """
+    parallel = ParallelConfig(tensor=launched_ranks())
+    mesh = open_mesh(parallel, device)
+    source = open_source(folder, mesh, reads_all=config.checkpoint.verify)
+    description = source.description
+    if description.trains == "exits":
+        raise CheckpointError(f"checkpoint: {folder} holds exits alone; tools/merge_exits.py makes a model of it")
+    if is_huggingface(folder):
+        description = _described_by(config, folder, description)
+        tokenizer = open_tokenizer(str(folder) if has_tokenizer(folder) else config.data.tokenizer)
+    else:
+        tokenizer = open_checkpoint_tokenizer(folder, description)
+    stops = stop_token_ids(folder, tokenizer)
+    _check_split(description, parallel.tensor)
+    (chunks,) = place(description.model, description.exits, ParallelConfig())
+    stage = Stage(
+        description.model,
+        description.exits,
+        chunks,
+        vocab_size=description.vocab_size,
+        groups=mesh.groups,
+        device=device,
+        dtype=DTYPES[description.precision],
+    )
+    stage.load_sharded(source.load(model_state(stage, mesh)))
+    stage.eval().requires_grad_(False)
+    if dtype is not None:
+        _convert(stage, dtype)
+    arrange_weights(stage)
+    added = load_plugins(config.plugins).exit_measures
+    return OpenedModel(
+        stage,
+        tokenizer,
+        tuple(description.exits.layers),
+        {**MEASURES, **{name: measure_of_logits(measure) for name, measure in added.items()}},
+        stop_token_ids=stops,
+        begin=tokens_before_text(folder, tokenizer),
+        max_positions=description.model.max_position_embeddings,
+    )
+
+
+def open_checkpoint_tokenizer(folder: Path, description: Description) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with, from the checkpoint's own files.
+
+    Raises:
+        UserError: the files are damaged or gone, or their library is not installed.
+    """
+    if description.tokenizer == BYTES:
+        return open_tokenizer(BYTES)
+    tokenizer = open_tokenizer(str(folder), field="checkpoint")
+    if tokenizer.name != description.tokenizer:
+        raise CheckpointError(f"checkpoint: {folder} holds tokenizer {tokenizer.name}, not {description.tokenizer}")
+    return tokenizer
+
+
+def _described_by(config: Config, folder: Path, found: Description) -> Description:
+    """What a Hugging Face folder holds, with the config's exits where it has none of its own."""
+    wanted = replace(found, model=config.model)
+    if different := differences(shape_of_trunk(found), shape_of_trunk(wanted)):
+        raise CheckpointError(f"checkpoint: {folder} is of another model than the config: {different}")
+    return replace(found, exits=exits_to_decode(folder, found.exits, config.exits))
+
+
+def _convert(stage: Stage, dtype: torch.dtype) -> None:
+    """To another dtype, also what the stage makes by its config's: rotations and masks."""
+    stage.to(dtype)
+    stage.config.params_dtype = dtype
+
+
+def _check_split(description: Description, ranks: int) -> None:
+    model = description.model
+    sizes = {
+        "num_key_value_heads": model.num_key_value_heads,
+        "num_attention_heads": model.num_attention_heads,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "vocab_size": description.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % ranks:
+            raise MeshError(f"model.{name}", f"{size} doesn't divide over {ranks} tensor-parallel ranks")

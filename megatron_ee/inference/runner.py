@@ -1,0 +1,131 @@
+"""Runs rows through the layers and exits of a whole model, with the Stage's own parameters.
+
+Shapes: N rows, H hidden size, V the tokenizer's vocabulary.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import embedding, linear
+
+from megatron_ee.inference.launch import Launch
+from megatron_ee.inference.lean_layer import LeanLayer, LeanMlp, LeanNorm
+from megatron_ee.inference.work import Work
+from megatron_ee.model.exit_head import ExitHead
+from megatron_ee.model.layers import Layer
+from megatron_ee.model.stage import Stage
+
+
+class Runner:
+    """The lean walk. `Stage.run_layers`, `exit_features` and `project` say what it computes.
+
+    Args:
+        vocab_size: of the tokenizer: logits of rows beyond it, which are padding, are left out.
+
+    Attributes:
+        work: what heads and projections have run; whoever makes launches counts those of layers.
+    """
+
+    def __init__(self, stage: Stage, vocab_size: int) -> None:
+        self.stage, self._vocab_size = stage, vocab_size
+        self.work = Work()
+        self._group = stage.tp_group
+        self._layers = {int(number): _lean(layer, int(number), stage) for number, layer in stage.layers.items()}
+        self._exits = {int(layer): _Head(stage, int(layer)) for layer in stage.exits}
+        self._by_tensor_ranks = self._group.size() > 1
+
+    def embed(self, tokens_N: torch.Tensor) -> torch.Tensor:
+        """Token ids (int64) to the hidden states [N, H] that enter layer 1."""
+        table = self.stage.embedding
+        assert table is not None, "tokens enter at the first stage"
+        if self._by_tensor_ranks:
+            return table(tokens_N[None])[0]
+        return embedding(tokens_N, table.weight)
+
+    def run(
+        self, x_NH: torch.Tensor, launch: Launch, start: int, stop: int
+    ) -> tuple[torch.Tensor, Mapping[int, torch.Tensor]]:
+        """Run layers `start + 1` to `stop`. Returns the output [N, H], and what each exit on the way reads."""
+        taps = {}
+        for number in range(start + 1, stop + 1):
+            x_NH, after_attention_NH = self._layers[number](x_NH, launch)
+            if (head := self._exits.get(number)) is not None:
+                taps[number] = after_attention_NH if head.reads_attention else x_NH
+        return x_NH, taps
+
+    def store(self, x_NH: torch.Tensor, launch: Launch, start: int, stop: int) -> None:
+        """Give layers `start + 1` to `stop` the keys and values of a state as it is, without running them."""
+        for number in range(start + 1, stop + 1):
+            self._layers[number].store(x_NH, launch)
+
+    def store_block(self, x_NH: torch.Tensor, launch: Launch, layer: int) -> None:
+        """The same for the block in the head of the exit after `layer`."""
+        block = self._exits[layer].block
+        assert block is not None, f"exit {layer} does not attend"
+        block.store(x_NH, launch)
+
+    def features(self, hidden_NH: torch.Tensor, layer: int, launch: Launch | None = None) -> torch.Tensor:
+        """What `project` takes, [N, H], from what the exit after `layer` reads.
+
+        Args:
+            launch: of these rows, for an exit that attends.
+        """
+        self.work.features[layer] += 1
+        self.work.feature_rows[layer] += len(hidden_NH)
+        return self._exits[layer].features(hidden_NH, launch)
+
+    def project(self, features_NH: torch.Tensor, layer: int) -> torch.Tensor:
+        """logits_NV of the exit after `layer`, or of the final output after the last, divided by its temperature."""
+        self.work.projections[layer] += 1
+        self.work.projected[layer] += len(features_NH)
+        head = self._exits[layer]
+        if head.temperature != 1.0:
+            features_NH = features_NH / head.temperature
+        if not self._by_tensor_ranks:
+            return linear(features_NH, head.weight[: self._vocab_size])
+        share_NV = linear(features_NH, head.weight)
+        shares = share_NV.new_empty(self._group.size() * len(share_NV), share_NV.shape[1])
+        dist.all_gather_into_tensor(shares, share_NV, group=self._group)
+        return shares.view(-1, *share_NV.shape).transpose(0, 1).flatten(1)[:, : self._vocab_size]
+
+    def gate_logits(self, hidden_NH: torch.Tensor, layer: int) -> torch.Tensor:
+        """fp32 [N]: how sure the exit's gate is, before the sigmoid."""
+        return self.stage.gate_logits(hidden_NH[:, None], layer)[:, 0]
+
+    def attends(self, layer: int) -> bool:
+        """Whether the exit after `layer` needs other positions than its own."""
+        return self._exits[layer].block is not None
+
+
+class _Head:
+    """An exit's parameters, as they are used here."""
+
+    def __init__(self, stage: Stage, layer: int) -> None:
+        head, config = stage.head(layer), stage.config
+        eps, group = config.layernorm_epsilon, stage.tp_group
+        self.reads_attention = stage.tap_of(layer).site == "attention"
+        self.temperature = head.temperature
+        self.weight = stage.projection_weight(layer)
+        self.block = _lean(head.block, config.num_layers + layer, stage) if head.attends else None
+        self._mlp = LeanMlp(head.pre_mlp_layernorm, head.mlp, eps, group) if head.kind == "mlp" else None
+        self._norm = _norm_of(head, stage, eps)
+
+    def features(self, hidden_NH: torch.Tensor, launch: Launch | None) -> torch.Tensor:
+        if self._mlp is not None:
+            hidden_NH = self._mlp(hidden_NH)
+        elif self.block is not None:
+            assert launch is not None, "a block sees other positions"
+            hidden_NH, _ = self.block(hidden_NH, launch)
+        return self._norm(hidden_NH)
+
+
+def _norm_of(head: ExitHead, stage: Stage, eps: float) -> LeanNorm:
+    norm = head.norm if stage.norm is None else stage.norm
+    assert norm is not None
+    return LeanNorm(norm, eps)
+
+
+def _lean(layer: torch.nn.Module, attention: int, stage: Stage) -> LeanLayer:
+    assert isinstance(layer, Layer)
+    return LeanLayer(layer, attention, stage.tp_group)
