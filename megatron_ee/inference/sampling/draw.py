@@ -54,9 +54,9 @@ def drawn(p_NV: torch.Tensor, u_N: torch.Tensor) -> torch.Tensor:
     peak_N = p_NV.amax(-1)
     reached_NV = weights_of(p_NV).cumsum_(-1)
     total_N = reached_NV[:, -1]
-    aim_N = (u_N.to(p_NV.device) * total_N).long().minimum(total_N - 1)  # the product may be rounded up
+    aim_N = (u_N.to(p_NV.device) * total_N).long()  # below the total however it is rounded, as u is at most 1 - 2**-53
     tokens_N = torch.searchsorted(reached_NV, aim_N[:, None], right=True)[:, 0]
-    return torch.where((peak_N > 0) & (peak_N < math.inf), tokens_N, NO_TOKEN)
+    return torch.where((total_N > 0) & (peak_N < math.inf), tokens_N, NO_TOKEN)
 
 
 def likeliest(logits_NV: torch.Tensor) -> torch.Tensor:
