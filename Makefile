@@ -39,7 +39,7 @@ bench-train: $(INSTALLED) ## measure pipelines, memory and speed of training on 
 bench-io: $(INSTALLED) ## measure checkpoints beside the bare disk, data and start-up, into runs/bench/io.json (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/bench_io.py
 
-bench-checkpoint: $(INSTALLED) ## train the model that bench-decode takes, for half an hour; stopped, it goes on where it was
+bench-checkpoint: $(INSTALLED) ## train the model that bench-decode takes, for a quarter of an hour; stopped, it goes on where it was
 	@$(BIN)/python tools/bench_checkpoint.py
 
 bench-decode: $(INSTALLED) ## measure decoding beside Hugging Face's, and exits, into runs/bench/decode.json (minutes)

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench_report import Measure, table, write
 from bench_train import check
 
+from megatron_ee.checkpoint.folders import CheckpointError, find_checkpoint
 from megatron_ee.errors import UserError
 from megatron_ee.log import quiet_dependencies
 
@@ -28,7 +29,7 @@ def main() -> int:
     quiet_dependencies()
     try:
         check(arguments.output)
-        measures = run(arguments.checkpoint, arguments.only, small=arguments.small)
+        measures = run(find(arguments.checkpoint), arguments.only, small=arguments.small)
         write(measures, arguments.output)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
@@ -37,20 +38,34 @@ def main() -> int:
     return 0
 
 
+def find(checkpoint: Path) -> Path:
+    """One step folder for all: a run that is still trained may have another newest one in a minute.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return find_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; `make bench-checkpoint` trains the one that this bench is for") from error
+
+
 def run(checkpoint: Path, only: str | None, *, small: bool) -> list[Measure]:
     """Both halves, or one, each printed when it is there."""
     from bench_decode_exits import exit_cells, exit_table
     from bench_decode_full import full_depth_measures
-    from bench_decode_setup import ALONE, SMALL, SMALL_TOGETHER, TOGETHER, Prompts, opened
+    from bench_decode_setup import ALONE, SMALL, SMALL_TOGETHER, TOGETHER, TOGETHER_WITH_EXITS, Prompts, opened
 
-    all_sizes = [SMALL, SMALL_TOGETHER] if small else [ALONE, TOGETHER]
+    of_full, of_exits = [ALONE, TOGETHER], [ALONE, TOGETHER_WITH_EXITS]
+    if small:
+        of_full = of_exits = [SMALL, SMALL_TOGETHER]
     measures: list[Measure] = []
     with opened(checkpoint) as model:
-        prompts = Prompts(model.tokenizer, all_sizes[0].prompt_length)
+        prompts = Prompts(model.tokenizer, of_full[0].prompt_length)
         if only != "exits":
-            measures += full_depth_measures(checkpoint, model, prompts, all_sizes)
+            measures += full_depth_measures(checkpoint, model, prompts, of_full)
             print(table(measures), flush=True)
-        for sizes in all_sizes if only != "full" else ():
+        for sizes in of_exits if only != "full" else ():
             cells = exit_cells(model, prompts, sizes)
             print("", *exit_table(cells), sep="\n", flush=True)
             measures += [measure for cell in cells for measure in cell.measures]

@@ -120,22 +120,36 @@ def exit_cells(model: "OpenedModel", prompts: Prompts, sizes: Sizes) -> list[Cel
     costs = {measure: measured_costs(model, sizes, measure) for measure in dict.fromkeys(of.measure for of in settings)}
     decodings = [Decoding(model, prompts, sizes, setting) for setting in settings]
     rounds = all_take_turns(sizes.exit_rounds, Decoding(model, prompts, sizes, full_depth()), [*decodings])
+    agreement = Agreement(model, prompts)
     return [
-        Cell(decoding, of, costs[decoding.exit.measure], sizes, agreement_with_full_depth(model, prompts, decoding))
+        Cell(decoding, of, costs[decoding.exit.measure], sizes, agreement.of(decoding))
         for decoding, of in zip(decodings, rounds, strict=True)
     ]
 
 
-def agreement_with_full_depth(model: "OpenedModel", prompts: Prompts, decoding: Decoding) -> float:
+class Agreement:
     """The share of tokens that full depth would have chosen too, given the same text before them."""
-    agreed = total = 0
-    for number, said in decoding.said.items():
-        for prompt, text in zip(prompts.of_round(number, len(said)), said, strict=True):
-            tokens = [emission.token for emission in text]
-            choices = model.full_depth_choices([*prompt, *tokens])[len(prompt) - 1 : -1]
-            agreed += sum(token == choice for token, choice in zip(tokens, choices, strict=True))
-            total += len(tokens)
-    return agreed / total
+
+    def __init__(self, model: "OpenedModel", prompts: Prompts) -> None:
+        self._model, self._prompts = model, prompts
+        self._agreed: dict[tuple[int, ...], int] = {}  # exact policies say the same
+
+    def of(self, decoding: Decoding) -> float:
+        """Over all rounds."""
+        agreed = total = 0
+        for number, said in decoding.said.items():
+            for prompt, text in zip(self._prompts.of_round(number, len(said)), said, strict=True):
+                tokens = [emission.token for emission in text]
+                agreed += self._count(prompt, tokens)
+                total += len(tokens)
+        return agreed / total
+
+    def _count(self, prompt: tuple[int, ...], tokens: list[int]) -> int:
+        whole = (*prompt, *tokens)
+        if whole not in self._agreed:
+            choices = self._model.full_depth_choices(list(whole))[len(prompt) - 1 : -1]
+            self._agreed[whole] = sum(token == choice for token, choice in zip(tokens, choices, strict=True))
+        return self._agreed[whole]
 
 
 def exit_table(cells: list[Cell]) -> Iterator[str]:
@@ -145,8 +159,8 @@ def exit_table(cells: list[Cell]) -> Iterator[str]:
     many = "one sequence" if sizes.sequences == 1 else f"{sizes.sequences} sequences"
     yield f"{many}: full depth {full:.0f} tokens/s; to ask an exit costs {costs.eta:.2f} layers"
     yield (
-        f"{'missing KV, measure':<20}{'threshold':>9}{'depth':>7}{'agrees':>8}{'speed':>8}{'p10':>7}{'p90':>7}{'A/A':>7}"
-        f"{'ideal':>8}{'of ideal':>9}  {'verdict':<14}tokens by exit"
+        f"{'missing KV, measure':<20}{'threshold':>9}{'depth':>7}{'agrees':>8}{'speed':>8}{'p10':>7}{'p90':>7}"
+        f"{'A/A':>7}{'ideal':>8}{'of ideal':>9}  {'verdict':<14}tokens by exit"
     )
     for cell in cells:
         speed, over_ideal = cell.measures

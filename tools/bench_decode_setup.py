@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_ee.checkpoint.folders import find_checkpoint
 from megatron_ee.config import ExitParams, SamplingParams
 from megatron_ee.data.corpus import documents
 from megatron_ee.device import choose_device
@@ -51,7 +50,8 @@ class Sizes:
 
 
 ALONE = Sizes(1)
-TOGETHER = Sizes(16, full_rounds=6, exit_rounds=5, cost_rounds=7, measures=())
+TOGETHER = Sizes(16, full_rounds=8)
+TOGETHER_WITH_EXITS = Sizes(16, new_tokens=64, exit_rounds=6, cost_rounds=7, measures=())
 SMALL = replace(
     ALONE, prompt_length=5, new_tokens=6, full_rounds=3, exit_rounds=3, cost_rounds=2, thresholds=(0.1, 0.9)
 )
@@ -59,10 +59,9 @@ SMALL_TOGETHER = replace(SMALL, sequences=3, measures=())
 
 
 @contextmanager
-def opened(checkpoint: Path) -> Iterator["OpenedModel"]:
-    """The model of a run or step folder, on one core in fp32."""
+def opened(folder: Path) -> Iterator["OpenedModel"]:
+    """The model of a step folder, on one core in fp32."""
     torch.set_num_threads(1)
-    folder = find_checkpoint(checkpoint)
     with open_decoding_config(folder, ["device=cpu"]) as config:
         device = choose_device("cpu")
         from megatron_ee.inference.loading import load_model

@@ -11,7 +11,7 @@ from megatron_ee.inference.exit_decisions import ExitDecisions
 from megatron_ee.inference.exit_rule import ExitRule
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission, Logprobs, Request
-from megatron_ee.inference.sampling import Choice, Draws, choose, logprobs_of
+from megatron_ee.inference.sampling import Choice, Draws, NoTokenError, check_sampling, choose, logprobs_of
 from megatron_ee.inference.sequences import DecodingSequence
 
 
@@ -51,12 +51,13 @@ class Batch:
         """Take in a request; returns its slot.
 
         Raises:
-            FieldError: it names an exit that the model doesn't have, or asks a gate or a measure that isn't there; or
-                prompt and answer are longer than the model's positions or the batch's capacity.
+            FieldError: it names an exit or a token that the model doesn't have, or asks a gate or a measure that isn't
+                there; or prompt and answer are longer than the model's positions or the batch's capacity.
         """
         model, prompt = self._model, request.prompt
         rule = ExitRule(request.exit, model.exits, model.gated)
         model.measure_named(rule.measure)
+        check_sampling(request.sampling, model.tokenizer.vocab_size)
         if rule.max_pending > self._max_pending:
             raise FieldError(
                 "inference.exit.max_pending", f"{rule.max_pending} is above the batch's {self._max_pending}"
@@ -76,7 +77,11 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Emission]]:
-        """One token of every sequence whose text goes on, by its slot. After one with `finish` there are no more."""
+        """One token of every sequence whose text goes on, by its slot. After one with `finish` there are no more.
+
+        Raises:
+            NoTokenError: there is none to choose in some slots, which it names; the batch is of no use any more.
+        """
         self._prefill()
         emitted = [emission for slots in self._groups() for emission in self._decode(slots)]
         if crowded := [slot for slot, of in self._going() if self.walk.ledger.pending(slot) > of.rule.max_pending]:
@@ -167,7 +172,10 @@ class Batch:
     def _emit(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission]]:
         """A token for each sequence, of which the exit has a row each."""
         sequences = [self._sequences[slot] for slot in confidences]
-        choices = choose(asked.logits, [sequence.draws for sequence in sequences])
+        try:
+            choices = choose(asked.logits, [sequence.draws for sequence in sequences])
+        except NoTokenError as error:
+            raise NoTokenError([list(confidences)[row] for row in error.rows]) from error
         emitted = []
         for row, (slot, confidence) in enumerate(confidences.items()):
             sequence, choice = sequences[row], choices[row]

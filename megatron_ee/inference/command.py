@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.errors import FieldError, UserError
+from megatron_ee.errors import UserError
 from megatron_ee.inference.asking import Prompt
 from megatron_ee.inference.completion import Completion, Piece, completions, in_order
 from megatron_ee.inference.llm import LLM
@@ -48,11 +48,10 @@ class Session:
         Raises:
             UserError: the file cannot be written.
         """
-        requests = self._llm.requests(list(prompts))
+        requests, pieces = self._llm.requests(list(prompts)), self._llm.stream(list(prompts))
         try:
-            with (output if self._llm.is_first else Path(os.devnull)).open("w") as file:
-                pieces = self._counted(in_order(self._llm.stream(list(prompts))))
-                for index, completion in completions(requests, pieces):
+            with (output if self._llm.is_first else Path(os.devnull)).open("w", encoding="utf-8") as file:
+                for index, completion in completions(requests, self._counted(in_order(pieces))):
                     file.write(json.dumps(_record(prompts[index], completion), ensure_ascii=False) + "\n")
                     file.flush()
         except OSError as error:
@@ -69,7 +68,7 @@ class Session:
                     print(self._painter.paint(piece.text, piece.emission.exit_layer), end="", flush=True)
             except KeyboardInterrupt:
                 print(" (stopped)", end="")
-            except FieldError as error:
+            except UserError as error:
                 print(error, file=sys.stderr)
                 continue
             summary = Summary(self._emissions[before:], time.perf_counter() - started)
@@ -108,12 +107,18 @@ class Session:
 
 
 def _ask(text: str) -> str | None:
-    """A line of input; None at its end."""
+    """A line of input; None at its end.
+
+    Raises:
+        UserError: it is no text.
+    """
     try:
         return input(text)
     except (EOFError, KeyboardInterrupt):
         print()
         return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"a line is not UTF-8 at byte {error.start}") from error
 
 
 def _record(prompt: Prompt, completion: Completion) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from megatron_ee.tokenizer import Tokenizer
 
 class GrowingText:
     """
-    Args:
+    Attributes:
         index: of the prompt, among those of the call.
     """
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer) -> None:
-        self._index, sampling = index, request.sampling
+        self.index, sampling = index, request.sampling
         self._stream = TextStream(tokenizer, sampling.stop, min_new_tokens=sampling.min_new_tokens)
 
     def take(self, emission: Emission) -> Piece:
@@ -23,6 +23,6 @@ class GrowingText:
         if emission.finish is not None:
             text += stream.finish()
         if stream.stop is not None:
-            return Piece(self._index, text, emission, "stop", stream.stop)
+            return Piece(self.index, text, emission, "stop", stream.stop)
         stop_token = emission.token if emission.finish == "stop" else None
-        return Piece(self._index, text, emission, emission.finish, stop_token)
+        return Piece(self.index, text, emission, emission.finish, stop_token)

@@ -4,18 +4,18 @@ Opening a model chooses this process's device, so nothing here imports megatron-
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from megatron_ee.checkpoint.folders import find_model
 from megatron_ee.config import Config, ExitParams, SamplingParams
-from megatron_ee.errors import FieldError
+from megatron_ee.errors import FieldError, UserError
 from megatron_ee.inference.asking import Asking, Prompt
 from megatron_ee.inference.completion import Completion, Piece, completions
 from megatron_ee.inference.growing_text import GrowingText
 from megatron_ee.inference.opening import open_decoding_config
-from megatron_ee.inference.request import Request
+from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.work import Work
 from megatron_ee.log import quiet_dependencies
 
@@ -82,7 +82,7 @@ class LLM:
 
         Raises:
             UserError: a prompt or its settings don't fit the model: the message names it, as prompts.3, and nothing has
-                been decoded.
+                been decoded. Or a prompt's logits are no numbers.
         """
         requests, pieces = self._begin(prompts, sampling, exit)
         whole = dict(completions(requests, pieces))
@@ -141,7 +141,7 @@ class LLM:
                 while waiting and batch.free_slots:
                     index, request = waiting.popleft()
                     texts[batch.add(request)] = GrowingText(index, request, self.model.tokenizer)
-                for slot, emission in batch.step():
+                for slot, emission in _step(batch, texts):
                     piece = texts[slot].take(emission)
                     if piece.finish_reason is not None:
                         batch.remove(slot)
@@ -159,6 +159,16 @@ def open_model(folder: Path, config: Config) -> "OpenedModel":
     from megatron_ee.inference.loading import load_model  # imports megatron-core, which needs a chosen device
 
     return load_model(folder, config, device)
+
+
+def _step(batch: "Batch", texts: Mapping[int, GrowingText]) -> list[tuple[int, Emission]]:
+    from megatron_ee.inference.sampling import NoTokenError
+
+    try:
+        return batch.step()
+    except NoTokenError as error:
+        names = ", ".join(f"prompts.{texts[slot].index}" for slot in error.rows)
+        raise UserError(f"{names}: no token can be chosen: {error.reason}") from error
 
 
 def _check(batch: "Batch", requests: Sequence[Request]) -> None:

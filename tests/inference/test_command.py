@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -109,6 +110,15 @@ def test_what_is_wrong_is_one_line(
     assert len(err.splitlines()) == 1
 
 
+def test_a_wrong_prompt_leaves_a_file_as_it_is(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": [999]}')
+    (tmp_path / "out.jsonl").write_text("earlier texts")
+    arguments = ("--prompts", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
+    status, _, err = _call(capsys, run, *arguments)
+    assert (status, err) == (2, "prompts.0: 999 is none of the tokenizer's tokens, which are 0 to 257\n")
+    assert (tmp_path / "out.jsonl").read_text() == "earlier texts"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -181,12 +191,15 @@ def _on_a_terminal(command: list[str], typed: bytes) -> str:
     os.close(theirs)
     os.write(ours, typed)
     shown = b""
+    guard = threading.Timer(60, process.kill)
+    guard.start()
     try:
         while part := os.read(ours, 4096):
             shown += part
     except OSError:  # what Linux says when the other side is closed
         pass
     finally:
+        guard.cancel()
         os.close(ours)
     assert process.wait(timeout=60) == 0, shown
     return shown.decode().replace("\r\n", "\n")

@@ -1,5 +1,7 @@
 """The Python interface, on a model of Hugging Face's and on a run of ours."""
 
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 import megatron_ee
 from megatron_ee import LLM, ExitParams, SamplingParams
 from megatron_ee.errors import FieldError, UserError
+from megatron_ee.inference.command import Session
 from megatron_ee.inference.completion import Piece, completions, in_order
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.parallel.mesh import Mesh
@@ -131,6 +134,7 @@ def test_the_config_says_what_a_call_does_not(folder: Path, mesh: Mesh) -> None:
         ("a", {"top_k": 3}, None, "sampling: neither SamplingParams nor a list of these"),
         ("a", None, [SamplingParams()], "exit: neither ExitParams"),
         (["a", "b"], None, [ExitParams(), ExitParams(exits=(7,))], r"no exit after layer 7.* \(prompts.1\)$"),
+        (["a", "b"], [SamplingParams(), SamplingParams(stop_token_ids=(322,))], None, r"322.* \(prompts.1\)$"),
         ("a", None, ExitParams(measure="gate"), r"gate.* \(prompts.0\)$"),
         ("a", None, ExitParams(measure="guess"), r"guess.* \(prompts.0\)$"),
     ],
@@ -144,6 +148,14 @@ def test_what_is_wrong_names_the_prompt_before_anything_is_decoded(
             call(prompts, sampling, exit)
     assert llm.work == before
     assert len(llm.generate("let", _sampling())[0].tokens) == 8
+
+
+def test_a_prompt_whose_logits_are_no_numbers_is_named(folder: Path, mesh: Mesh) -> None:
+    llm = _open(folder)
+    llm.model.stage.embedding.weight[7] = torch.nan  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"^prompts\.1: no token can be chosen: the logits there are NaN"):
+        llm.generate([[1, 2], [7, 2], [3]], _sampling(), FULL)
+    assert len(llm.generate([[1, 2]], _sampling(), FULL)[0].tokens) == 8
 
 
 def test_texts_end_where_the_models_positions_do(llm: LLM) -> None:
@@ -244,6 +256,16 @@ def test_streams_may_be_left_and_may_cross(llm: LLM) -> None:
     one, other = llm.stream("let", _sampling(), MIXED), llm.stream("let", _sampling(), MIXED)
     both = [(first.emission, second.emission) for first, second in zip(one, other, strict=True)]
     assert [first for first, _ in both] == [second for _, second in both] == list(expected.emissions)
+
+
+def test_a_wrong_line_does_not_end_a_session(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("early exits\n" + "let a token leave " * 20 + "\nlet\n"))
+    Session(llm).converse()
+    out, err = capsys.readouterr()
+    assert out.count(", mean depth ") == 2
+    assert re.fullmatch(r"prompts\.0: \d+ tokens, but the model has 48 positions\n", err)
 
 
 def test_a_run_is_opened_without_bos(tmp_path: Path, mesh: Mesh) -> None:

@@ -119,6 +119,7 @@ def test_first_tokens_of_neighbouring_seeds_are_independent() -> None:
     assert _fits([choice.token for choice in choose(SMALL.expand(2000, -1), many)], _expected()) > 1e-3
 
 
+@settings(deadline=None)
 @given(TOKENS, st.lists(TOKENS, max_size=6), TOKENS)
 def test_history_counts_the_answer(prompt: list[int], answers: list[list[int]], drafted: list[int]) -> None:
     history, answer = History(prompt), Counter[int]()

@@ -5,6 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.decoding import decode, opened, request
+from helpers.models import whole_model
+
+from megatron_ee.config import ExitParams
+from megatron_ee.config.inference import KvPolicy
+from megatron_ee.inference.batch import Batch
+from megatron_ee.inference.measures import Measure
+from megatron_ee.parallel.mesh import Mesh
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -103,3 +111,27 @@ def test_full_depth_asks_the_last_exit_alone(ideal: Any) -> None:
     costs = costs_of(ideal)
     found = ideal.full_need([4, 2], [3, 1], costs)
     assert (found.layers, found.heads, found.missing_kv) == (4 * 8, 4 * 3, 0)
+
+
+@pytest.mark.parametrize("kv_policy", ["recompute", "propagate"])
+@pytest.mark.parametrize("prompts", [[3], [3, 5, 1]], ids=["alone", "together"])
+def test_a_batch_runs_the_rows_that_its_depths_need_and_no_others(
+    ideal: Any, mesh: Mesh, kv_policy: KvPolicy, prompts: list[int]
+) -> None:
+    """Where a row costs a second a segment, so much as the batch's own count says."""
+    drawn: dict[str, Measure] = {"drawn": lambda asked: (1e3 * asked.hidden_NH.sum(-1)) % 1}
+    model = opened(whole_model(mesh, exits=[2, 5]), measures=drawn)
+    batch = Batch(model, slots=len(prompts), capacity=32)
+    params = ExitParams(measure="drawn", threshold=0.6, kv_policy=kv_policy)
+    texts = decode(batch, [request(range(1, length + 1), params) for length in prompts])
+    depths = [[emission.exit_layer for emission in text] for text in texts]
+    assert {depth for of in depths for depth in of} == {2, 5, 8}, depths
+    segments, rows = ((0, 2), (2, 5), (5, 8)), ((1, 1.0), (2, 2.0))
+    free = dict.fromkeys((2, 5, 8), ((1, 0.0),))
+    costs = ideal.LaunchCosts(dict.fromkeys(segments, rows), free, free, dict.fromkeys(segments, rows))
+    work = batch.walk.work
+    ran = sum(
+        sum(start <= of[0] < of[1] <= stop for of in segments) * rows for (start, stop), rows in work.rows.items()
+    )
+    stored = sum(sum(start <= of[0] for of in segments) * rows for (start, _), rows in work.stored.items())
+    assert ideal.need(depths, prompts, costs, kv_policy).total == ran + stored

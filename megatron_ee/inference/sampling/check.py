@@ -11,17 +11,12 @@ _SEEDS = 2**64
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     """
     Raises:
-        FieldError: a token is beyond the vocabulary, a stop string is empty, the seed has more than 64 bits, or more
-            new tokens are wanted than allowed.
+        FieldError: a token is beyond the vocabulary, or the seed has more than 64 bits.
     """
     _check_tokens("logit_bias", params.logit_bias, vocab_size)
     _check_tokens("stop_token_ids", params.stop_token_ids, vocab_size)
-    if "" in params.stop:
-        raise _wrong("stop", "an empty string would end every text before it begins")
     if params.seed is not None and params.seed >= _SEEDS:
         raise _wrong("seed", f"{params.seed} has more than 64 bits")
-    if params.min_new_tokens > params.max_new_tokens:
-        raise _wrong("min_new_tokens", f"{params.min_new_tokens} is above max_new_tokens, {params.max_new_tokens}")
 
 
 def _check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:

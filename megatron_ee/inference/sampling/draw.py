@@ -19,7 +19,13 @@ class NoTokenError(UserError):
 
     Attributes:
         rows: where.
+        reason: why, in each of them.
     """
+
+    reason = (
+        "the logits there are NaN, infinite or all ruled out (weights that are not finite, fp16 beyond its range, or "
+        "stop tokens that are the whole vocabulary)"
+    )
 
     def __init__(self, rows: Sequence[int]) -> None:
         super().__init__(rows)
@@ -27,10 +33,7 @@ class NoTokenError(UserError):
 
     def __str__(self) -> str:
         names = ", ".join(map(str, self.rows))
-        return (
-            f"no token can be chosen in row {names} of the batch: the logits there are NaN, infinite or all ruled out "
-            "(weights that are not finite, fp16 beyond its range, or stop tokens that are the whole vocabulary)"
-        )
+        return f"no token can be chosen in row {names} of the batch: {self.reason}"
 
 
 def draw(p_NV: torch.Tensor, u_N: torch.Tensor) -> list[int]:
@@ -51,9 +54,9 @@ def drawn(p_NV: torch.Tensor, u_N: torch.Tensor) -> torch.Tensor:
     peak_N = p_NV.amax(-1)
     reached_NV = weights_of(p_NV).cumsum_(-1)
     total_N = reached_NV[:, -1]
-    aim_N = (u_N.to(p_NV.device) * total_N).long().minimum(total_N - 1)  # the product may be rounded up
+    aim_N = (u_N.to(p_NV.device) * total_N).long()  # below the total however it is rounded, as u is at most 1 - 2**-53
     tokens_N = torch.searchsorted(reached_NV, aim_N[:, None], right=True)[:, 0]
-    return torch.where((peak_N > 0) & (peak_N < math.inf), tokens_N, NO_TOKEN)
+    return torch.where((total_N > 0) & (peak_N < math.inf), tokens_N, NO_TOKEN)
 
 
 def likeliest(logits_NV: torch.Tensor) -> torch.Tensor:

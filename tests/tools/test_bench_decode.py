@@ -1,0 +1,69 @@
+"""The bench itself: what it writes. Its figures are nobody's test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.runs import run_config, train, write_small_dataset
+
+TOOL = Path(__file__).parents[2] / "tools/bench_decode.py"
+FIELDS = {"measure", "value", "goal", "better", "spread", "aa", "context"}
+POLICIES = ("recompute", "fill", "propagate")
+OTHER_MEASURES = ("recompute_margin_0.8", "recompute_entropy_0.8", "recompute_cosine_0.9", "recompute_gate_0.7")
+
+
+def _bench(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), "--small", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decode")
+    write_small_dataset(folder)
+    config = run_config(folder, exits={"layers": [2, 5], "gate": "linear"}, training={"train_iters": 1})
+    train(config, save=True)
+    return folder / "runs/tiny"
+
+
+def test_a_small_run_writes_every_measure_and_field(tmp_path: Path, run: Path) -> None:
+    output = tmp_path / "bench/decode.json"
+    done = _bench("--checkpoint", run, "--output", output)
+    assert done.returncode == 0, done.stderr
+    measures = json.loads(output.read_text())
+    settings = [f"{policy}_{threshold}" for policy in POLICIES for threshold in (0.1, 0.9)]
+    cells = [f"{setting}_b1" for setting in (*settings, *OTHER_MEASURES)] + [f"{setting}_b3" for setting in settings]
+    assert [measure["measure"] for measure in measures] == [
+        "full_depth_over_huggingface_b1",
+        "full_depth_over_huggingface_b3",
+        *(f"exits_over_{other}_{cell}" for cell in cells for other in ("full", "ideal")),
+    ]
+    for measure in measures:
+        assert measure.keys() == FIELDS
+        low, high = measure["spread"]
+        assert 0 < low <= measure["value"] <= high
+        assert measure["aa"] > 0
+    of = {measure["measure"]: measure for measure in measures}
+    assert of["full_depth_over_huggingface_b1"]["goal"] == 2.0
+    assert of["full_depth_over_huggingface_b1"]["context"]["same_tokens"] == 1
+    assert of["exits_over_ideal_recompute_0.9_b1"]["goal"] == 0.9
+    for name, measure in of.items():
+        if name.startswith("exits_over_full"):
+            context = measure["context"]
+            assert context["verdict"] in ("pays", "does not pay", "even")
+            assert 2 <= context["mean_depth"] <= 8 and 0 <= context["agreement"] <= 1
+            assert sum(context["tokens_by_exit"].values()) == 2 * 6 * (3 if name.endswith("_b3") else 1)
+    for policy in POLICIES:  # nothing is that sure of itself: all at full depth, which agrees with itself
+        context = of[f"exits_over_full_{policy}_0.9_b1"]["context"]
+        assert (context["mean_depth"], context["agreement"], context["phi"]) == (8, 1, 0)
+    assert "one sequence: full depth" in done.stdout and "3 sequences: full depth" in done.stdout
+
+
+def test_without_its_checkpoint_it_says_how_to_make_one(tmp_path: Path) -> None:
+    done = _bench("--checkpoint", tmp_path / "none", "--output", tmp_path / "decode.json")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"checkpoint: {tmp_path}/none is not a folder; `make bench-checkpoint` trains the one that this bench is for\n"
+    )
