@@ -7,6 +7,7 @@ Shapes: N rows, H hidden size, G key-value heads of this rank, R query heads of 
 """
 
 from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,14 @@ class LeanMlp:
         return self._down.add_to(x_NH, silu(gate).mul_(up))
 
 
+class Attending(Protocol):
+    """Where rows are, and what their attentions see."""
+
+    def attend(self, attention: int, qk_NGYD: torch.Tensor, values_NGD: torch.Tensor, scale: float) -> torch.Tensor:
+        """See `Launch.attend`."""
+        ...
+
+
 class LeanLayer:
     """
     Args:
@@ -76,7 +85,7 @@ class LeanLayer:
         if inner.q_layernorm is not None:
             self._head_norms = LeanNorm(inner.q_layernorm, eps), LeanNorm(inner.k_layernorm, eps)
 
-    def __call__(self, x_NH: torch.Tensor, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, x_NH: torch.Tensor, launch: Attending) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output, and the residual stream after its attention; both [N, H]."""
         qkv = linear(self._norm(x_NH), self._qkv, self._bias)
         qkv_NGXD = qkv.view(len(x_NH), self._heads, self._queries + 2, self._head_dim)
