@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from megatron_ee.inference import large_pages
 from megatron_ee.model.masks import Window
 from megatron_ee.model.stage import Stage
 
@@ -28,12 +29,13 @@ class KeyValueCache:
         self.slots, self.capacity = slots, capacity
         self.windows: Mapping[int, Window] = stage.attention_windows
 
-        def room() -> torch.Tensor:
-            """Zeros: what attention masks out it still multiplies, by 0, and memory as found may hold NaN."""
-            shape = (slots, self.heads, 2, capacity, config.kv_channels)
-            return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-
-        self._rooms_PG2CD = {number: room() for number in self.windows}
+        # Zeros: what attention masks out it still multiplies, by 0, and memory as found may hold NaN.
+        shape = (len(self.windows), slots, self.heads, 2, capacity, config.kv_channels)
+        if parameter.device.type == "cpu":
+            rooms = large_pages.zeros(shape, parameter.dtype)
+        else:
+            rooms = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+        self._rooms_PG2CD = dict(zip(self.windows, rooms, strict=True))
 
     def of(self, attention: int) -> torch.Tensor:
         """Keys, then values, [P, G, 2, C, D], of one attention."""
