@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from megatron_ee.inference import large_pages
 from megatron_ee.model.masks import Window
 from megatron_ee.model.stage import Stage
 
@@ -15,34 +16,36 @@ class KeyValueCache:
     """Room for `capacity` positions in each of `slots` slots; which of them are there, a ledger knows.
 
     Attributes:
+        heads: G.
+        group: query heads of each key-value head.
         windows: the number of each attention (see `Stage.attention_windows`) -> its window.
     """
 
     def __init__(self, stage: Stage, slots: int, capacity: int) -> None:
         config = stage.config
         self.heads = max(1, config.num_query_groups // config.tensor_model_parallel_size)
+        self.group = config.num_attention_heads // config.num_query_groups
         parameter = next(stage.parameters())
         self.slots, self.capacity = slots, capacity
         self.windows: Mapping[int, Window] = stage.attention_windows
 
-        def room() -> torch.Tensor:
-            """Zeros: what attention masks out it still multiplies, by 0, and memory as found may hold NaN."""
-            shape = (slots, self.heads, capacity, config.kv_channels)
-            return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+        # Zeros: what attention masks out it still multiplies, by 0, and memory as found may hold NaN.
+        shape = (len(self.windows), slots, self.heads, 2, capacity, config.kv_channels)
+        if parameter.device.type == "cpu":
+            rooms = large_pages.zeros(shape, parameter.dtype)
+        else:
+            rooms = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+        self._rooms_PG2CD = dict(zip(self.windows, rooms, strict=True))
 
-        self._keys_PGCD = {number: room() for number in self.windows}
-        self._values_PGCD = {number: room() for number in self.windows}
-
-    def of(self, attention: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each [P, G, C, D], of one attention."""
-        return self._keys_PGCD[attention], self._values_PGCD[attention]
+    def of(self, attention: int) -> torch.Tensor:
+        """Keys, then values, [P, G, 2, C, D], of one attention."""
+        return self._rooms_PG2CD[attention]
 
     def read(self, attention: int, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [G, T, D] of the first positions of one sequence."""
-        keys_PGCD, values_PGCD = self.of(attention)
-        return keys_PGCD[slot, :, :length], values_PGCD[slot, :, :length]
+        keys_GTD, values_GTD = self.of(attention)[slot, :, :, :length].unbind(1)
+        return keys_GTD, values_GTD
 
     @property
     def num_bytes(self) -> int:
-        tensors = (*self._keys_PGCD.values(), *self._values_PGCD.values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(room.nbytes for room in self._rooms_PG2CD.values())

@@ -47,10 +47,11 @@ class Launch:
         places = [place for _, positions in rows for place in positions]
         slots_N, positions_N = torch.tensor([slots, places], device=rotation.device)
         self.slots_N, self.positions_N = slots_N, positions_N
-        self._cosine, self._sine = rotation.at(positions_N)
-        heads_G = torch.arange(cache.heads, device=rotation.device)
-        self._written_NG = (
-            (slots_N[:, None] * cache.heads + heads_G) * cache.capacity + positions_N[:, None]
+        self._cosine, self._sine = rotation.at(positions_N, cache.group)
+        # keys, then values, of each head
+        heads_X = torch.arange(2 * cache.heads, device=rotation.device)
+        self._written_NX = (
+            (slots_N[:, None] * (2 * cache.heads) + heads_X) * cache.capacity + positions_N[:, None]
         ).flatten()
         self._read = _Read.of([slot for slot, _ in rows], rotation.device)
         self._padded = None if len(set(counts)) == 1 else _Padding(counts, self._most, rotation.device)
@@ -62,25 +63,22 @@ class Launch:
         """Where the last row of each of these sequences is."""
         return [self._last_rows[slot] for slot in slots]
 
-    def attend(self, attention: int, qk_NGYD: torch.Tensor, values_NGD: torch.Tensor, scale: float) -> torch.Tensor:
-        """Rotary positions, the cache, and attention. Y is R queries and then a key. Returns [N, G * R * D]."""
-        turned_NGYD = turn(qk_NGYD, self._cosine, self._sine)
-        keys_PGCD, values_PGCD = self._cache.of(attention)
-        self._write(keys_PGCD, turned_NGYD[:, :, -1])
-        self._write(values_PGCD, values_NGD)
-        window = self._cache.windows[attention]
-        keys_BGTD, values_BGTD = (self._read.from_(part, self._length) for part in (keys_PGCD, values_PGCD))
-        return self._attend(turned_NGYD[:, :, :-1], keys_BGTD, values_BGTD, window, scale)
+    def attend(self, attention: int, qkv_NGXD: torch.Tensor, scale: float) -> torch.Tensor:
+        """Rotary positions, the cache, and attention. X is R queries, a key and a value. Returns [N, G * R * D]."""
+        turned_NGXD = turn(qkv_NGXD, self._cosine, self._sine)
+        room_PG2CD = self._cache.of(attention)
+        self._write(room_PG2CD, turned_NGXD[:, :, -2:])
+        keys_BGTD, values_BGTD = self._read.from_(room_PG2CD, self._length)
+        return self._attend(turned_NGXD[:, :, :-2], keys_BGTD, values_BGTD, self._cache.windows[attention], scale)
 
-    def store(self, attention: int, keys_NG1D: torch.Tensor, values_NGD: torch.Tensor) -> None:
+    def store(self, attention: int, kv_NG2D: torch.Tensor) -> None:
         """Rotary positions and the cache, for rows that do not attend."""
-        keys_PGCD, values_PGCD = self._cache.of(attention)
-        self._write(keys_PGCD, turn(keys_NG1D, self._cosine, self._sine)[:, :, 0])
-        self._write(values_PGCD, values_NGD)
+        turned_NG2D = turn(kv_NG2D, self._cosine[:, :, -2:], self._sine[:, :, -2:])
+        self._write(self._cache.of(attention), turned_NG2D)
 
-    def _write(self, cache_PGCD: torch.Tensor, part_NGD: torch.Tensor) -> None:
-        head_dim = part_NGD.shape[-1]
-        cache_PGCD.view(-1, head_dim).index_copy_(0, self._written_NG, part_NGD.reshape(-1, head_dim))
+    def _write(self, room_PG2CD: torch.Tensor, kv_NG2D: torch.Tensor) -> None:
+        head_dim = kv_NG2D.shape[-1]
+        room_PG2CD.view(-1, head_dim).index_copy_(0, self._written_NX, kv_NG2D.reshape(-1, head_dim))
 
     def _attend(
         self,
@@ -164,10 +162,11 @@ class _Read(NamedTuple):
             return cls(slots[0], slots[-1] + 1, None)
         return cls(0, 0, torch.tensor(slots, device=device))
 
-    def from_(self, cache_PGCD: torch.Tensor, length: int) -> torch.Tensor:
+    def from_(self, room_PG2CD: torch.Tensor, length: int) -> tuple[torch.Tensor, ...]:
+        """Keys and values, each [B, G, T, D]."""
         if self.picked_B is None:
-            return cache_PGCD[self.first : self.stop, :, :length]
-        return cache_PGCD[:, :, :length].index_select(0, self.picked_B)
+            return room_PG2CD[self.first : self.stop, :, :, :length].unbind(2)
+        return room_PG2CD[:, :, :, :length].index_select(0, self.picked_B).unbind(2)
 
 
 class _Padding:

@@ -23,9 +23,17 @@ class LeanNorm:
     def __init__(self, module: torch.nn.Module, eps: float) -> None:
         assert isinstance(module.weight, torch.nn.Parameter)
         self._weight, self._shape, self._eps = module.weight, module.weight.shape, eps
+        width = self._shape[0]
+        self._by_length = module.weight.device.type == "cpu" and module.weight.dtype in (torch.float32, torch.float64)
+        self._scaled = module.weight * width**0.5 if self._by_length else module.weight
+        self._least = module.weight.new_tensor((width * eps) ** 0.5)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self._shape, self._weight, self._eps)
+        if not self._by_length:
+            return rms_norm(x, self._shape, self._weight, self._eps)
+        # The root of the mean square plus eps is hypot(|x|, sqrt(width * eps)) / sqrt(width): half the time of torch's.
+        length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._least)
+        return torch.mul(x, self._scaled).div_(length)
 
 
 class RowSplit:
@@ -72,13 +80,13 @@ class LeanLayer:
 
     def __init__(self, layer: Layer, attention: int, group: dist.ProcessGroup) -> None:
         config, inner = layer.config, layer.self_attention
-        self._attention, self._head_dim = attention, config.kv_channels
+        self._attention = attention
         self._scale = inner.core_attention.softmax_scale or config.kv_channels**-0.5
         eps = config.layernorm_epsilon
         self._norm = LeanNorm(layer.input_layernorm, eps)
         self._qkv, self._bias = inner.linear_qkv.weight, inner.linear_qkv.bias
-        self._heads = inner.num_query_groups_per_partition
-        self._queries = inner.num_attention_heads_per_partition // self._heads
+        groups = inner.num_query_groups_per_partition
+        self._heads = groups, inner.num_attention_heads_per_partition // groups + 2, config.kv_channels
         self._projection = RowSplit(inner.linear_proj.weight, group)
         self._mlp = LeanMlp(layer.pre_mlp_layernorm, layer.mlp, eps, group)
         self._head_norms = None
@@ -87,31 +95,30 @@ class LeanLayer:
 
     def __call__(self, x_NH: torch.Tensor, launch: Attending) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output, and the residual stream after its attention; both [N, H]."""
-        qkv = linear(self._norm(x_NH), self._qkv, self._bias)
-        qkv_NGXD = qkv.view(len(x_NH), self._heads, self._queries + 2, self._head_dim)
-        qk_NGYD, values_NGD = qkv_NGXD[:, :, :-1], qkv_NGXD[:, :, -1]
+        qkv_NGXD = linear(self._norm(x_NH), self._qkv, self._bias).view(-1, *self._heads)
         if self._head_norms is not None:
             norm_queries, norm_keys = self._head_norms
-            qk_NGYD = torch.cat((norm_queries(qk_NGYD[:, :, :-1]), norm_keys(qk_NGYD[:, :, -1:])), 2)
-        context_NI = launch.attend(self._attention, qk_NGYD, values_NGD, self._scale)
+            queries_NGRD, keys_NG1D, values_NG1D = qkv_NGXD[:, :, :-2], qkv_NGXD[:, :, -2:-1], qkv_NGXD[:, :, -1:]
+            qkv_NGXD = torch.cat((norm_queries(queries_NGRD), norm_keys(keys_NG1D), values_NG1D), 2)
+        context_NI = launch.attend(self._attention, qkv_NGXD, self._scale)
         after_attention_NH = self._projection.add_to(x_NH, context_NI)
         return self._mlp(after_attention_NH), after_attention_NH
 
     def store(self, x_NH: torch.Tensor, launch: Launch) -> None:
         """Keys and values alone, of states that do not run through the layer."""
         weight, bias = self._keys_and_values
-        kv_NG2D = linear(self._norm(x_NH), weight, bias).view(len(x_NH), self._heads, 2, self._head_dim)
-        keys_NG1D = kv_NG2D[:, :, :1]
+        groups, _, head_dim = self._heads
+        kv_NG2D = linear(self._norm(x_NH), weight, bias).view(-1, groups, 2, head_dim)
         if self._head_norms is not None:
-            keys_NG1D = self._head_norms[1](keys_NG1D)
-        launch.store(self._attention, keys_NG1D, kv_NG2D[:, :, 1])
+            kv_NG2D = torch.cat((self._head_norms[1](kv_NG2D[:, :, :1]), kv_NG2D[:, :, 1:]), 2)
+        launch.store(self._attention, kv_NG2D)
 
     @cached_property
     def _keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The rows of the QKV projection that make keys and values: a copy, made where it is needed."""
 
         def pick(part: torch.Tensor) -> torch.Tensor:
-            by_head = part.view(self._heads, self._queries + 2, self._head_dim, *part.shape[1:])
+            by_head = part.contiguous().view(*self._heads, *part.shape[1:])
             return by_head[:, -2:].reshape(-1, *part.shape[1:])
 
         return pick(self._qkv), None if self._bias is None else pick(self._bias)

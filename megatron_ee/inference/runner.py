@@ -32,7 +32,7 @@ class Runner:
         self.work = Work()
         self._group = stage.tp_group
         self._layers = {int(number): _lean(layer, int(number), stage) for number, layer in stage.layers.items()}
-        self._exits = {int(layer): _Head(stage, int(layer)) for layer in stage.exits}
+        self._exits = {int(layer): _Head(stage, int(layer), vocab_size) for layer in stage.exits}
         self._by_tensor_ranks = self._group.size() > 1
 
     def embed(self, tokens_N: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class Runner:
         if head.temperature != 1.0:
             features_NH = features_NH / head.temperature
         if not self._by_tensor_ranks:
-            return linear(features_NH, head.weight[: self._vocab_size])
+            return linear(features_NH, head.rows)
         share_NV = linear(features_NH, head.weight)
         shares = share_NV.new_empty(self._group.size() * len(share_NV), share_NV.shape[1])
         dist.all_gather_into_tensor(shares, share_NV, group=self._group)
@@ -101,12 +101,13 @@ class Runner:
 class _Head:
     """An exit's parameters, as they are used here."""
 
-    def __init__(self, stage: Stage, layer: int) -> None:
+    def __init__(self, stage: Stage, layer: int, vocab_size: int) -> None:
         head, config = stage.head(layer), stage.config
         eps, group = config.layernorm_epsilon, stage.tp_group
         self.reads_attention = stage.tap_of(layer).site == "attention"
         self.temperature = head.temperature
         self.weight = stage.projection_weight(layer)
+        self.rows = self.weight[:vocab_size]
         self.block = _lean(head.block, config.num_layers + layer, stage) if head.attends else None
         self._mlp = LeanMlp(head.pre_mlp_layernorm, head.mlp, eps, group) if head.kind == "mlp" else None
         self._norm = _norm_of(head, stage, eps)

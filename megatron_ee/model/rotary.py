@@ -85,12 +85,17 @@ class RotationTable:
         cosine, sine = (part.flatten(1) for part in rotary.at(torch.arange(capacity, device=device), dtype))
         self._cosine_CD, self._sine_CD = torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
 
-    def at(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a channel, and what the other channel of its pair, is multiplied by: each [N, 1, 1, D]."""
-        cosine_ND, sine_ND = self._cosine_CD[positions_N], self._sine_CD[positions_N]
-        return cosine_ND[:, None, None], sine_ND[:, None, None]
+    def at(self, positions_N: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a channel, and what the other channel of its pair, is multiplied by, of the R queries (`group`), the key
+        and the value of a head, which is left as it is: each [N, 1, R + 2, D]."""
+        num, head_dim = len(positions_N), self._cosine_CD.shape[1]
+        cosine_NXD = self._cosine_CD.new_ones(num, group + 2, head_dim)
+        sine_NXD = self._cosine_CD.new_zeros(num, group + 2, head_dim)
+        cosine_NXD[:, :-1] = self._cosine_CD[positions_N][:, None]
+        sine_NXD[:, :-1] = self._sine_CD[positions_N][:, None]
+        return cosine_NXD[:, None], sine_NXD[:, None]
 
 
-def turn(x_NGRD: torch.Tensor, cosine_N11D: torch.Tensor, sine_N11D: torch.Tensor) -> torch.Tensor:
+def turn(x_NGXD: torch.Tensor, cosine_N1XD: torch.Tensor, sine_N1XD: torch.Tensor) -> torch.Tensor:
     """Heads turned by what a `RotationTable` says of their rows; `rotate`, where there is no backward."""
-    return torch.addcmul(x_NGRD * cosine_N11D, x_NGRD.roll(x_NGRD.shape[-1] // 2, -1), sine_N11D)
+    return torch.addcmul(x_NGXD * cosine_N1XD, x_NGXD.roll(x_NGXD.shape[-1] // 2, -1), sine_N1XD)
