@@ -67,7 +67,7 @@ class LeanMlp:
 class Attending(Protocol):
     """Where rows are, and what their attentions see."""
 
-    def attend(self, attention: int, qk_NGYD: torch.Tensor, values_NGD: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(self, attention: int, qkv_NGXD: torch.Tensor, scale: float) -> torch.Tensor:
         """See `Launch.attend`."""
         ...
 

@@ -2,7 +2,7 @@
 on them can be recorded once and repeated. `Launch` says what they compute.
 
 Shapes: N rows, some of which may be padding; P slots, C capacity, T positions attended to, G key-value heads, R query
-heads of each of these, Y the R queries and then a key, D head dimension.
+heads of each of these, X the R queries, a key and a value, D head dimension.
 """
 
 from typing import NamedTuple
@@ -42,35 +42,32 @@ class StaticRows:
     def begin(self) -> None:
         """Compute what all layers share."""
         slots_N, positions_N, written_N = self._places_3N.unbind()
-        heads, capacity = self._cache.heads, self._cache.capacity
+        rooms, capacity = 2 * self._cache.heads, self._cache.capacity  # a head has one for keys and one for values
         self._slots_N = slots_N
-        self._cosine, self._sine = self._rotation.at(positions_N)
-        heads_G = torch.arange(heads, device=slots_N.device)
-        self._written_NG = ((slots_N[:, None] * heads + heads_G) * capacity + written_N[:, None]).flatten()
+        self._cosine, self._sine = self._rotation.at(positions_N, self._cache.group)
+        rooms_X = torch.arange(rooms, device=slots_N.device)
+        self._written_X = ((slots_N[:, None] * rooms + rooms_X) * capacity + written_N[:, None]).flatten()
         windows = {self._narrow(window) for window in self._cache.windows.values()}
         self._masks = {window: self._mask(window, positions_N) for window in windows}
 
-    def attend(self, attention: int, qk_NGYD: torch.Tensor, values_NGD: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(self, attention: int, qkv_NGXD: torch.Tensor, scale: float) -> torch.Tensor:
         """As `Launch.attend`."""
-        turned_NGYD = turn(qk_NGYD, self._cosine, self._sine)
-        keys_PGCD, values_PGCD = self._cache.of(attention)
-        for cache_PGCD, part_NGD in ((keys_PGCD, turned_NGYD[:, :, -1]), (values_PGCD, values_NGD)):
-            head_dim = part_NGD.shape[-1]
-            cache_PGCD.view(-1, head_dim).index_copy_(0, self._written_NG, part_NGD.reshape(-1, head_dim))
+        turned_NGXD = turn(qkv_NGXD, self._cosine, self._sine)
+        room_PG2CD, head_dim = self._cache.of(attention), qkv_NGXD.shape[-1]
+        kv_XD = turned_NGXD[:, :, -2:].reshape(-1, head_dim)
+        room_PG2CD.view(-1, head_dim).index_copy_(0, self._written_X, kv_XD)
+        keys_NGTD, values_NGTD = self._read(room_PG2CD).unbind(2)
+        mask = self._masks[self._narrow(self._cache.windows[attention])]
         context_NGRD = scaled_dot_product_attention(
-            turned_NGYD[:, :, :-1],
-            self._read(keys_PGCD),
-            self._read(values_PGCD),
-            attn_mask=self._masks[self._narrow(self._cache.windows[attention])],
-            scale=scale,
+            turned_NGXD[:, :, :-2], keys_NGTD, values_NGTD, attn_mask=mask, scale=scale
         )
         return context_NGRD.reshape(len(context_NGRD), -1)
 
-    def _read(self, cache_PGCD: torch.Tensor) -> torch.Tensor:
-        """[N, G, T, D]"""
+    def _read(self, room_PG2CD: torch.Tensor) -> torch.Tensor:
+        """[N, G, 2, T, D]"""
         if self._extent.are_neighbours:
-            return cache_PGCD[: self._extent.rows, :, : self._extent.length]
-        return cache_PGCD[:, :, : self._extent.length].index_select(0, self._slots_N)
+            return room_PG2CD[: self._extent.rows, :, :, : self._extent.length]
+        return room_PG2CD[:, :, :, : self._extent.length].index_select(0, self._slots_N)
 
     def _narrow(self, window: Window) -> Window:
         return window if window is not None and window < self._extent.length else None

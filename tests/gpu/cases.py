@@ -161,7 +161,7 @@ def decoded_at_mixed_depths(name: DeviceName, policy: str) -> dict[str, Any]:
     return {
         "texts": [[(emission.token, emission.exit_layer) for emission in text] for text in texts],
         "distance": distance,
-        "device": batch.walk.cache.of(1)[0].device.type,
+        "device": batch.walk.cache.of(1).device.type,
     }
 
 
@@ -186,9 +186,7 @@ def decoded_through_graphs(name: DeviceName) -> dict[str, Any]:
     return {
         "same": texts == plain_texts,
         "depths": sorted({layer for text in texts for _, layer in text}),
-        "distance": max(
-            _distance(ours[:, :, :96], theirs) for pair in both for ours, theirs in zip(*pair, strict=True)
-        ),
+        "distance": max(_distance(ours_PG2CD[:, :, :, :96], theirs_PG2CD) for ours_PG2CD, theirs_PG2CD in both),
         "graphs": 0 if graphs is None else graphs.num_graphs,
     }
 
