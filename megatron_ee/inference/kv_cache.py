@@ -35,11 +35,17 @@ class KeyValueCache:
             rooms = large_pages.zeros(shape, parameter.dtype)
         else:
             rooms = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+        first_heads = torch.arange(slots * self.heads * 2, device=parameter.device) * capacity
+        self._first_PX = first_heads.view(slots, -1)
         self._rooms_PG2CD = dict(zip(self.windows, rooms, strict=True))
 
     def of(self, attention: int) -> torch.Tensor:
         """Keys, then values, [P, G, 2, C, D], of one attention."""
         return self._rooms_PG2CD[attention]
+
+    def places(self, slots_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """Where the keys and values of rows belong, among all vectors of an attention: [N * G * 2]."""
+        return (self._first_PX.index_select(0, slots_N) + positions_N[:, None]).flatten()
 
     def read(self, attention: int, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [G, T, D] of the first positions of one sequence."""
