@@ -133,6 +133,7 @@ WITHOUT_TORCH = [
     *(PACKAGE / f"inference/{name}.py" for name in ("prompts", "savings", "text", "work")),
     PACKAGE / "inference/declared_exits.py",
     PACKAGE / "inference/exit_rule.py",
+    PACKAGE / "inference/ledger.py",
     PACKAGE / "inference/opening.py",
     PACKAGE / "inference/request.py",
     PACKAGE / "inference/sampling/check.py",

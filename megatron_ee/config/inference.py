@@ -103,6 +103,9 @@ class InferenceConfig(Section):
     exit: ExitParams = ExitParams()
     max_batch_size: PositiveInt = Field(16, description="sequences decoded together")
     prefill_chunk: PositiveInt = Field(512, description="positions of a prompt that run through the model at once")
+    pack_weights: bool = Field(
+        True, description="on a CPU in fp32, a second copy of the matrices, laid out for several rows: twice the memory"
+    )
 
 
 class ServingConfig(Section):

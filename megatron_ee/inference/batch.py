@@ -96,6 +96,7 @@ class Batch:
     def remove(self, slot: int) -> None:
         """Forget a sequence, finished or not; its slot is free."""
         del self._sequences[slot]
+        self.walk.cache.clear(slot, self.walk.ledger.length(slot))
         self.walk.ledger.close(slot)
         self._free = sorted((*self._free, slot))
 

@@ -39,9 +39,8 @@ class DepthWalk:
         self.ledger = DepthLedger((0, *exits, self._num_layers))
         capture = capture_on(parameter.device, stage.tp_group)
         self.cache = KeyValueCache(stage, slots, capacity if capture is None else capacity + 1)
-        self._rotation = RotationTable(
-            Rotary(stage.model, parameter.device), capacity, parameter.dtype, parameter.device
-        )
+        rotary = Rotary(stage.model, parameter.device)
+        self._rotation = RotationTable(rotary, capacity, self.cache.group, parameter.dtype, parameter.device)
         self._states = WaitingStates(slots, min(room, capacity), stage.model.hidden_size, parameter)
         self.work = Work()
         self._recent: Launch | None = None

@@ -1,6 +1,6 @@
 """Keys and values of a batch's sequences, for every layer and for exit heads that attend.
 
-Shapes: P slots, C capacity, G key-value heads of this rank, D head dimension, T positions, N rows.
+Shapes: A attentions, P slots, C capacity, G key-value heads of this rank, D head dimension, T positions, N rows.
 """
 
 from collections.abc import Mapping
@@ -29,22 +29,34 @@ class KeyValueCache:
         self.slots, self.capacity = slots, capacity
         self.windows: Mapping[int, Window] = stage.attention_windows
 
-        # Zeros: what attention masks out it still multiplies, by 0, and memory as found may hold NaN.
+        # Zeros: what attention masks out it still multiplies, by 0, and memory as found may hold NaN; see `clear`.
         shape = (len(self.windows), slots, self.heads, 2, capacity, config.kv_channels)
         if parameter.device.type == "cpu":
             rooms = large_pages.zeros(shape, parameter.dtype)
         else:
             rooms = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+        first_heads = torch.arange(slots * self.heads * 2, device=parameter.device) * capacity
+        self._first_PX = first_heads.view(slots, -1)
+        self._rooms_APG2CD = rooms
         self._rooms_PG2CD = dict(zip(self.windows, rooms, strict=True))
 
     def of(self, attention: int) -> torch.Tensor:
         """Keys, then values, [P, G, 2, C, D], of one attention."""
         return self._rooms_PG2CD[attention]
 
+    def places(self, slots_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """Where the keys and values of rows belong, among all vectors of an attention: [N * G * 2]."""
+        return (self._first_PX.index_select(0, slots_N) + positions_N[:, None]).flatten()
+
     def read(self, attention: int, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [G, T, D] of the first positions of one sequence."""
         keys_GTD, values_GTD = self.of(attention)[slot, :, :, :length].unbind(1)
         return keys_GTD, values_GTD
+
+    def clear(self, slot: int, length: int) -> None:
+        """Zeros again at the first positions of a slot: what overflowed in one sequence would be NaN in the next, which
+        multiplies by 0 what lies beyond it."""
+        self._rooms_APG2CD[:, slot, :, :, :length].zero_()
 
     @property
     def num_bytes(self) -> int:

@@ -47,12 +47,8 @@ class Launch:
         places = [place for _, positions in rows for place in positions]
         slots_N, positions_N = torch.tensor([slots, places], device=rotation.device)
         self.slots_N, self.positions_N = slots_N, positions_N
-        self._cosine, self._sine = rotation.at(positions_N, cache.group)
-        # keys, then values, of each head
-        heads_X = torch.arange(2 * cache.heads, device=rotation.device)
-        self._written_NX = (
-            (slots_N[:, None] * (2 * cache.heads) + heads_X) * cache.capacity + positions_N[:, None]
-        ).flatten()
+        self._cosine, self._sine = rotation.at(positions_N)
+        self._written_NX = cache.places(slots_N, positions_N)
         self._read = _Read.of([slot for slot, _ in rows], rotation.device)
         self._padded = None if len(set(counts)) == 1 else _Padding(counts, self._most, rotation.device)
         self._begins_all = all(positions.start == 0 for _, positions in rows) and self._padded is None

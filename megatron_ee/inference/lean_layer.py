@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.nn.functional import linear, rms_norm, silu
 
 from megatron_ee.inference.launch import Launch
+from megatron_ee.inference.products import Product, Products
 from megatron_ee.model.layers import Layer
 
 
@@ -39,14 +40,14 @@ class LeanNorm:
 class RowSplit:
     """A product whose matrix is split over tensor-parallel ranks by its inputs, added to a residual stream."""
 
-    def __init__(self, weight: torch.Tensor, group: dist.ProcessGroup) -> None:
-        self._weight, self._transposed = weight, weight.t()
+    def __init__(self, product: Product, group: dist.ProcessGroup) -> None:
+        self._product = product
         self._group = group if group.size() > 1 else None
 
-    def add_to(self, residual_NH: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
+    def added_to(self, residual_NH: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
         if self._group is None:
-            return torch.addmm(residual_NH, x_NI, self._transposed)
-        partial_NH = linear(x_NI, self._weight)
+            return self._product.added_to(residual_NH, x_NI)
+        partial_NH = self._product(x_NI)
         dist.all_reduce(partial_NH, group=self._group)
         return residual_NH + partial_NH
 
@@ -54,14 +55,16 @@ class RowSplit:
 class LeanMlp:
     """SwiGLU (arXiv 2002.05202) with the norm before it, added to the residual stream."""
 
-    def __init__(self, norm: torch.nn.Module, mlp: torch.nn.Module, eps: float, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, norm: torch.nn.Module, mlp: torch.nn.Module, eps: float, products: Products, group: dist.ProcessGroup
+    ) -> None:
         self._norm = LeanNorm(norm, eps)
-        self._gate_and_up = mlp.linear_fc1.weight  # type: ignore[union-attr]
-        self._down = RowSplit(mlp.linear_fc2.weight, group)  # type: ignore[union-attr, arg-type]
+        self._gate_and_up = products.of(mlp.linear_fc1.weight)  # type: ignore[union-attr, arg-type]
+        self._down = RowSplit(products.of(mlp.linear_fc2.weight), group)  # type: ignore[union-attr, arg-type]
 
     def __call__(self, x_NH: torch.Tensor) -> torch.Tensor:
-        gate, up = linear(self._norm(x_NH), self._gate_and_up).chunk(2, -1)  # type: ignore[arg-type]
-        return self._down.add_to(x_NH, silu(gate).mul_(up))
+        gate, up = self._gate_and_up(self._norm(x_NH)).chunk(2, -1)
+        return self._down.added_to(x_NH, silu(gate).mul_(up))
 
 
 class Attending(Protocol):
@@ -78,30 +81,31 @@ class LeanLayer:
         attention: its number in the cache; see `Stage.attention_windows`.
     """
 
-    def __init__(self, layer: Layer, attention: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, layer: Layer, attention: int, products: Products, group: dist.ProcessGroup) -> None:
         config, inner = layer.config, layer.self_attention
         self._attention = attention
         self._scale = inner.core_attention.softmax_scale or config.kv_channels**-0.5
         eps = config.layernorm_epsilon
         self._norm = LeanNorm(layer.input_layernorm, eps)
-        self._qkv, self._bias = inner.linear_qkv.weight, inner.linear_qkv.bias
+        self._weight, self._bias = inner.linear_qkv.weight, inner.linear_qkv.bias
+        self._qkv = products.of(self._weight, self._bias)
         groups = inner.num_query_groups_per_partition
         self._heads = groups, inner.num_attention_heads_per_partition // groups + 2, config.kv_channels
-        self._projection = RowSplit(inner.linear_proj.weight, group)
-        self._mlp = LeanMlp(layer.pre_mlp_layernorm, layer.mlp, eps, group)
+        self._projection = RowSplit(products.of(inner.linear_proj.weight), group)
+        self._mlp = LeanMlp(layer.pre_mlp_layernorm, layer.mlp, eps, products, group)
         self._head_norms = None
         if inner.q_layernorm is not None:
             self._head_norms = LeanNorm(inner.q_layernorm, eps), LeanNorm(inner.k_layernorm, eps)
 
     def __call__(self, x_NH: torch.Tensor, launch: Attending) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output, and the residual stream after its attention; both [N, H]."""
-        qkv_NGXD = linear(self._norm(x_NH), self._qkv, self._bias).view(-1, *self._heads)
+        qkv_NGXD = self._qkv(self._norm(x_NH)).view(-1, *self._heads)
         if self._head_norms is not None:
             norm_queries, norm_keys = self._head_norms
             queries_NGRD, keys_NG1D, values_NG1D = qkv_NGXD[:, :, :-2], qkv_NGXD[:, :, -2:-1], qkv_NGXD[:, :, -1:]
             qkv_NGXD = torch.cat((norm_queries(queries_NGRD), norm_keys(keys_NG1D), values_NG1D), 2)
         context_NI = launch.attend(self._attention, qkv_NGXD, self._scale)
-        after_attention_NH = self._projection.add_to(x_NH, context_NI)
+        after_attention_NH = self._projection.added_to(x_NH, context_NI)
         return self._mlp(after_attention_NH), after_attention_NH
 
     def store(self, x_NH: torch.Tensor, launch: Launch) -> None:
@@ -121,4 +125,4 @@ class LeanLayer:
             by_head = part.contiguous().view(*self._heads, *part.shape[1:])
             return by_head[:, -2:].reshape(-1, *part.shape[1:])
 
-        return pick(self._qkv), None if self._bias is None else pick(self._bias)
+        return pick(self._weight), None if self._bias is None else pick(self._bias)

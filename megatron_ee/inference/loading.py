@@ -75,6 +75,7 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
         stop_token_ids=stops,
         begin=tokens_before_text(folder, tokenizer),
         max_positions=description.model.max_position_embeddings,
+        packs_weights=config.inference.pack_weights,
     )
 
 

@@ -23,6 +23,7 @@ class OpenedModel:
         stop_token_ids: what ends a text unless a request says otherwise.
         begin: tokens that come before a prompt that is given as a text.
         max_positions: longest sequence that the model was made for; None: it doesn't say.
+        packs_weights: see `Product`.
     """
 
     stage: Stage
@@ -32,10 +33,11 @@ class OpenedModel:
     stop_token_ids: tuple[int, ...] = ()
     begin: tuple[int, ...] = ()
     max_positions: int | None = None
+    packs_weights: bool = True
 
     @cached_property
     def runner(self) -> Runner:
-        return Runner(self.stage, self.tokenizer.vocab_size)
+        return Runner(self.stage, self.tokenizer.vocab_size, packs=self.packs_weights)
 
     @property
     def gated(self) -> frozenset[int]:

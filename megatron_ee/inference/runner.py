@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from megatron_ee.inference.launch import Launch
 from megatron_ee.inference.lean_layer import Attending, LeanLayer, LeanMlp, LeanNorm
+from megatron_ee.inference.products import Products
 from megatron_ee.inference.work import Work
 from megatron_ee.model.exit_head import ExitHead
 from megatron_ee.model.layers import Layer
@@ -22,18 +23,21 @@ class Runner:
 
     Args:
         vocab_size: of the tokenizer: logits of rows beyond it, which are padding, are left out.
+        packs: see `Product`.
 
     Attributes:
         work: what heads and projections have run; whoever makes launches counts those of layers.
     """
 
-    def __init__(self, stage: Stage, vocab_size: int) -> None:
+    def __init__(self, stage: Stage, vocab_size: int, *, packs: bool) -> None:
         self.stage, self._vocab_size = stage, vocab_size
         self.work = Work()
         self._group = stage.tp_group
-        self._layers = {int(number): _lean(layer, int(number), stage) for number, layer in stage.layers.items()}
-        self._exits = {int(layer): _Head(stage, int(layer), vocab_size) for layer in stage.exits}
         self._by_tensor_ranks = self._group.size() > 1
+        products = Products(packs=packs)
+        self._layers = {int(name): _lean(layer, int(name), stage, products) for name, layer in stage.layers.items()}
+        rows = None if self._by_tensor_ranks else vocab_size
+        self._exits = {int(layer): _Head(stage, int(layer), rows, products) for layer in stage.exits}
 
     def embed(self, tokens_N: torch.Tensor) -> torch.Tensor:
         """Token ids (int64) to the hidden states [N, H] that enter layer 1."""
@@ -83,8 +87,8 @@ class Runner:
         if head.temperature != 1.0:
             features_NH = features_NH / head.temperature
         if not self._by_tensor_ranks:
-            return linear(features_NH, head.rows)
-        share_NV = linear(features_NH, head.weight)
+            return head.product(features_NH)
+        share_NV = head.product(features_NH)
         shares = share_NV.new_empty(self._group.size() * len(share_NV), share_NV.shape[1])
         dist.all_gather_into_tensor(shares, share_NV, group=self._group)
         return shares.view(-1, *share_NV.shape).transpose(0, 1).flatten(1)[:, : self._vocab_size]
@@ -99,17 +103,22 @@ class Runner:
 
 
 class _Head:
-    """An exit's parameters, as they are used here."""
+    """An exit's parameters, as they are used here.
 
-    def __init__(self, stage: Stage, layer: int, vocab_size: int) -> None:
+    Args:
+        rows: how many of the projection's are used; None: all.
+    """
+
+    def __init__(self, stage: Stage, layer: int, rows: int | None, products: Products) -> None:
         head, config = stage.head(layer), stage.config
         eps, group = config.layernorm_epsilon, stage.tp_group
         self.reads_attention = stage.tap_of(layer).site == "attention"
         self.temperature = head.temperature
-        self.weight = stage.projection_weight(layer)
-        self.rows = self.weight[:vocab_size]
-        self.block = _lean(head.block, config.num_layers + layer, stage) if head.attends else None
-        self._mlp = LeanMlp(head.pre_mlp_layernorm, head.mlp, eps, group) if head.kind == "mlp" else None
+        self.product = products.of(stage.projection_weight(layer)[:rows])
+        self.block = _lean(head.block, config.num_layers + layer, stage, products) if head.attends else None
+        self._mlp = None
+        if head.kind == "mlp":
+            self._mlp = LeanMlp(head.pre_mlp_layernorm, head.mlp, eps, products, group)
         self._norm = _norm_of(head, stage, eps)
 
     def features(self, hidden_NH: torch.Tensor, launch: Launch | None) -> torch.Tensor:
@@ -127,6 +136,6 @@ def _norm_of(head: ExitHead, stage: Stage, eps: float) -> LeanNorm:
     return LeanNorm(norm, eps)
 
 
-def _lean(layer: torch.nn.Module, attention: int, stage: Stage) -> LeanLayer:
+def _lean(layer: torch.nn.Module, attention: int, stage: Stage, products: Products) -> LeanLayer:
     assert isinstance(layer, Layer)
-    return LeanLayer(layer, attention, stage.tp_group)
+    return LeanLayer(layer, attention, products, stage.tp_group)

@@ -42,11 +42,9 @@ class StaticRows:
     def begin(self) -> None:
         """Compute what all layers share."""
         slots_N, positions_N, written_N = self._places_3N.unbind()
-        rooms, capacity = 2 * self._cache.heads, self._cache.capacity  # a head has one for keys and one for values
         self._slots_N = slots_N
-        self._cosine, self._sine = self._rotation.at(positions_N, self._cache.group)
-        rooms_X = torch.arange(rooms, device=slots_N.device)
-        self._written_X = ((slots_N[:, None] * rooms + rooms_X) * capacity + written_N[:, None]).flatten()
+        self._cosine, self._sine = self._rotation.at(positions_N)
+        self._written_NX = self._cache.places(slots_N, written_N)
         windows = {self._narrow(window) for window in self._cache.windows.values()}
         self._masks = {window: self._mask(window, positions_N) for window in windows}
 
@@ -54,8 +52,8 @@ class StaticRows:
         """As `Launch.attend`."""
         turned_NGXD = turn(qkv_NGXD, self._cosine, self._sine)
         room_PG2CD, head_dim = self._cache.of(attention), qkv_NGXD.shape[-1]
-        kv_XD = turned_NGXD[:, :, -2:].reshape(-1, head_dim)
-        room_PG2CD.view(-1, head_dim).index_copy_(0, self._written_X, kv_XD)
+        kv_NXD = turned_NGXD[:, :, -2:].reshape(-1, head_dim)
+        room_PG2CD.view(-1, head_dim).index_copy_(0, self._written_NX, kv_NXD)
         keys_NGTD, values_NGTD = self._read(room_PG2CD).unbind(2)
         mask = self._masks[self._narrow(self._cache.windows[attention])]
         context_NGRD = scaled_dot_product_attention(

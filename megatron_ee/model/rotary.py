@@ -74,26 +74,29 @@ def _turn(x_SBND: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, by:
 
 
 class RotationTable:
-    """All positions up to a capacity, for decoding: rows of it are picked a launch.
+    """All positions up to a capacity, for decoding: rows of it are picked a launch. It turns the R queries and the key
+    of a head, and leaves its value as it is: X = R + 2 vectors.
 
     Args:
-        dtype: of what will be rotated.
+        group: R.
+        dtype: of what will be turned.
     """
 
-    def __init__(self, rotary: Rotary, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rotary: Rotary, capacity: int, group: int, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
-        cosine, sine = (part.flatten(1) for part in rotary.at(torch.arange(capacity, device=device), dtype))
-        self._cosine_CD, self._sine_CD = torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
+        cosine_CD, sine_CD = (part.flatten(1) for part in rotary.at(torch.arange(capacity, device=device), dtype))
+        self._cosine_C1XD = _with_value(torch.cat((cosine_CD, cosine_CD), -1), group, value=1.0)
+        self._sine_C1XD = _with_value(torch.cat((-sine_CD, sine_CD), -1), group, value=0.0)
 
-    def at(self, positions_N: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a channel, and what the other channel of its pair, is multiplied by, of the R queries (`group`), the key
-        and the value of a head, which is left as it is: each [N, 1, R + 2, D]."""
-        num, head_dim = len(positions_N), self._cosine_CD.shape[1]
-        cosine_NXD = self._cosine_CD.new_ones(num, group + 2, head_dim)
-        sine_NXD = self._cosine_CD.new_zeros(num, group + 2, head_dim)
-        cosine_NXD[:, :-1] = self._cosine_CD[positions_N][:, None]
-        sine_NXD[:, :-1] = self._sine_CD[positions_N][:, None]
-        return cosine_NXD[:, None], sine_NXD[:, None]
+    def at(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a channel, and what the other channel of its pair, is multiplied by: each [N, 1, X, D]."""
+        return self._cosine_C1XD.index_select(0, positions_N), self._sine_C1XD.index_select(0, positions_N)
+
+
+def _with_value(part_CD: torch.Tensor, group: int, *, value: float) -> torch.Tensor:
+    part_CXD = part_CD[:, None].repeat(1, group + 2, 1)
+    part_CXD[:, -1] = value
+    return part_CXD[:, None]
 
 
 def turn(x_NGXD: torch.Tensor, cosine_N1XD: torch.Tensor, sine_N1XD: torch.Tensor) -> torch.Tensor:

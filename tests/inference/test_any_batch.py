@@ -162,3 +162,25 @@ def test_a_request_is_what_it_is_alone_and_keys_and_values_are_exact(mesh: Mesh,
             ]
     depths = {emission.exit_layer for text in run.texts.values() for emission in text}
     event(f"depths: {len(depths)}")
+
+
+@pytest.mark.parametrize("policy", KV_POLICIES)
+def test_what_overflowed_in_a_slot_does_not_reach_the_next_sequence(mesh: Mesh, policy: str) -> None:
+    """Beside a longer neighbour its attention masks out positions that the earlier sequence had."""
+    model = opened(whole_model(mesh, exits=[2, 5], dtype=torch.float64))
+    params = ExitParams.model_validate({"threshold": 0.025, "kv_policy": policy})
+    long, earlier, next_ = (
+        Request(tuple(_tokens(length, seed=length)), SamplingParams(max_new_tokens=8), params) for length in (12, 9, 2)
+    )
+    batch = Batch(model, slots=2, capacity=CAPACITY)
+    batch.add(long)
+    slot = batch.add(earlier)
+    for _ in range(2):
+        batch.step()
+    for number in batch.walk.cache.windows:
+        batch.walk.cache.of(number)[slot, :, :, : batch.walk.ledger.length(slot)] = torch.nan
+    batch.remove(slot)
+    assert batch.add(next_) == slot
+    text = [emission for _ in range(6) for of, emission in batch.step() if of == slot]
+    (alone,) = decode(Batch(model, slots=1, capacity=CAPACITY), [next_])
+    assert [(of.token, of.exit_layer) for of in text] == [(of.token, of.exit_layer) for of in alone[:6]]
