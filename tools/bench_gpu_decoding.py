@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from bench_gpu_vllm import VllmChild, is_vllm_installed
@@ -44,7 +45,10 @@ def decoding_measures(sizes: DecodingSizes, trainer: "Trainer", context: dict[st
     measures = []
     for batch in sizes.batches:
         measures += early_exit_measures(sizes, model, batch, context)
-    if is_vllm_installed() and next(model.stage.parameters()).is_cuda:
+    is_cuda = next(model.stage.parameters()).is_cuda
+    if is_cuda:
+        measures += [graphs_measure(sizes, model, batch, context) for batch in sizes.batches]
+    if is_vllm_installed() and is_cuda:
         with tempfile.TemporaryDirectory() as folder:
             write_huggingface(trainer, Path(folder))
             for batch in sizes.batches:
@@ -56,16 +60,11 @@ def early_exit_measures(
     sizes: DecodingSizes, model: "OpenedModel", batch: int, context: dict[str, Any]
 ) -> list[Measure]:
     """Full depth, and exits of this threshold over it."""
-    depths: list[int] = []
-
-    def decode(params: ExitParams) -> float:
-        started = time.perf_counter()
-        depths[:] = generate(model, batch, sizes.new_tokens, params)
-        return time.perf_counter() - started
-
+    decoding = Decoding(model, batch, sizes.new_tokens)
     exiting = ExitParams(threshold=THRESHOLD)
-    rounds = take_turns(sizes.rounds, lambda: decode(FULL), lambda: decode(exiting))
-    decode(exiting)
+    rounds = take_turns(sizes.rounds, lambda: decoding.seconds(FULL), lambda: decoding.seconds(exiting))
+    decoding.seconds(exiting)
+    depths = decoding.depths
     by_exit = {str(layer): depths.count(layer) for layer in sorted(set(depths))}
     context = context | {"batch": batch}
     exits = context | {"threshold": THRESHOLD, "mean_depth": statistics.mean(depths), "tokens_by_exit": by_exit}
@@ -78,18 +77,25 @@ def early_exit_measures(
     ]
 
 
+def graphs_measure(sizes: DecodingSizes, model: "OpenedModel", batch: int, context: dict[str, Any]) -> Measure:
+    """Full depth through CUDA graphs, over full depth without."""
+    from megatron_ee.inference import depth_walk
+
+    with patch.object(depth_walk, "capture_on", return_value=None):
+        without = Decoding(model, batch, sizes.new_tokens)
+    having = Decoding(model, batch, sizes.new_tokens)
+    rounds = take_turns(sizes.rounds, lambda: without.seconds(FULL), lambda: having.seconds(FULL))
+    name, speed = f"decode_speed_ratio_cuda_graphs_batch_{batch}", [1 / ratio for ratio in rounds.paired]
+    return measure_of(name, speed, "higher", rounds.aa, context | {"batch": batch})
+
+
 def vllm_measure(
     sizes: DecodingSizes, model: "OpenedModel", folder: Path, batch: int, context: dict[str, Any]
 ) -> Measure:
     """Our full depth over vLLM's, on the same prompts and the same parameters."""
+    decoding = Decoding(model, batch, sizes.new_tokens)
     with VllmChild(folder, prompts(batch), sizes.new_tokens) as vllm:
-
-        def ours() -> float:
-            started = time.perf_counter()
-            generate(model, batch, sizes.new_tokens, FULL)
-            return time.perf_counter() - started
-
-        rounds = take_turns(sizes.rounds, ours, vllm.seconds)
+        rounds = take_turns(sizes.rounds, lambda: decoding.seconds(FULL), vllm.seconds)
         context = context | {"batch": batch, "vllm": vllm.version}
     return measure_of(f"decode_speed_ratio_vllm_batch_{batch}", rounds.paired, "higher", rounds.aa, context)
 
@@ -108,15 +114,31 @@ def prompts(batch: int) -> list[list[int]]:
     return [[(start + step) % PERIOD for step in range(PERIOD // 2 + start % 8)] for start in range(batch)]
 
 
-def generate(model: "OpenedModel", batch: int, new_tokens: int, params: ExitParams) -> list[int]:
-    """The exit layer of each new token. Choices reach the host step by step, so no clock runs ahead."""
-    from megatron_ee.inference.batch import Batch
-    from megatron_ee.inference.request import Request
+class Decoding:
+    """The same requests again and again in one batch, whose graphs are recorded in the first round.
 
-    decoding = Batch(model, slots=batch, capacity=PERIOD + new_tokens)
-    for prompt in prompts(batch):
-        decoding.add(Request(tuple(prompt), SamplingParams(max_new_tokens=new_tokens), params))
-    return [emission.exit_layer for _ in range(new_tokens) for _, emission in decoding.step()]
+    Attributes:
+        depths: the exit layer of each new token of the last time.
+    """
+
+    def __init__(self, model: "OpenedModel", batch: int, new_tokens: int) -> None:
+        from megatron_ee.inference.batch import Batch
+
+        self._batch = Batch(model, slots=batch, capacity=PERIOD + new_tokens)
+        self._new_tokens, self._size = new_tokens, batch
+        self.depths: list[int] = []
+
+    def seconds(self, params: ExitParams) -> float:
+        """Choices reach the host step by step, so no clock runs ahead."""
+        from megatron_ee.inference.request import Request
+
+        started = time.perf_counter()
+        sampling = SamplingParams(max_new_tokens=self._new_tokens)
+        slots = [self._batch.add(Request(tuple(prompt), sampling, params)) for prompt in prompts(self._size)]
+        self.depths = [emission.exit_layer for _ in range(self._new_tokens) for _, emission in self._batch.step()]
+        for slot in slots:
+            self._batch.remove(slot)
+        return time.perf_counter() - started
 
 
 def write_huggingface(trainer: "Trainer", folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.cuda_graphs import SegmentGraphs, capture_on
 from megatron_ee.inference.kv_cache import KeyValueCache
 from megatron_ee.inference.launch import Launch, SequenceRows
 from megatron_ee.inference.ledger import DepthLedger
@@ -36,12 +37,14 @@ class DepthWalk:
         self._like = parameter
         self._exits = tuple(exits)
         self.ledger = DepthLedger((0, *exits, self._num_layers))
-        self.cache = KeyValueCache(stage, slots, capacity)
+        capture = capture_on(parameter.device, stage.tp_group)
+        self.cache = KeyValueCache(stage, slots, capacity if capture is None else capacity + 1)
         rotary = Rotary(stage.model, parameter.device)
         self._rotation = RotationTable(rotary, capacity, self.cache.group, parameter.dtype, parameter.device)
         self._states = WaitingStates(slots, min(room, capacity), stage.model.hidden_size, parameter)
         self.work = Work()
         self._recent: Launch | None = None
+        self._graphs = None if capture is None else SegmentGraphs(runner, self.cache, self._rotation, capture)
 
     def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> "Arrival":
         """Append tokens to sequences, by slot, and run them up to `stop`."""
@@ -82,7 +85,7 @@ class DepthWalk:
 
     def _run(self, launch: Launch, x_NH: torch.Tensor, start: int, stop: int) -> "Arrival":
         rows = launch.rows
-        y_NH, taps = self._runner.run(x_NH, launch, start, stop)
+        y_NH, taps = (self._graphs or self._runner).run(x_NH, launch, start, stop)
         self.work.launches[start, stop] += 1
         self.work.rows[start, stop] += launch.num_rows
         self._arrive(rows, start, stop)

@@ -7,6 +7,7 @@ Shapes: N rows, H hidden size, G key-value heads of this rank, R query heads of 
 """
 
 from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,14 @@ class LeanMlp:
         return self._down.added_to(x_NH, silu(gate).mul_(up))
 
 
+class Attending(Protocol):
+    """Where rows are, and what their attentions see."""
+
+    def attend(self, attention: int, qkv_NGXD: torch.Tensor, scale: float) -> torch.Tensor:
+        """See `Launch.attend`."""
+        ...
+
+
 class LeanLayer:
     """
     Args:
@@ -88,7 +97,7 @@ class LeanLayer:
         if inner.q_layernorm is not None:
             self._head_norms = LeanNorm(inner.q_layernorm, eps), LeanNorm(inner.k_layernorm, eps)
 
-    def __call__(self, x_NH: torch.Tensor, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, x_NH: torch.Tensor, launch: Attending) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output, and the residual stream after its attention; both [N, H]."""
         qkv_NGXD = self._qkv(self._norm(x_NH)).view(-1, *self._heads)
         if self._head_norms is not None:

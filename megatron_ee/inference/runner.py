@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.nn.functional import embedding
 
 from megatron_ee.inference.launch import Launch
-from megatron_ee.inference.lean_layer import LeanLayer, LeanMlp, LeanNorm
+from megatron_ee.inference.lean_layer import Attending, LeanLayer, LeanMlp, LeanNorm
 from megatron_ee.inference.products import Products
 from megatron_ee.inference.work import Work
 from megatron_ee.model.exit_head import ExitHead
@@ -48,7 +48,7 @@ class Runner:
         return embedding(tokens_N, table.weight)
 
     def run(
-        self, x_NH: torch.Tensor, launch: Launch, start: int, stop: int
+        self, x_NH: torch.Tensor, launch: Attending, start: int, stop: int
     ) -> tuple[torch.Tensor, Mapping[int, torch.Tensor]]:
         """Run layers `start + 1` to `stop`. Returns the output [N, H], and what each exit on the way reads."""
         taps = {}

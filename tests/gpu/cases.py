@@ -4,6 +4,7 @@ import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from helpers.decoding import decode, full_logits, keys_and_values, opened, request, texts_of, tokens_of
@@ -14,6 +15,7 @@ from helpers.tiny import VOCAB_SIZE
 from megatron_ee.checkpoint.staging import Staging
 from megatron_ee.config import Config, ExitParams, ParallelConfig
 from megatron_ee.device import Device, choose_device
+from megatron_ee.inference import depth_walk
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.depth_walk import DepthWalk
 from megatron_ee.inference.loading import load_model
@@ -159,7 +161,33 @@ def decoded_at_mixed_depths(name: DeviceName, policy: str) -> dict[str, Any]:
     return {
         "texts": [[(emission.token, emission.exit_layer) for emission in text] for text in texts],
         "distance": distance,
-        "device": batch.walk.cache.of(1)[0].device.type,
+        "device": batch.walk.cache.of(1).device.type,
+    }
+
+
+def decoded_through_graphs(name: DeviceName) -> dict[str, Any]:
+    """A ragged batch at mixed depths, with CUDA graphs where they are and without them."""
+    model = _opened(name)
+    full = {layer: full_logits(model.stage, _tokens(41), layer).softmax(-1).amax(-1) for layer in EXITS}
+    params = ExitParams(thresholds={layer: float(of.median()) for layer, of in full.items()})
+    requests = [request(_tokens(length, seed=length), params, max_new_tokens=24) for length in (50, 9, 1)]
+
+    def run() -> tuple[Batch, list[list[tuple[int, int]]]]:
+        batch = Batch(model, slots=4, capacity=96)
+        texts = decode(batch, requests)
+        batch.flush(range(3))
+        return batch, [[(emission.token, emission.exit_layer) for emission in text] for text in texts]
+
+    batch, texts = run()
+    with patch.object(depth_walk, "capture_on", return_value=None):
+        plain, plain_texts = run()
+    both = [(batch.walk.cache.of(number), plain.walk.cache.of(number)) for number in range(1, 9)]
+    graphs = batch.walk._graphs
+    return {
+        "same": texts == plain_texts,
+        "depths": sorted({layer for text in texts for _, layer in text}),
+        "distance": max(_distance(ours_PG2CD[:, :, :, :96], theirs_PG2CD) for ours_PG2CD, theirs_PG2CD in both),
+        "graphs": 0 if graphs is None else graphs.num_graphs,
     }
 
 

@@ -18,6 +18,13 @@ def test_rows_that_leave_at_mixed_depths_are_caught_up_exactly(place: Place, pol
     assert result["distance"] <= 1e-4
 
 
+def test_graphs_change_nothing(place: Place) -> None:
+    (result,) = place.run(1, cases.decoded_through_graphs)
+    assert result["depths"] == [2, 5, 8], "the case is to mix depths"
+    assert result["same"] and result["distance"] <= 1e-4
+    assert (result["graphs"] > 0) == (place.device == "cuda")
+
+
 def test_thresholds_decide_where_tokens_leave(place: Place) -> None:
     (answers,) = place.run(1, cases.generated)
     assert answers["threshold 1"] == answers["full"]
