@@ -85,7 +85,7 @@ def _launch(model: "OpenedModel", sizes: Sizes, shape: tuple[int, int]) -> "Laun
     parameter = next(stage.parameters())
     cache = KeyValueCache(stage, sizes.sequences, sizes.capacity)
     rotary = Rotary(stage.model, parameter.device)
-    rotation = RotationTable(rotary, sizes.capacity, parameter.dtype, parameter.device)
+    rotation = RotationTable(rotary, sizes.capacity, cache.group, parameter.dtype, parameter.device)
     length = max(each, sizes.prompt_length + sizes.new_tokens // 2)
     return Launch([SequenceRows(slot, range(length - each, length)) for slot in range(sequences)], cache, rotation)
 

@@ -26,8 +26,8 @@ def room_for(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 
 class Arena:
-    """Room for tensors that lie one after the other; it lasts as long as any of them. What is never written is zero, and
-    takes no memory yet."""
+    """Room for tensors that lie one after the other; it lasts as long as any of them. What was never written is zero,
+    and takes no memory yet."""
 
     def __init__(self, num_bytes: int) -> None:
         memory = mmap.mmap(-1, num_bytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

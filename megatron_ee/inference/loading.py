@@ -9,7 +9,7 @@ from megatron_ee.checkpoint.description import Description
 from megatron_ee.checkpoint.folders import CheckpointError, is_huggingface
 from megatron_ee.checkpoint.models import has_tokenizer
 from megatron_ee.checkpoint.sharded import differences, model_state, shape_of_trunk
-from megatron_ee.checkpoint.sources import open_source
+from megatron_ee.checkpoint.sources import ModelSource, open_source
 from megatron_ee.config import Config, ParallelConfig
 from megatron_ee.device import Device
 from megatron_ee.inference.borders import stop_token_ids, tokens_before_text
@@ -20,7 +20,7 @@ from megatron_ee.inference.weight_layout import arrange_weights
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.layout import place
-from megatron_ee.parallel.mesh import launched_ranks, open_mesh
+from megatron_ee.parallel.mesh import Mesh, launched_ranks, open_mesh
 from megatron_ee.parallel.world import MeshError
 from megatron_ee.plugins import load_plugins
 from megatron_ee.tokenizer import BYTES, Tokenizer, open_tokenizer
@@ -49,8 +49,25 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
         tokenizer = open_tokenizer(str(folder) if has_tokenizer(folder) else config.data.tokenizer)
     else:
         tokenizer = open_checkpoint_tokenizer(folder, description)
-    stops = stop_token_ids(folder, tokenizer)
     _check_split(description, parallel.tensor)
+    stage = _load_stage(source, description, mesh, device, dtype)
+    added = load_plugins(config.plugins).exit_measures
+    return OpenedModel(
+        stage,
+        tokenizer,
+        tuple(description.exits.layers),
+        {**MEASURES, **{name: measure_of_logits(measure) for name, measure in added.items()}},
+        stop_token_ids=stop_token_ids(folder, tokenizer),
+        begin=tokens_before_text(folder, tokenizer),
+        max_positions=description.model.max_position_embeddings,
+        packs_weights=config.inference.pack_weights,
+    )
+
+
+def _load_stage(
+    source: ModelSource, description: Description, mesh: Mesh, device: Device, dtype: torch.dtype | None
+) -> Stage:
+    """The whole model, laid out for decoding."""
     (chunks,) = place(description.model, description.exits, ParallelConfig())
     stage = Stage(
         description.model,
@@ -66,17 +83,7 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
     if dtype is not None:
         _convert(stage, dtype)
     arrange_weights(stage)
-    added = load_plugins(config.plugins).exit_measures
-    return OpenedModel(
-        stage,
-        tokenizer,
-        tuple(description.exits.layers),
-        {**MEASURES, **{name: measure_of_logits(measure) for name, measure in added.items()}},
-        stop_token_ids=stops,
-        begin=tokens_before_text(folder, tokenizer),
-        max_positions=description.model.max_position_embeddings,
-        packs_weights=config.inference.pack_weights,
-    )
+    return stage
 
 
 def open_checkpoint_tokenizer(folder: Path, description: Description) -> Tokenizer:
