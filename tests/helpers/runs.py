@@ -69,6 +69,12 @@ def train(config: Config, until: int | None = None, *, save: bool = False) -> di
     return {"started_at": started_at, "figures": records.figures, "parameters": parameters}
 
 
+def train_and_save(config: Config) -> None:
+    """On each rank: a run whose checkpoint is all that is wanted. (Not in the tests' own process: a run sets up how the
+    process logs, and leaves the threads of its groups.)"""
+    train(config, save=True)
+
+
 def refusal(config: Config) -> str:
     """On each rank: what a config is refused for, when a run is built."""
     try:

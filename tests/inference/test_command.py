@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 from helpers.ranks import RankPool
-from helpers.runs import run_config, train, write_small_dataset
+from helpers.runs import run_config, train_and_save, write_small_dataset
 
 from megatron_ee.inference.__main__ import main, split_settings
 from megatron_ee.parallel.mesh import Mesh
@@ -23,11 +23,11 @@ SHORT = ("inference.sampling.max_new_tokens=6", "inference.sampling.ignore_eos=t
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, mesh: Mesh) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, mesh: Mesh, ranks: RankPool) -> Path:
     """A run whose exits after layers 2 and 5 know a little."""
     folder = tmp_path_factory.mktemp("command")
     write_small_dataset(folder)
-    train(run_config(folder, training={"train_iters": 30}), save=True)
+    ranks.run(1, train_and_save, run_config(folder, training={"train_iters": 30}))
     return folder / "runs/tiny"
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 from helpers.huggingface import save_model
-from helpers.runs import run_config, train, write_small_dataset
+from helpers.ranks import RankPool
+from helpers.runs import run_config, train_and_save, write_small_dataset
 from helpers.tokenizers import write_bpe_folder, write_llama3_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -268,11 +269,11 @@ def test_a_wrong_line_does_not_end_a_session(
     assert re.fullmatch(r"prompts\.0: \d+ tokens, but the model has 48 positions\n", err)
 
 
-def test_a_run_is_opened_without_bos(tmp_path: Path, mesh: Mesh) -> None:
+def test_a_run_is_opened_without_bos(tmp_path: Path, mesh: Mesh, ranks: RankPool) -> None:
     """Beside a model that is open already; a run has seen documents, each after the end of another."""
     write_small_dataset(tmp_path)
     config = run_config(tmp_path, training={"train_iters": 1})
-    train(config, save=True)
+    ranks.run(1, train_and_save, config)
     for path in (tmp_path / "runs/tiny", tmp_path / "runs/tiny/checkpoints/step_00000001"):
         llm = LLM(path)
         texts = llm.generate(["early", ""], _sampling(ignore_eos=False), FIRST)

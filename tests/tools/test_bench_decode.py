@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.runs import run_config, train, write_small_dataset
+from helpers.ranks import RankPool
+from helpers.runs import run_config, train_and_save, write_small_dataset
 
 TOOL = Path(__file__).parents[2] / "tools/bench_decode.py"
 FIELDS = {"measure", "value", "goal", "better", "spread", "aa", "context"}
@@ -20,11 +21,11 @@ def _bench(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
     folder = tmp_path_factory.mktemp("decode")
     write_small_dataset(folder)
     config = run_config(folder, exits={"layers": [2, 5], "gate": "linear"}, training={"train_iters": 1})
-    train(config, save=True)
+    ranks.run(1, train_and_save, config)
     return folder / "runs/tiny"
 
 

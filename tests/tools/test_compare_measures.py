@@ -12,9 +12,8 @@ from helpers.confidences import said_at_exits
 from helpers.decoding import opened
 from helpers.models import whole_model
 from helpers.ranks import RankPool
-from helpers.runs import run_config, train, write_small_dataset
+from helpers.runs import run_config, train_and_save, write_small_dataset
 
-from megatron_ee.config import Config
 from megatron_ee.errors import UserError
 from megatron_ee.parallel.mesh import Mesh
 
@@ -107,12 +106,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
         exits: dict[str, Any] = {"layers": [2, 5], "gate": gate, "gate_loss": {"target": "final"}}
         training = {"train_iters": 3}
         config = run_config(folder, name=name, exits=exits, training=training, data={"split": [0.7, 0.3, 0.0]})
-        ranks.run(1, _train_and_save, config)
+        ranks.run(1, train_and_save, config)
     return folder
-
-
-def _train_and_save(config: Config) -> None:
-    train(config, save=True)
 
 
 def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -94,7 +94,9 @@ def test_figures_of_gates(folder: Path, ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("saving", "loading"), [({}, {"tensor": 2}), ({"tensor": 2, "sequence": True}, {"pipeline": 2})], ids=str
+    ("saving", "loading"),
+    [({}, {"tensor": 2}), pytest.param({"tensor": 2, "sequence": True}, {"pipeline": 2}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_gates_are_saved_and_loaded_in_any_layout(
     folder: Path, ranks: RankPool, saving: dict[str, Any], loading: dict[str, Any]

@@ -176,7 +176,8 @@ def _run_until_killed(config: Path, iteration: int) -> int:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 2])
 def test_a_run_killed_and_resumed_has_one_continuous_record(folder: Path, ranks: RankPool, kills: int) -> None:
     pytest.importorskip("tensorboard")
     logs = {"interval": 1, "tensorboard": True}

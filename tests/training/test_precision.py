@@ -44,7 +44,7 @@ def _config(folder: Path, name: str, precision: str, parallel: dict[str, Any], *
         pytest.param("one", "fp16", marks=pytest.mark.slow),
         pytest.param("pipeline", "bf16", marks=pytest.mark.slow),
         ("pipeline", "fp16"),
-        ("tensor", "bf16"),
+        pytest.param("tensor", "bf16", marks=pytest.mark.slow),
         pytest.param("tensor", "fp16", marks=pytest.mark.slow),
     ],
 )

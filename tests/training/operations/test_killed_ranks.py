@@ -63,7 +63,7 @@ def _is_saving(checkpoints: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("local_rank", [0, 1])
+@pytest.mark.parametrize("local_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_killed_while_it_saves_costs_nothing_but_time(
     start_run: Callable[..., Any], undisturbed: Losses, local_rank: int
 ) -> None:
