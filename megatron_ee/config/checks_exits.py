@@ -38,13 +38,28 @@ def apart_from_final(layer: int, own: tuple[int, int], final: tuple[int, int], *
 
 
 def unknown_exits(params: "ExitParams", exits: Sequence[int]) -> Problems:
-    """What a request names beside a model's exits."""
-    named = [(f"exits.{number}", layer) for number, layer in enumerate(params.exits or ())]
-    named += [(f"thresholds.{layer}", layer) for layer in params.thresholds]
+    """What a request names or needs beside a model's exits."""
+    named = [(f"thresholds.{layer}", layer) for layer in params.thresholds]
+    for field, layers in (
+        ("exits", params.exits),
+        ("sled.layers", params.sled.layers),
+        ("dola.layers", params.dola.layers),
+    ):
+        named += [(f"{field}.{number}", layer) for number, layer in enumerate(layers or ())]
+    if params.draft_exit != "auto":
+        named.append(("draft_exit", params.draft_exit))
     for field, layer in named:
         if layer not in exits:
             others = f", only after {list(exits)}" if exits else ": exits.layers is empty"
             yield f"inference.exit.{field}", f"there is no exit after layer {layer}{others}"
+    if params.mode == "speculative" and not params.may_draft(exits):
+        yield "inference.exit.mode", f"speculative, but {_none_of(exits)} may draft"
+    if params.mode in ("sled", "dola") and not params.heard(exits):
+        yield "inference.exit.mode", f"{params.mode}, but {_none_of(exits)} is listened to"
+
+
+def _none_of(exits: Sequence[int]) -> str:
+    return f"none of the exits after layers {list(exits)}" if exits else "no exit is there, so none"
 
 
 def exits_problems(exits: "ExitsConfig") -> Problems:

@@ -60,10 +60,38 @@ class SamplingParams(Section):
         return self
 
 
-class ExitParams(Section):
-    """How one request may exit; the same object in Python, in YAML and over HTTP."""
+class SledParams(Section):
+    """Self Logits Evolution Decoding (arXiv 2411.02433): what the exits' logits grew into corrects the final ones."""
 
-    mode: Literal["full", "early_exit"] = "early_exit"
+    layers: Layers | None = Field(None, description="the exits that are listened to; default: all of the model's")
+    alpha: NonNegativeFloat = Field(2.0, description="evolution rate: how far the logits move; 0: not at all")
+    top_k: PositiveInt = Field(10, description="evolution scale: so many of the likeliest tokens stay in the race")
+    steps: PositiveInt = Field(1, description="evolution steps, each shorter than the one before")
+    lower_bound: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        -1000.0, description="logit of all tokens beyond the top_k"
+    )
+    norm: bool = Field(True, description="an exit's own head; false: its layer's output, projected as it is")
+
+
+class DolaParams(Section):
+    """Decoding by Contrasting Layers (arXiv 2309.03883): what the last layers add to the exit that differs most."""
+
+    layers: Layers | None = Field(None, description="the exits to choose from; default: all of the model's")
+    relative_top: Probability = Field(
+        0.1, description="tokens below this share of the likeliest one's probability are ruled out"
+    )
+    lower_bound: Annotated[float, Field(allow_inf_nan=False)] = Field(-1000.0, description="logit of those ruled out")
+    norm: bool = Field(True, description="an exit's own head; false: its layer's output, projected as it is")
+
+
+class ExitParams(Section):
+    """How one request uses exits; the same object in Python, in YAML and over HTTP."""
+
+    mode: Literal["full", "early_exit", "speculative", "sled", "dola"] = Field(
+        "early_exit",
+        description="full: no exit; early_exit: a token leaves where it is confident; speculative: an exit drafts what "
+        "full depth verifies, with the tokens of full; sled, dola: full depth, corrected by the exits",
+    )
     measure: str = Field(
         "max_probability",
         description="confidence of an exit: max_probability, margin, entropy, cosine, gate (its own, see exits.gate), "
@@ -83,10 +111,41 @@ class ExitParams(Section):
         description="missing keys and values: recompute and fill are exact; propagate is not, and saves arithmetic",
     )
     max_pending: PositiveInt = Field(256, description="positions with missing KV before a catch-up pass")
+    draft_exit: PositiveInt | Literal["auto"] = Field(
+        "auto", description="the exit that drafts; auto: whichever of those that may fire gains most, as texts go on"
+    )
+    draft_length: PositiveInt | Literal["auto"] = Field(
+        "auto", description="most tokens drafted at a time; auto: as acceptance pays, none where it does not"
+    )
+    draft_threshold: Probability = Field(0.0, description="a draft ends before a token that is less probable")
+    sled: SledParams = SledParams()
+    dola: DolaParams = DolaParams()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.draft_length != "auto" and self.draft_length > self.max_pending:
+            message = f"{self.draft_length} must be at most max_pending = {self.max_pending}"
+            raise InvalidFieldsError([("draft_length", message)])
+        return self
+
+    def may_draft(self, exits: Iterable[int]) -> tuple[int, ...]:
+        """Those of a model's exits that draft, ascending."""
+        if self.mode != "speculative":
+            return ()
+        if self.draft_exit != "auto":
+            return (self.draft_exit,)
+        return tuple(layer for layer in sorted(exits) if self._allows(layer))
+
+    def heard(self, exits: Iterable[int]) -> tuple[int, ...]:
+        """Those of a model's exits that correct the final logits, ascending."""
+        if self.mode not in ("sled", "dola"):
+            return ()
+        layers = (self.sled if self.mode == "sled" else self.dola).layers
+        return tuple(sorted(exits if layers is None else layers))
 
     def may_fire(self, exits: Iterable[int]) -> dict[int, float]:
         """Those of a model's exits that may fire, ascending, and the confidence that each needs."""
-        if self.mode == "full":
+        if self.mode != "early_exit":
             return {}
         needed = {layer: self.thresholds.get(layer, self.threshold) for layer in sorted(exits)}
         may_fire = {layer: threshold for layer, threshold in needed.items() if self._allows(layer) and threshold < 1}
