@@ -66,7 +66,7 @@ def test_modes_share_a_batch(model: OpenedModel) -> None:
     requests = [request(prompt, mode) for prompt, mode in zip(prompts(6, 1), modes, strict=True)]
     alone = [texts_of(model, [of])[0] for of in requests]
     assert [tokens_of(text) for text in texts_of(model, requests)] == [tokens_of(text) for text in alone]
-    assert [text for text in texts_of(model, requests[2:3])] == [alone[2]]
+    assert texts_of(model, requests[2:3]) == [alone[2]]
 
 
 def test_a_batch_at_full_depth_and_drafts_leaves_the_same_keys_and_values(model: OpenedModel) -> None:
