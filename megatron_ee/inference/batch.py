@@ -124,6 +124,7 @@ class Batch:
             last = 1 if sequence.rule.kv_policy == "propagate" else self._chunk
             while len(sequence.unfed) > last:
                 self.walk.enter({slot: sequence.take(min(self._chunk, len(sequence.unfed) - last))}, self._num_layers)
+                self.walk.work.prefills += 1
 
     def _groups(self) -> Iterator[list[int]]:
         """Sequences that go on, so many at a time that no launch has more new rows than a chunk."""
@@ -210,7 +211,7 @@ class Batch:
         with _named(list(drafts)):
             texts = speak_of_drafts(asked.of(range(len(plain), len(asked.logits))), sequences)
         for (slot, sequence), text in zip(zip(drafts, sequences, strict=True), texts, strict=True):
-            self.walk.take_back(slot, sequence.num_positions)
+            self.walk.work.taken_back += self.walk.take_back(slot, sequence.num_positions)
             emitted += [(slot, emission) for emission in text]
         return emitted
 

@@ -38,7 +38,7 @@ class Session:
             if turn == piece.index:
                 turn += 1
                 print(self._text_of(prompts[piece.index]), end="")
-            print(self._painter.paint(piece.text, piece.emission.exit_layer), end="", flush=True)
+            print(self._painter.paint(piece.text, piece.emission), end="", flush=True)
             if piece.finish_reason is not None:
                 print("\n", flush=True)
 
@@ -65,7 +65,7 @@ class Session:
             started, before = time.perf_counter(), len(self._emissions)
             try:
                 for piece in self._counted(self._llm.stream(prompt)):
-                    print(self._painter.paint(piece.text, piece.emission.exit_layer), end="", flush=True)
+                    print(self._painter.paint(piece.text, piece.emission), end="", flush=True)
             except KeyboardInterrupt:
                 print(" (stopped)", end="")
             except UserError as error:
@@ -128,6 +128,8 @@ def _record(prompt: Prompt, completion: Completion) -> dict[str, Any]:
         "tokens": completion.tokens,
         "exit_layers": completion.exit_layers,
         "confidences": completion.confidences,
+        "draft_exits": [emission.draft_exit for emission in completion.emissions],
+        "acceptance": completion.acceptance,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
     }

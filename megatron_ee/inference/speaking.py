@@ -67,9 +67,11 @@ def _say_all(sequence: DecodingSequence, choices: Sequence[Choice], asked: Asked
         logits_V = asked.logits[first_row + place] if sequence.wants_passed else None
         if place < len(draft.passed):
             sequence.passed[draft.layer] = draft.passed[place]
-        is_drafted = place < accepted
-        discarded = 0 if is_drafted else len(draft.tokens) - accepted
-        emissions.append(_say(sequence, choice, asked.layer, 1.0, logits_V, is_drafted, discarded))
+        if place < accepted:
+            emissions.append(_say(sequence, choice, asked.layer, 1.0, logits_V, draft.layer))
+        else:
+            discarded = len(draft.tokens) - accepted
+            emissions.append(_say(sequence, choice, asked.layer, 1.0, logits_V, discarded=discarded))
     return emissions
 
 
@@ -79,7 +81,7 @@ def _say(
     layer: int,
     confidence: float,
     logits_V: torch.Tensor | None,
-    drafted: bool = False,
+    draft_exit: int | None = None,
     discarded: int = 0,
 ) -> Emission:
     by_exit = None
@@ -87,9 +89,7 @@ def _say(
         passed = {**sequence.passed, layer: logits_V}
         by_exit = {exit_layer: _logprobs(of_V, choice, sequence.draws) for exit_layer, of_V in passed.items()}
     sequence.say(choice.token)
-    return Emission(
-        choice.token, layer, confidence, choice.logprobs, by_exit, sequence.finish, drafted=drafted, discarded=discarded
-    )
+    return Emission(choice.token, layer, confidence, choice.logprobs, by_exit, sequence.finish, draft_exit, discarded)
 
 
 def _logprobs(logits_V: torch.Tensor, choice: Choice, draws: Draws) -> Logprobs:
