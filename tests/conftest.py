@@ -1,5 +1,6 @@
 """Tests run on the CPU. Processes for multi-rank tests are started once per session and run many cases."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,15 @@ quiet_dependencies()
 _CPU = choose_device("cpu")
 
 from megatron_ee.parallel.mesh import Mesh, close_mesh, open_mesh  # noqa: E402  (needs a chosen device)
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_left_as_it_was() -> Iterator[None]:
+    """A run that is built in this process, instead of in ranks, sets up logging for every test after it."""
+    logger = logging.getLogger("megatron_ee")
+    yield
+    left, logger.handlers[:], logger.propagate = list(logger.handlers), [], True
+    assert not left, "this test left handlers on the project's logger"
 
 
 @pytest.fixture(scope="session")

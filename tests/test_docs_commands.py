@@ -47,7 +47,7 @@ data:
 """,
 }
 
-SLOW = ("recipes", "huggingface")  # five runs; five programs, which other tests call without starting them
+SLOW = ("recipes", "huggingface", "operations")  # many runs and programs, which other tests call without starting them
 
 SBATCH = """#!/bin/sh
 echo "$@" >> submitted

@@ -4,19 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.runs import run_config, train, write_small_dataset
-
-from megatron_ee.parallel.mesh import Mesh
+from helpers.ranks import RankPool
+from helpers.runs import run_config, train_and_save, write_small_dataset
 
 PAGE = Path(__file__).parent.parent / "docs/decoding.md"
 EXAMPLES = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def test_its_examples_run_one_after_the_other(
-    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ranks: RankPool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_small_dataset(tmp_path)
-    train(run_config(tmp_path, name="demo", training={"train_iters": 1}), save=True)
+    ranks.run(1, train_and_save, run_config(tmp_path, name="demo", training={"train_iters": 1}))
     monkeypatch.chdir(tmp_path)
     examples, names = EXAMPLES.findall(PAGE.read_text()), {}
     assert len(examples) == 2

@@ -1,6 +1,7 @@
 """A batch of sequences that decode together, each token as deep as it needs to go."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -10,13 +11,16 @@ from megatron_ee.inference.depth_walk import Arrival, DepthWalk
 from megatron_ee.inference.exit_decisions import ExitDecisions
 from megatron_ee.inference.exit_rule import ExitRule
 from megatron_ee.inference.opened import OpenedModel
-from megatron_ee.inference.request import Emission, Logprobs, Request
-from megatron_ee.inference.sampling import Choice, Draws, NoTokenError, check_sampling, choose, logprobs_of
+from megatron_ee.inference.request import Emission, Request
+from megatron_ee.inference.sampling import Draws, NoTokenError, check_sampling
 from megatron_ee.inference.sequences import DecodingSequence
+from megatron_ee.inference.speaking import speak, speak_of_drafts
+from megatron_ee.inference.speculation.drafter import Drafter
+from megatron_ee.inference.speculation.pace import Pace
 
 
 class Batch:
-    """Sequences join and leave at any time; a step is one token of each.
+    """Sequences join and leave at any time; a step is one token of each, or several of those that speculate.
 
     No token and no depth depends on who else is in the batch, nor on the policy that provides missing keys and values,
     if it is exact.
@@ -40,6 +44,7 @@ class Batch:
         room = max_pending + 1 + prefill_chunk
         self.walk = DepthWalk(model.runner, model.exits, slots=slots, capacity=capacity, room=room)
         self.decisions = ExitDecisions(model)
+        self._drafter = Drafter(self.walk)
         self._free = list(range(slots))
         self._sequences: dict[int, DecodingSequence] = {}
 
@@ -70,19 +75,21 @@ class Batch:
         if len(prompt) + limit - 1 > self._capacity:
             raise FieldError("prompt", f"{len(prompt)} + {limit} new tokens do not fit into {self._capacity} positions")
         slot = self._free.pop(0)
-        self.walk.ledger.open(slot, blocks=[layer for layer in rule.thresholds if model.runner.attends(layer)])
-        stops = rule.stops_at(model.exits)
-        self._sequences[slot] = DecodingSequence(request, rule, Draws(request), stops, limit, list(prompt))
+        self.walk.ledger.open(slot, blocks=[layer for layer in rule.asked if model.runner.attends(layer)])
+        stops, pace = rule.stops_at(model.exits), self._pace_of(request, rule)
+        self._sequences[slot] = DecodingSequence(request, rule, Draws(request), stops, limit, list(prompt), pace)
         return slot
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Emission]]:
-        """One token of every sequence whose text goes on, by its slot. After one with `finish` there are no more.
+        """One token of every sequence whose text goes on, by its slot, or several, in order, of those that speculate.
+        After one with `finish` there are no more.
 
         Raises:
             NoTokenError: there is none to choose in some slots, which it names; the batch is of no use any more.
         """
         self._prefill()
+        self._drafter.draft(dict(self._going()))
         emitted = [emission for slots in self._groups() for emission in self._decode(slots)]
         if crowded := [slot for slot, of in self._going() if self.walk.ledger.pending(slot) > of.rule.max_pending]:
             self.walk.catch_up(crowded)
@@ -96,9 +103,16 @@ class Batch:
     def remove(self, slot: int) -> None:
         """Forget a sequence, finished or not; its slot is free."""
         del self._sequences[slot]
-        self.walk.cache.clear(slot, self.walk.ledger.length(slot))
+        self.walk.take_back(slot, 0)
         self.walk.ledger.close(slot)
         self._free = sorted((*self._free, slot))
+
+    def _pace_of(self, request: Request, rule: ExitRule) -> Pace | None:
+        if not rule.drafts:
+            return None
+        length = request.exit.draft_length
+        costs = {layer: self._model.draft_costs[layer] for layer in rule.drafts}
+        return Pace(costs, None if length == "auto" else length)
 
     def _going(self) -> list[tuple[int, DecodingSequence]]:
         return [(slot, sequence) for slot, sequence in self._sequences.items() if sequence.finish is None]
@@ -127,23 +141,28 @@ class Batch:
     def _decode(self, slots: Sequence[int]) -> list[tuple[int, Emission]]:
         """Segment after segment, with those that are still on their way."""
         self.walk.work.rounds += 1
+        self.walk.work.turns += len(slots)
         emitted: list[tuple[int, Emission]] = []
+        joins_at = {slot: self._sequences[slot].joins_at for slot in slots}
         going, start = list(slots), 0
         while going:
             stop = min(self._sequences[slot].next_stop(start, self._num_layers) for slot in going)
-            if start == 0:
-                arrival = self.walk.enter({slot: self._sequences[slot].take() for slot in going}, stop)
-            else:
-                fills = self._fills(going, start, stop, room=len(slots) - len(going))
-                arrival = self.walk.advance({**dict.fromkeys(going), **fills}, start, stop)
-            if stop == self._num_layers:
-                emitted += self._emit(arrival.ask(going), dict.fromkeys(going, 1.0))
-                break
-            leaving = self._let_out(arrival, [slot for slot in going if stop in self._sequences[slot].rule.thresholds])
-            emitted += leaving
-            going = [slot for slot in going if slot not in dict(leaving)]
+            moving = [slot for slot in going if joins_at[slot] <= start]
+            if moving:
+                arrival = self._move(moving, start, stop, room=len(slots) - len(going))
+                if stop == self._num_layers:
+                    return emitted + self._arrive(arrival, going)
+                leaving = self._let_out(arrival, [slot for slot in moving if stop in self._sequences[slot].rule.asked])
+                emitted += leaving
+                going = [slot for slot in going if slot not in dict(leaving)]
             start = stop
         return emitted
+
+    def _move(self, moving: Sequence[int], start: int, stop: int, *, room: int) -> Arrival:
+        if start == 0:
+            return self.walk.enter({slot: self._sequences[slot].take() for slot in moving}, stop)
+        fills = self._fills(moving, start, stop, room=room)
+        return self.walk.advance({**dict.fromkeys(moving), **fills}, start, stop)
 
     def _fills(self, going: Sequence[int], start: int, stop: int, *, room: int) -> Mapping[int, int]:
         """Pending positions of sequences that are not on their way here, for the slots of those that left."""
@@ -158,6 +177,9 @@ class Batch:
 
     def _let_out(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
         """The tokens of those sequences that leave at this exit."""
+        if heard := [slot for slot in slots if arrival.layer in self._sequences[slot].rule.heard]:
+            self._hear(arrival, heard)
+        slots = [slot for slot in slots if arrival.layer in self._sequences[slot].rule.thresholds]
         if not slots:
             return []
         asked = arrival.ask(slots)
@@ -166,28 +188,38 @@ class Batch:
         if not rows:
             return []
         leaving = {slots[row]: confidence for row, confidence in enumerate(confidences) if confidence is not None}
-        emitted = self._emit(asked.of(rows), leaving)
+        emitted = self._speak(asked.of(rows), leaving)
         self._propagate(leaving, arrival.layer)
         return emitted
 
-    def _emit(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission]]:
-        """A token for each sequence, of which the exit has a row each."""
-        sequences = [self._sequences[slot] for slot in confidences]
-        try:
-            choices = choose(asked.logits, [sequence.draws for sequence in sequences])
-        except NoTokenError as error:
-            raise NoTokenError([list(confidences)[row] for row in error.rows]) from error
-        emitted = []
-        for row, (slot, confidence) in enumerate(confidences.items()):
-            sequence, choice = sequences[row], choices[row]
-            by_exit = None
-            if sequence.request.sampling.exit_logprobs:
-                passed = {**sequence.passed, asked.layer: asked.logits[row]}
-                by_exit = {layer: _logprobs(logits_V, choice, sequence.draws) for layer, logits_V in passed.items()}
-            sequence.say(choice.token)
-            emission = Emission(choice.token, asked.layer, confidence, choice.logprobs, by_exit, sequence.finish)
-            emitted.append((slot, emission))
+    def _hear(self, arrival: Arrival, slots: Sequence[int]) -> None:
+        """What this exit says, of sequences whose final logits it corrects."""
+        asked = arrival.ask(slots)
+        for row, slot in enumerate(slots):
+            self._sequences[slot].passed[arrival.layer] = asked.logits[row]
+
+    def _arrive(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
+        """What full depth says: a token of each sequence, or of its draft what is right, and a token."""
+        drafts = {slot: draft.num_rows for slot in slots if (draft := self._sequences[slot].draft) is not None}
+        if not drafts:
+            return self._speak(arrival.ask(slots), dict.fromkeys(slots, 1.0))
+        plain = [slot for slot in slots if slot not in drafts]
+        asked = arrival.ask_last({**dict.fromkeys(plain, 1), **drafts})
+        emitted = self._speak(asked.of(range(len(plain))), dict.fromkeys(plain, 1.0)) if plain else []
+        sequences = [self._sequences[slot] for slot in drafts]
+        with _named(list(drafts)):
+            texts = speak_of_drafts(asked.of(range(len(plain), len(asked.logits))), sequences)
+        for (slot, sequence), text in zip(zip(drafts, sequences, strict=True), texts, strict=True):
+            self.walk.take_back(slot, sequence.num_positions)
+            emitted += [(slot, emission) for emission in text]
         return emitted
+
+    def _speak(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission]]:
+        """A token for each sequence, of which the exit has a row each."""
+        slots = list(confidences)
+        with _named(slots):
+            emissions = speak(asked, [self._sequences[slot] for slot in slots], list(confidences.values()))
+        return list(zip(slots, emissions, strict=True))
 
     def _propagate(self, slots: Collection[int], layer: int) -> None:
         """Provide what an exit leaves behind at once, where that is the policy and the text goes on."""
@@ -196,6 +228,10 @@ class Batch:
             self.walk.propagate(going, layer)
 
 
-def _logprobs(logits_V: torch.Tensor, choice: Choice, draws: Draws) -> Logprobs:
-    (logprobs,) = logprobs_of(logits_V[None], [choice.token], draws.params.logprobs or 0)
-    return logprobs
+@contextmanager
+def _named(slots: Sequence[int]) -> Iterator[None]:
+    """Names what is wrong by slots, not by rows."""
+    try:
+        yield
+    except NoTokenError as error:
+        raise NoTokenError([slots[row] for row in error.rows]) from error

@@ -71,6 +71,11 @@ class DepthWalk:
             if waiting := [slot for slot in slots if self.ledger.waiting(slot, start, stop)]:
                 self.advance(dict.fromkeys(waiting), start, stop)
 
+    def take_back(self, slot: int, length: int) -> None:
+        """Forget all but the first positions of a sequence."""
+        if positions := self.ledger.truncate(slot, length):
+            self.cache.clear(slot, positions)
+
     def propagate(self, slots: Sequence[int], start: int) -> None:
         """Give all layers above `start` the keys and values of the states that wait there, as they are. Not exact."""
         stop = self._num_layers
@@ -147,11 +152,15 @@ class Arrival:
 
     def ask(self, slots: Sequence[int]) -> AskedExit:
         """The exit at the last position of each of these sequences."""
-        rows = self.launch.last_rows_of(slots)
+        return self.ask_last(dict.fromkeys(slots, 1))
+
+    def ask_last(self, counts: Mapping[int, int]) -> AskedExit:
+        """The exit at so many last positions of sequences, by slot, one after the other."""
+        rows = self.launch.last_rows_of(counts)
         features_NH = None
         if self.runner.attends(self.layer):
             assert self.features is not None, "a sequence asks an exit that it has not named"
-            features_NH = pick(self.features.features_NH, self.features.launch.last_rows_of(slots))
+            features_NH = pick(self.features.features_NH, self.features.launch.last_rows_of(counts))
         return AskedExit(
             self.runner,
             self.layer,

@@ -27,7 +27,7 @@ class ExitDecisions:
             sequences: of the exit's rows; it may fire for each of them.
         """
         for row, sequence in enumerate(sequences):
-            if sequence.request.sampling.exit_logprobs:
+            if sequence.wants_passed:
                 sequence.passed[asked.layer] = asked.logits[row]
         confidences, choices = self._look(asked, sequences)
         leaving: list[float | None] = []

@@ -18,6 +18,8 @@ class ExitRule:
 
     Attributes:
         thresholds: the confidence that each exit that may fire needs, ascending by layer.
+        drafts: the exits that may draft.
+        heard: the exits that correct the final logits.
         measure: the name of what that confidence is.
         patience: so many exits in a row, the one that fires last, have to choose its token.
 
@@ -29,6 +31,7 @@ class ExitRule:
         for field, message in unknown_exits(params, exits):
             raise FieldError(field, message)
         self.thresholds: Mapping[int, float] = MappingProxyType(params.may_fire(exits))
+        self.drafts, self.heard = params.may_draft(exits), params.heard(exits)
         self.measure, self.patience = params.measure, params.patience
         self.kv_policy: KvPolicy = params.kv_policy
         self.max_pending = params.max_pending
@@ -36,14 +39,19 @@ class ExitRule:
             _check_gates(self.thresholds, gated)
 
     @property
+    def asked(self) -> tuple[int, ...]:
+        """Every exit whose head may be asked."""
+        return (*self.thresholds, *self.drafts, *self.heard)
+
+    @property
     def needs_choices(self) -> bool:
         """Whether it has to know the likeliest token also at exits that don't fire."""
         return self.patience > 1
 
     def stops_at(self, exits: Sequence[int]) -> tuple[int, ...]:
-        """The model's exits at which a token's row is looked at, ascending: those that may fire, and where hidden
-        states are compared, the exit before each of them too."""
-        looked_at = set(self.thresholds)
+        """The model's exits at which a token's row is looked at, ascending: those that may fire or are heard, and where
+        hidden states are compared, the exit before each of them too."""
+        looked_at = {*self.thresholds, *self.heard}
         if self.measure == "cosine":
             looked_at |= {before for before, layer in pairwise(exits) if layer in self.thresholds}
         return tuple(sorted(looked_at))

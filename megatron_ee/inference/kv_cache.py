@@ -53,10 +53,10 @@ class KeyValueCache:
         keys_GTD, values_GTD = self.of(attention)[slot, :, :, :length].unbind(1)
         return keys_GTD, values_GTD
 
-    def clear(self, slot: int, length: int) -> None:
-        """Zeros again at the first positions of a slot: what overflowed in one sequence would be NaN in the next, which
-        multiplies by 0 what lies beyond it."""
-        self._rooms_APG2CD[:, slot, :, :, :length].zero_()
+    def clear(self, slot: int, positions: range) -> None:
+        """Zeros again at positions of a slot that are forgotten: what overflowed there would be NaN in what comes
+        after, which multiplies by 0 what lies beyond it."""
+        self._rooms_APG2CD[:, slot, :, :, positions.start : positions.stop].zero_()
 
     @property
     def num_bytes(self) -> int:

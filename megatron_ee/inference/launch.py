@@ -7,7 +7,7 @@ Shapes: N rows, B sequences, Q most rows of one sequence, T positions attended t
 heads, R query heads of each of these, D head dimension, H hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -55,9 +55,9 @@ class Launch:
         self._reaches_all = all(positions.stop == self._length for _, positions in rows)
         self._masks: dict[tuple[Window, int], torch.Tensor | None] = {}
 
-    def last_rows_of(self, slots: Sequence[int]) -> list[int]:
-        """Where the last row of each of these sequences is."""
-        return [self._last_rows[slot] for slot in slots]
+    def last_rows_of(self, counts: Mapping[int, int]) -> list[int]:
+        """Where so many last rows of sequences are, by slot."""
+        return [row for slot, count in counts.items() for row in self._last_rows_of(slot, count)]
 
     def attend(self, attention: int, qkv_NGXD: torch.Tensor, scale: float) -> torch.Tensor:
         """Rotary positions, the cache, and attention. X is R queries, a key and a value. Returns [N, G * R * D]."""
@@ -71,6 +71,10 @@ class Launch:
         """Rotary positions and the cache, for rows that do not attend."""
         turned_NG2D = turn(kv_NG2D, self._cosine[:, :, -2:], self._sine[:, :, -2:])
         self._write(self._cache.of(attention), turned_NG2D)
+
+    def _last_rows_of(self, slot: int, count: int) -> range:
+        last = self._last_rows[slot]
+        return range(last - count + 1, last + 1)
 
     def _write(self, room_PG2CD: torch.Tensor, kv_NG2D: torch.Tensor) -> None:
         head_dim = kv_NG2D.shape[-1]

@@ -89,7 +89,9 @@ class DepthLedger:
         """Leading positions whose keys and values the block has."""
         return self._blocks[sequence][exit_layer]
 
-    def truncate(self, sequence: int, length: int) -> None:
-        """Take positions back, the last ones first."""
+    def truncate(self, sequence: int, length: int) -> range:
+        """Take positions back, the last ones first. Returns them."""
+        taken_back = range(length, self.length(sequence))
         for counts in (self._reached[sequence], self._blocks[sequence]):
             counts.update({depth: min(count, length) for depth, count in counts.items()})
+        return taken_back

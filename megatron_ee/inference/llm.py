@@ -142,6 +142,8 @@ class LLM:
                     index, request = waiting.popleft()
                     texts[batch.add(request)] = GrowingText(index, request, self.model.tokenizer)
                 for slot, emission in _step(batch, texts):
+                    if slot not in texts:
+                        continue  # of several tokens an earlier one has ended the text, by a stop string
                     piece = texts[slot].take(emission)
                     if piece.finish_reason is not None:
                         batch.remove(slot)

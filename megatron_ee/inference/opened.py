@@ -8,6 +8,8 @@ import torch
 
 from megatron_ee.inference.measures import Measure
 from megatron_ee.inference.runner import Runner
+from megatron_ee.inference.speculation.costs import draft_costs
+from megatron_ee.inference.speculation.law import DraftCosts
 from megatron_ee.model.stage import Stage
 from megatron_ee.plugins import choose
 from megatron_ee.tokenizer import Tokenizer
@@ -38,6 +40,11 @@ class OpenedModel:
     @cached_property
     def runner(self) -> Runner:
         return Runner(self.stage, self.tokenizer.vocab_size, packs=self.packs_weights)
+
+    @cached_property
+    def draft_costs(self) -> Mapping[int, DraftCosts]:
+        """Of drafting at each exit."""
+        return draft_costs(self.stage, self.exits)
 
     @property
     def gated(self) -> frozenset[int]:

@@ -60,6 +60,8 @@ class Emission:
         exit_logprobs: layer -> the same by every exit that the token passed, if asked for; the one that spoke is last.
         finish: why the text ends with it: `stop`: it is a stop token, which is no part of the text; `length`: it is
             the last one that the request or the model allows. None: the text goes on.
+        drafted: an exit proposed it, and full depth accepted it.
+        discarded: drafted tokens that full depth did not accept, of which it stands in the first one's place.
     """
 
     token: int
@@ -68,3 +70,5 @@ class Emission:
     logprobs: Logprobs | None = None
     exit_logprobs: Mapping[int, Logprobs] | None = None
     finish: FinishReason | None = None
+    drafted: bool = False
+    discarded: int = 0

@@ -12,7 +12,10 @@ class Work:
     """Launches, and rows in them.
 
     Attributes:
-        rounds: launches that begin with new tokens and end with one for each sequence.
+        rounds: launches that begin with new tokens and end with one or more for each sequence.
+        turns: sequences in these, added up.
+        drafts: launches that begin with new tokens and end where an exit drafts.
+        drafted: their rows.
         launches, rows: of layers, by segment.
         stores, stored: of keys and values that were made without running the layers of a segment.
         features, feature_rows: of heads before their projections, by exit; the final output is the last one.
@@ -20,6 +23,9 @@ class Work:
     """
 
     rounds: int = 0
+    turns: int = 0
+    drafts: int = 0
+    drafted: int = 0
     launches: Counter[Segment] = field(default_factory=Counter)
     rows: Counter[Segment] = field(default_factory=Counter)
     stores: Counter[Segment] = field(default_factory=Counter)

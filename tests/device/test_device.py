@@ -46,7 +46,7 @@ def test_more_ranks_than_gpus_is_an_error_under_cuda(monkeypatch: pytest.MonkeyP
         choose_device("cuda")
 
 
-@pytest.mark.parametrize("gpus", [0, 1, 2])
+@pytest.mark.parametrize("gpus", [0, *(pytest.param(gpus, marks=pytest.mark.slow) for gpus in (1, 2))])
 def test_view_is_inert_with_device_cuda(gpus: int) -> None:
     """In a fresh process: with CUDA chosen nothing is replaced, and without GPUs choosing CUDA is refused."""
     printed = _fresh_process(f"""

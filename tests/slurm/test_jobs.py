@@ -75,6 +75,7 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(runs: Any) -> None:
     assert (checkpoint / "format.json").exists()
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one(runs: Any, undisturbed: Losses) -> None:
     job = runs.submit("two-nodes", options=("--nodes=2",))
     assert job.end() == ("COMPLETED", "0:0"), job.log
@@ -89,6 +90,7 @@ def test_a_wrong_config_fails_with_status_2(runs: Any) -> None:
     assert not runs.folder("wrong").exists()
 
 
+@pytest.mark.slow
 def test_a_crash_fails_and_is_not_queued_again(runs: Any) -> None:
     job = runs.submit_and_wait_for_iteration("crashed")
     about = json.loads((runs.folder("crashed") / "attempts/1/environment.json").read_text())

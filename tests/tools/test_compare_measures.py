@@ -132,6 +132,7 @@ def test_a_model_with_gates_is_compared(trained: Path) -> None:
     assert (pictures / "measures.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_model_without_gates_and_a_text_of_ones_own(trained: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("early exits let a token leave when settled " * 5)

@@ -58,7 +58,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_mid_epoch(
             np.testing.assert_array_equal(ours["parameters"][name], parameter, err_msg=name)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "sequence": True}], ids=["two replicas", "sequence parallel"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param({}, id="two replicas"),
+        pytest.param({"tensor": 2, "sequence": True}, id="sequence parallel", marks=pytest.mark.slow),
+    ],
+)
 def test_losses_do_not_depend_on_the_ranks(
     folder: Path, ranks: RankPool, whole: list[dict[str, Any]], parallel: dict[str, Any]
 ) -> None:

@@ -58,9 +58,8 @@ def _stop_at_three(config: Config) -> None:
     train(config, until=3, save=True)
 
 
-@pytest.mark.parametrize(
-    "tied", [name if name == "tied" else pytest.param(name, marks=pytest.mark.slow) for name in TIED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", TIED)
 def test_exits_of_every_kind_go_from_tp2_x_pp2_to_one_process(folder: Path, ranks: RankPool, tied: str) -> None:
     name, fields = f"heads-{tied}", {"exits": HEADS, "training": {"train_iters": 8}, **TIED[tied]}
     split = run_config(folder, name=name, parallel={"tensor": 2, "pipeline": 2}, **fields)

@@ -12,12 +12,16 @@ Log-probabilities are those of the logits before any step.
 from megatron_ee.inference.sampling.check import check_sampling
 from megatron_ee.inference.sampling.choose import Choice, choose
 from megatron_ee.inference.sampling.distribution import probabilities
-from megatron_ee.inference.sampling.draw import NoTokenError, draw
+from megatron_ee.inference.sampling.draw import NO_TOKEN, NoTokenError, draw
 from megatron_ee.inference.sampling.draws import Draws, Row
 from megatron_ee.inference.sampling.logprobs import logprobs_of
+from megatron_ee.inference.sampling.propose import propose
+from megatron_ee.inference.sampling.verify import Drafted, verify
 
 __all__ = [
+    "NO_TOKEN",
     "Choice",
+    "Drafted",
     "Draws",
     "NoTokenError",
     "Row",
@@ -26,4 +30,6 @@ __all__ = [
     "draw",
     "logprobs_of",
     "probabilities",
+    "propose",
+    "verify",
 ]

@@ -122,7 +122,8 @@ def test_a_killed_torchrun_leaves_no_ranks_behind(start_run: Callable[..., Any])
     assert run.ranks() == []
 
 
-@pytest.mark.parametrize("who", [pytest.param("train.sh", marks=pytest.mark.slow), "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["train.sh", "all"])
 def test_a_run_that_is_told_again_and_again_still_saves(start_run: Callable[..., Any], who: str) -> None:
     """SLURM tells a job before its limit and again at it; and it may tell every process of it."""
     run = start_run(f"told-{who}", own_group=True)

@@ -132,6 +132,7 @@ def _state(config: Config) -> dict[str, Any]:
     return {"tensors": tensors, "step": state["step"], "grad_scaler": state["grad_scaler"]}
 
 
+@pytest.mark.slow
 def test_all_backends_take_the_same_from_a_checkpoint(folder: Path, ranks: RankPool) -> None:
     """fp16: moments, fp32 copies, the step and the loss scale, to the bit."""
     settings = {"initial_loss_scale": 2.0**28}  # the first step overflows

@@ -1,0 +1,102 @@
+"""What an exit's logits, or full depth's, become: tokens, with what is told of them.
+
+Shapes: N rows, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, takewhile
+
+import torch
+
+from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.request import Emission, Logprobs
+from megatron_ee.inference.sampling import Choice, Drafted, Draws, choose, logprobs_of, verify
+from megatron_ee.inference.sequences import DecodingSequence
+from megatron_ee.inference.speculation.draft import Draft
+
+
+def speak(asked: AskedExit, sequences: Sequence[DecodingSequence], confidences: Sequence[float]) -> list[Emission]:
+    """A token of each sequence.
+
+    Args:
+        asked: a row of each.
+
+    Raises:
+        NoTokenError: there is none to choose in some rows.
+    """
+    logits_NV = asked.logits
+    choices = choose(logits_NV, [sequence.draws for sequence in sequences])
+    return [
+        _say(sequence, choice, asked.layer, confidence, logits_NV[row] if sequence.wants_passed else None)
+        for row, (sequence, choice, confidence) in enumerate(zip(sequences, choices, confidences, strict=True))
+    ]
+
+
+def speak_of_drafts(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[list[Emission]]:
+    """The tokens of each sequence's draft that full depth accepts, and the one that it adds.
+
+    Args:
+        asked: the rows of each draft, one after the other.
+
+    Raises:
+        NoTokenError: there is none to choose after some sequence's accepted tokens.
+    """
+    drafts = [_draft_of(sequence) for sequence in sequences]
+    first_rows = accumulate((draft.num_rows for draft in drafts), initial=0)
+    choices = verify(
+        asked.logits,
+        [
+            Drafted(of.draws, draft.tokens, draft.probabilities, draft.num_rows)
+            for of, draft in zip(sequences, drafts, strict=True)
+        ],
+    )
+    return [
+        _say_all(sequence, own, asked, first)
+        for sequence, own, first in zip(sequences, choices, first_rows, strict=False)
+    ]
+
+
+def _say_all(sequence: DecodingSequence, choices: Sequence[Choice], asked: AskedExit, first_row: int) -> list[Emission]:
+    draft = _draft_of(sequence)
+    accepted = sum(
+        1 for _ in takewhile(lambda pair: pair[0].token == pair[1], zip(choices, draft.tokens, strict=False))
+    )
+    sequence.end_draft(accepted=accepted)
+    emissions = []
+    for place, choice in enumerate(choices):
+        logits_V = asked.logits[first_row + place] if sequence.wants_passed else None
+        if place < len(draft.passed):
+            sequence.passed[draft.layer] = draft.passed[place]
+        is_drafted = place < accepted
+        discarded = 0 if is_drafted else len(draft.tokens) - accepted
+        emissions.append(_say(sequence, choice, asked.layer, 1.0, logits_V, is_drafted, discarded))
+    return emissions
+
+
+def _say(
+    sequence: DecodingSequence,
+    choice: Choice,
+    layer: int,
+    confidence: float,
+    logits_V: torch.Tensor | None,
+    drafted: bool = False,
+    discarded: int = 0,
+) -> Emission:
+    by_exit = None
+    if logits_V is not None:
+        passed = {**sequence.passed, layer: logits_V}
+        by_exit = {exit_layer: _logprobs(of_V, choice, sequence.draws) for exit_layer, of_V in passed.items()}
+    sequence.say(choice.token)
+    return Emission(
+        choice.token, layer, confidence, choice.logprobs, by_exit, sequence.finish, drafted=drafted, discarded=discarded
+    )
+
+
+def _logprobs(logits_V: torch.Tensor, choice: Choice, draws: Draws) -> Logprobs:
+    (logprobs,) = logprobs_of(logits_V[None], [choice.token], draws.params.logprobs or 0)
+    return logprobs
+
+
+def _draft_of(sequence: DecodingSequence) -> Draft:
+    assert sequence.draft is not None
+    return sequence.draft

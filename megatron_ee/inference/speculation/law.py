@@ -1,0 +1,54 @@
+"""What self-speculation gains, from acceptance and costs. Plain Python.
+
+A cycle drafts d tokens with layers 1 to E and the head there, takes the last of them through layers 1 to E without a
+head, and verifies d + 1 rows with the other layers and the final head.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCosts:
+    """Of drafting at one exit, in any unit of time.
+
+    Attributes:
+        shallow: one row through the layers up to the exit.
+        head: the exit's head at one row.
+        deep: one row through the other layers, and the final head.
+        row: what each more row adds to `deep`.
+    """
+
+    shallow: float
+    head: float
+    deep: float
+    row: float = 0.0
+
+    @property
+    def full(self) -> float:
+        """A token at full depth."""
+        return self.shallow + self.deep
+
+    def cycle(self, length: int) -> float:
+        """A cycle that drafts so many tokens; of 0, a token at full depth."""
+        return length * (self.shallow + self.head) + self.full + length * self.row
+
+
+def tokens_per_cycle(acceptance: float, length: int) -> float:
+    """(1 - a^(d + 1)) / (1 - a): the accepted ones, and the one that full depth adds.
+
+    Args:
+        acceptance: a, the probability that a drafted token is accepted if those before it are.
+    """
+    return sum(acceptance**number for number in range(length + 1))
+
+
+def gain(acceptance: float, length: int, costs: DraftCosts) -> float:
+    """How many times as fast as full depth."""
+    return tokens_per_cycle(acceptance, length) * costs.full / costs.cycle(length)
+
+
+def best_length(acceptance: float, costs: DraftCosts, most: int) -> tuple[float, int]:
+    """The largest gain of drafts of up to `most` tokens, and the shortest draft that has it; (1, 0) if none gains."""
+    return max(
+        ((gain(acceptance, length, costs), length) for length in range(most + 1)), key=lambda of: (of[0], -of[1])
+    )

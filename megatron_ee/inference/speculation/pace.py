@@ -1,0 +1,55 @@
+"""Where a request drafts, and how far: by its own acceptance so far, so that no neighbour and no clock has a say."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_ee.inference.speculation.law import DraftCosts, best_length, gain
+
+MOST_DRAFTED = 12
+"""The longest draft that is chosen without being asked for."""
+_EXPECTED = 0.8  # before anything is known: an exit that is not tried is never known
+_WEIGHT = 4.0  # so many tokens of evidence is that worth
+_KEPT = 0.98  # what a cycle leaves of older evidence: texts change, and an exit that failed is tried again
+
+
+@dataclass(slots=True)
+class _Evidence:
+    tested: float = 0.0
+    accepted: float = 0.0
+
+    @property
+    def acceptance(self) -> float:
+        return (self.accepted + _EXPECTED * _WEIGHT) / (self.tested + _WEIGHT)
+
+
+class Pace:
+    """
+    Args:
+        costs: of each exit that may draft.
+        length: tokens of a draft; None: as many as pay, and none where none does.
+    """
+
+    def __init__(self, costs: Mapping[int, DraftCosts], length: int | None) -> None:
+        self._costs, self._length = costs, length
+        self._evidence = {layer: _Evidence() for layer in costs}
+
+    def next(self, room: int) -> tuple[int, int]:
+        """The exit that drafts, and how many tokens, `room` at most; 0 for a token at full depth."""
+        gains = {layer: self._best(layer, room) for layer in self._costs}
+        layer = max(gains, key=lambda layer: gains[layer][0])
+        return layer, min(room, gains[layer][1])
+
+    def see(self, layer: int, *, drafted: int, accepted: int) -> None:
+        """What full depth has said of a draft; also of none, where there was to be none."""
+        for evidence in self._evidence.values():
+            evidence.tested *= _KEPT
+            evidence.accepted *= _KEPT
+        evidence = self._evidence[layer]
+        evidence.tested += min(drafted, accepted + 1)  # what comes after the first wrong one is not tested
+        evidence.accepted += accepted
+
+    def _best(self, layer: int, room: int) -> tuple[float, int]:
+        acceptance, costs = self._evidence[layer].acceptance, self._costs[layer]
+        if self._length is not None:
+            return gain(acceptance, self._length, costs), self._length
+        return best_length(acceptance, costs, min(room, MOST_DRAFTED))
