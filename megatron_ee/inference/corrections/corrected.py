@@ -11,6 +11,7 @@ import torch
 from megatron_ee.config import DolaParams, ExitParams, SledParams
 from megatron_ee.inference.corrections.dola import dola
 from megatron_ee.inference.corrections.sled import sled
+from megatron_ee.inference.sampling.rows import pick
 
 HeardRow: TypeAlias = tuple[ExitParams, Mapping[int, torch.Tensor]]
 """A request's settings, whose mode is sled or dola, and logits_V that its row has at exits, by layer. Those of exits
@@ -37,7 +38,7 @@ def corrected(final_NV: torch.Tensor, rows: Sequence[HeardRow | None]) -> torch.
     changed_NV = final_NV.to(torch.promote_types(final_NV.dtype, torch.float32), copy=True)
     for (settings, layers), numbers in groups.items():
         early = [torch.stack([_passed(rows[number])[layer] for number in numbers]) for layer in layers]
-        changed_NV[numbers] = _corrected(final_NV[numbers], early, settings)
+        changed_NV[numbers] = _corrected(pick(final_NV, numbers), early, settings)
     return changed_NV
 
 
