@@ -7,6 +7,7 @@ import torch
 
 from megatron_ee.errors import FieldError
 from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.corrections import check_shared_vocabulary
 from megatron_ee.inference.depth_walk import Arrival, DepthWalk
 from megatron_ee.inference.exit_decisions import ExitDecisions
 from megatron_ee.inference.exit_rule import ExitRule
@@ -62,6 +63,7 @@ class Batch:
         model, prompt = self._model, request.prompt
         rule = ExitRule(request.exit, model.exits, model.gated)
         model.measure_named(rule.measure)
+        check_shared_vocabulary(model.stage, request.exit.mode, rule.heard)
         check_sampling(request.sampling, model.tokenizer.vocab_size)
         if rule.max_pending > self._max_pending:
             raise FieldError(
@@ -197,7 +199,9 @@ class Batch:
         """What this exit says, of sequences whose final logits it corrects."""
         asked = arrival.ask(slots)
         for row, slot in enumerate(slots):
-            self._sequences[slot].passed[arrival.layer] = asked.logits[row]
+            sequence = self._sequences[slot]
+            logits_NV = asked.logits if sequence.request.exit.hears_heads else asked.output_logits
+            sequence.passed[arrival.layer] = logits_NV[row]
 
     def _arrive(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
         """What full depth says: a token of each sequence, or of its draft what is right, and a token."""

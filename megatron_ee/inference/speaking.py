@@ -9,6 +9,7 @@ from itertools import accumulate, takewhile
 import torch
 
 from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.corrections import corrected
 from megatron_ee.inference.request import Emission, Logprobs
 from megatron_ee.inference.sampling import Choice, Drafted, Draws, choose, logprobs_of, verify
 from megatron_ee.inference.sequences import DecodingSequence
@@ -16,7 +17,7 @@ from megatron_ee.inference.speculation.draft import Draft
 
 
 def speak(asked: AskedExit, sequences: Sequence[DecodingSequence], confidences: Sequence[float]) -> list[Emission]:
-    """A token of each sequence.
+    """A token of each sequence; where exits are heard, of the logits that they correct.
 
     Args:
         asked: a row of each.
@@ -24,7 +25,7 @@ def speak(asked: AskedExit, sequences: Sequence[DecodingSequence], confidences: 
     Raises:
         NoTokenError: there is none to choose in some rows.
     """
-    logits_NV = asked.logits
+    logits_NV = _corrected(asked, sequences)
     choices = choose(logits_NV, [sequence.draws for sequence in sequences])
     return [
         _say(sequence, choice, asked.layer, confidence, logits_NV[row] if sequence.wants_passed else None)
@@ -54,6 +55,12 @@ def speak_of_drafts(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> 
         _say_all(sequence, own, asked, first)
         for sequence, own, first in zip(sequences, choices, first_rows, strict=False)
     ]
+
+
+def _corrected(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> torch.Tensor:
+    if not any(sequence.rule.heard for sequence in sequences):
+        return asked.logits
+    return corrected(asked.logits, [(of.request.exit, of.passed) if of.rule.heard else None for of in sequences])
 
 
 def _say_all(sequence: DecodingSequence, choices: Sequence[Choice], asked: AskedExit, first_row: int) -> list[Emission]:
