@@ -81,10 +81,8 @@ class Session:
         summary = Summary(self._emissions, self._seconds)
         work: Work = self._llm.work - self._before
         savings = savings_of(work, weights_of(self._llm.model.stage), num_tokens=len(self._emissions))
-        policy = self._llm.config.inference.exit.kv_policy
-        lines = closing_table(
-            summary, savings, num_texts=self._num_texts, num_layers=self._num_layers, is_exact=policy != "propagate"
-        )
+        params = self._llm.config.inference.exit
+        lines = closing_table(summary, savings, params, num_texts=self._num_texts, num_layers=self._num_layers)
         for line in lines:
             print(line)
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_ee.config import ExitParams
 from megatron_ee.inference.completion import drafts_of
 from megatron_ee.inference.request import Emission
 from megatron_ee.inference.savings import Savings
@@ -85,16 +86,22 @@ class Summary:
 
 _EXACT = "Every position runs every layer in the end; saved are those that still waited when their text ended."
 _PROPAGATED = "Skipped layers get keys and values of the state at the exit: cheap, and not exact."
+_VERIFIED = "Full depth has verified every token: the texts are its own."
+_CORRECTED = "Every token runs every layer, and the exits correct what full depth says."
+_FULL = "Every token runs every layer."
+
+
+def closing_line(params: ExitParams) -> str:
+    """What there is to know of the way in which texts were decoded."""
+    if params.mode == "early_exit":
+        return _PROPAGATED if params.kv_policy == "propagate" else _EXACT
+    return {"full": _FULL, "speculative": _VERIFIED, "sled": _CORRECTED, "dola": _CORRECTED}[params.mode]
 
 
 def closing_table(
-    summary: Summary, savings: Savings, *, num_texts: int, num_layers: int, is_exact: bool
+    summary: Summary, savings: Savings, params: ExitParams, *, num_texts: int, num_layers: int
 ) -> Iterator[str]:
-    """The lines that close texts: what exits saved, and what they cost.
-
-    Args:
-        is_exact: whether skipped layers are made up for.
-    """
+    """The lines that close texts: what exits saved, and what they cost."""
     waited = summary.mean_depth / num_layers
     rows = {
         "tokens": f"{len(summary.emissions)} in {num_texts} text{'s' * (num_texts != 1)}, "
@@ -112,7 +119,7 @@ def closing_table(
         rows["drafted tokens"] = drafts
     for name, value in rows.items():
         yield f"{name:<23}{value}"
-    yield _EXACT if is_exact else _PROPAGATED
+    yield closing_line(params)
 
 
 def _bytes(count: int) -> str:

@@ -1,8 +1,13 @@
 """Text with depths, and what closes it."""
 
+from typing import Any
+
+import pytest
+
+from megatron_ee.config import ExitParams
 from megatron_ee.inference.request import Emission
 from megatron_ee.inference.savings import Savings
-from megatron_ee.inference.show import DepthPainter, Summary, closing_table
+from megatron_ee.inference.show import DepthPainter, Summary, closing_line, closing_table
 
 EMISSIONS = [Emission(0, layer, 1.0) for layer in (3, 3, 12, 12)]
 
@@ -55,7 +60,7 @@ def test_the_closing_table_says_gains_and_costs() -> None:
         arithmetic_saved=0.0,
         head_arithmetic=0.125,
     )
-    lines = list(closing_table(Summary(EMISSIONS, seconds=2.0), savings, num_texts=1, num_layers=12, is_exact=True))
+    lines = list(closing_table(Summary(EMISSIONS, seconds=2.0), savings, ExitParams(), num_texts=1, num_layers=12))
     assert lines == [
         "tokens                 4 in 1 text, 2.0 tokens/s",
         "mean depth             7.50 of 12 layers",
@@ -66,5 +71,17 @@ def test_the_closing_table_says_gains_and_costs() -> None:
         "arithmetic saved       0.0% of the layers'",
         "Every position runs every layer in the end; saved are those that still waited when their text ended.",
     ]
-    (*_, note) = closing_table(Summary(EMISSIONS, seconds=2.0), savings, num_texts=1, num_layers=12, is_exact=False)
-    assert "not exact" in note
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"kv_policy": "fill"}, "Every position runs every layer in the end"),
+        ({"kv_policy": "propagate"}, "not exact"),
+        ({"mode": "full", "kv_policy": "propagate"}, "Every token runs every layer."),
+        ({"mode": "speculative", "kv_policy": "propagate"}, "Full depth has verified every token"),
+        ({"mode": "dola"}, "the exits correct"),
+    ],
+)
+def test_the_last_line_says_how_texts_were_decoded(settings: dict[str, Any], says: str) -> None:
+    assert says in closing_line(ExitParams(**settings))
