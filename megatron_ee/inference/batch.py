@@ -155,7 +155,7 @@ class Batch:
                 arrival = self._move(moving, start, stop, room=len(slots) - len(going))
                 if stop == self._num_layers:
                     return emitted + self._arrive(arrival, going)
-                leaving = self._let_out(arrival, [slot for slot in moving if stop in self._sequences[slot].rule.asked])
+                leaving = self._let_out(arrival, moving)
                 emitted += leaving
                 going = [slot for slot in going if slot not in dict(leaving)]
             start = stop
@@ -168,10 +168,10 @@ class Batch:
         return self.walk.advance({**dict.fromkeys(moving), **fills}, start, stop)
 
     def _fills(self, going: Sequence[int], start: int, stop: int, *, room: int) -> Mapping[int, int]:
-        """Pending positions of sequences that are not on their way here, for the slots of those that left."""
+        """Pending positions of sequences that are not on their way, for the slots of those that left."""
         fills: dict[int, int] = {}
         for slot, sequence in self._going():
-            if room and slot not in going and sequence.rule.kv_policy == "fill":
+            if room and slot not in going and sequence.draft is None and sequence.rule.kv_policy == "fill":
                 count = min(room, self.walk.ledger.ready(slot, start, stop))
                 if count:
                     fills[slot] = count
