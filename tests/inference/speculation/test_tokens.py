@@ -71,8 +71,7 @@ def test_modes_share_a_batch(model: OpenedModel) -> None:
 
 def test_a_draft_is_no_filling(model: OpenedModel) -> None:
     """What a draft leaves at its exit waits for its own verification, also while other groups of rows run."""
-    filling = {"kv_policy": "fill", "threshold": 0.02}
-    modes = [ExitParams(**filling), drafting(draft_exit=2, draft_length=3, kv_policy="fill")] * 3
+    modes = [ExitParams(threshold=0.02), drafting(draft_exit=2, draft_length=3, kv_policy="fill")] * 3
     requests = [request(prompt, mode) for prompt, mode in zip(prompts(6, 2), modes, strict=True)]
     alone = [tokens_of(texts_of(model, [of])[0]) for of in requests]
     for chunk in (2, 3, 512):
