@@ -1,0 +1,18 @@
+"""Rows that have left make the batch smaller; the next tokens begin when all of it has left."""
+
+from collections.abc import Sequence
+
+from megatron_ee.inference.scheduling.fronts import Front, by_depth
+
+
+class Compaction:
+    carries = False
+
+    def choose(self, fronts: Sequence[Front], launch: int) -> Sequence[Front]:
+        return those_on_their_way(fronts)
+
+
+def those_on_their_way(fronts: Sequence[Front]) -> Sequence[Front]:
+    """The shallowest of those that have begun, so that they join the deeper ones; or, if none has, all."""
+    queues = by_depth(fronts)
+    return queues[min((depth for depth in queues if depth > 0), default=0)]

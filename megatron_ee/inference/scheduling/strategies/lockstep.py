@@ -1,0 +1,13 @@
+"""The whole batch goes on together until its last row has left: what decoding without a scheduler of exits does."""
+
+from collections.abc import Sequence
+
+from megatron_ee.inference.scheduling.fronts import Front
+from megatron_ee.inference.scheduling.strategies.compaction import those_on_their_way
+
+
+class Lockstep:
+    carries = True
+
+    def choose(self, fronts: Sequence[Front], launch: int) -> Sequence[Front]:
+        return those_on_their_way(fronts)
