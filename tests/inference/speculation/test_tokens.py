@@ -51,6 +51,16 @@ def test_modes_share_a_batch(model: OpenedModel) -> None:
     assert texts_of(model, requests[2:3]) == [alone[2]]
 
 
+def test_a_draft_is_no_filling(model: OpenedModel) -> None:
+    """What a draft leaves at its exit waits for its own verification, also while other groups of rows run."""
+    modes = [ExitParams(threshold=0.02), drafting(draft_exit=2, draft_length=3, kv_policy="fill")] * 3
+    requests = [request(prompt, mode) for prompt, mode in zip(prompts(6, 2), modes, strict=True)]
+    alone = [tokens_of(texts_of(model, [of])[0]) for of in requests]
+    for chunk in (2, 3, 512):
+        texts = decode(Batch(model, slots=6, capacity=64, prefill_chunk=chunk), requests)
+        assert [tokens_of(text) for text in texts] == alone
+
+
 def test_a_batch_at_full_depth_and_drafts_leaves_the_same_keys_and_values(model: OpenedModel) -> None:
     requests: list[Request] = [request(prompt, drafting(draft_exit=2, draft_length=4)) for prompt in prompts(3)]
     batch = Batch(model, slots=3, capacity=64)
