@@ -17,7 +17,7 @@ from megatron_ee.inference.sampling import Draws, NoTokenError, check_sampling
 from megatron_ee.inference.sequences import DecodingSequence
 from megatron_ee.inference.speaking import speak, speak_of_drafts
 from megatron_ee.inference.speculation.drafter import Drafter
-from megatron_ee.inference.speculation.pace import Pace
+from megatron_ee.inference.speculation.pace import MOST_DRAFTED, Pace
 
 
 class Batch:
@@ -114,7 +114,7 @@ class Batch:
             return None
         length = request.exit.draft_length
         costs = {layer: self._model.draft_costs[layer] for layer in rule.drafts}
-        return Pace(costs, None if length == "auto" else length)
+        return Pace(costs, None if length == "auto" else length, most=min(MOST_DRAFTED, rule.max_pending))
 
     def _going(self) -> list[tuple[int, DecodingSequence]]:
         return [(slot, sequence) for slot, sequence in self._sequences.items() if sequence.finish is None]
@@ -149,7 +149,7 @@ class Batch:
         joins_at = {slot: self._sequences[slot].joins_at for slot in slots}
         going, start = list(slots), 0
         while going:
-            stop = min(self._sequences[slot].next_stop(start, self._num_layers) for slot in going)
+            stop = min(self._next_stop(slot, start) for slot in going)
             moving = [slot for slot in going if joins_at[slot] <= start]
             if moving:
                 arrival = self._move(moving, start, stop, room=len(slots) - len(going))
@@ -160,6 +160,11 @@ class Batch:
                 going = [slot for slot in going if slot not in dict(leaving)]
             start = stop
         return emitted
+
+    def _next_stop(self, slot: int, start: int) -> int:
+        """Where rows are looked at next, or meet some of their own sequence that a neighbour's launch took there."""
+        looked_at = self._sequences[slot].next_stop(start, self._num_layers)
+        return min(looked_at, self.walk.ledger.next_waiting(slot, start))
 
     def _move(self, moving: Sequence[int], start: int, stop: int, *, room: int) -> Arrival:
         if start == 0:
@@ -210,14 +215,16 @@ class Batch:
             return self._speak(arrival.ask(slots), dict.fromkeys(slots, 1.0))
         plain = [slot for slot in slots if slot not in drafts]
         asked = arrival.ask_last({**dict.fromkeys(plain, 1), **drafts})
+        num_rows = len(asked.logits)  # of both kinds, in one product
         emitted = self._speak(asked.of(range(len(plain))), dict.fromkeys(plain, 1.0)) if plain else []
         sequences = [self._sequences[slot] for slot in drafts]
-        with _named(list(drafts)):
-            texts = speak_of_drafts(asked.of(range(len(plain), len(asked.logits))), sequences)
+        texts = speak_of_drafts(asked.of(range(len(plain), num_rows)), sequences)
         for (slot, sequence), text in zip(zip(drafts, sequences, strict=True), texts, strict=True):
             self.walk.work.taken_back += self.walk.take_back(slot, sequence.num_positions)
             emitted += [(slot, emission) for emission in text]
-        return emitted
+        # where a drafted token has overflowed, so have the rows before it: attention multiplies by 0 what it masks out
+        silent = [slot for slot, text in zip(drafts, texts, strict=True) if not text]
+        return emitted + self._decode(silent) if silent else emitted
 
     def _speak(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission]]:
         """A token for each sequence, of which the exit has a row each."""

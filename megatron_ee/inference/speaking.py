@@ -34,13 +34,11 @@ def speak(asked: AskedExit, sequences: Sequence[DecodingSequence], confidences: 
 
 
 def speak_of_drafts(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[list[Emission]]:
-    """The tokens of each sequence's draft that full depth accepts, and the one that it adds.
+    """The tokens of each sequence's draft that full depth accepts, and the one that it adds; none at all where it says
+    nothing.
 
     Args:
         asked: the rows of each draft, one after the other.
-
-    Raises:
-        NoTokenError: there is none to choose after some sequence's accepted tokens.
     """
     drafts = [_draft_of(sequence) for sequence in sequences]
     first_rows = accumulate((draft.num_rows for draft in drafts), initial=0)

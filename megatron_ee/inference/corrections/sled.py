@@ -29,12 +29,24 @@ def sled(final_NV: torch.Tensor, early: Sequence[torch.Tensor], params: SledPara
     Args:
         early: of each exit, [N, V].
     """
-    final_NV = final_NV.to(torch.promote_types(final_NV.dtype, torch.float32))
-    border_N1 = final_NV.topk(min(params.top_k, final_NV.shape[-1])).values[:, -1:]
-    races_NV = final_NV >= border_N1
+    return evolved(final_NV, evidence_of(final_NV, early), params)
+
+
+def evidence_of(final_NV: torch.Tensor, early: Sequence[torch.Tensor]) -> torch.Tensor:
+    """sum_n m_ni for all tokens, [N, V], in the dtype of `sled`. No setting has a say in it."""
+    final_NV = _accurate(final_NV)
     evidence_NV = torch.zeros_like(final_NV)
     for exit_NV in early:
-        evidence_NV += torch.where(races_NV, _evidence(exit_NV.to(final_NV.dtype), final_NV), 0)
+        evidence_NV += _evidence(exit_NV.to(final_NV.dtype), final_NV)
+    return evidence_NV
+
+
+def evolved(final_NV: torch.Tensor, evidence_NV: torch.Tensor, params: SledParams) -> torch.Tensor:
+    """What `sled` gives, of logits and what `evidence_of` says of them."""
+    final_NV = _accurate(final_NV)
+    border_N1 = final_NV.topk(min(params.top_k, final_NV.shape[-1])).values[:, -1:]
+    races_NV = final_NV >= border_N1
+    evidence_NV = torch.where(races_NV, evidence_NV, 0)
     total_N1 = evidence_NV.sum(-1, keepdim=True)
     latent_NV = evidence_NV / total_N1
     evolved_NV = final_NV
@@ -44,6 +56,10 @@ def sled(final_NV: torch.Tensor, early: Sequence[torch.Tensor], params: SledPara
     evolved_NV = torch.where(total_N1 > 0, evolved_NV, final_NV)
     evolved_NV = torch.where(races_NV, evolved_NV, params.lower_bound)
     return torch.where(final_NV.amax(-1, keepdim=True).isfinite(), evolved_NV, final_NV)
+
+
+def _accurate(logits_NV: torch.Tensor) -> torch.Tensor:
+    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
 
 def _evidence(early_NV: torch.Tensor, final_NV: torch.Tensor) -> torch.Tensor:

@@ -1,20 +1,17 @@
 """Self-speculation says what full depth says, token for token, whatever is drafted and with whom it shares a batch."""
 
-import random
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from helpers.decoding import decode, opened, request, texts_of, tokens_of
-from helpers.drafts import weaken
+from helpers.drafts import acceptance, drafting, prompts, weaken
 from helpers.models import whole_model
-from helpers.tiny import VOCAB_SIZE
 
 from megatron_ee.config import ExitParams
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.opened import OpenedModel
-from megatron_ee.inference.request import Emission, Request
+from megatron_ee.inference.request import Request
 from megatron_ee.parallel.mesh import Mesh
 
 FULL = ExitParams(mode="full")
@@ -25,21 +22,6 @@ def model(request: pytest.FixtureRequest, mesh: Mesh) -> OpenedModel:
     stage = whole_model(mesh, exits=[2, 5], dtype=torch.float64, head=request.param)
     weaken(stage, after=2, factor=0.4)
     return opened(stage)
-
-
-def drafting(**settings: Any) -> ExitParams:
-    return ExitParams(mode="speculative", **settings)
-
-
-def prompts(count: int, seed: int = 0) -> list[list[int]]:
-    numbers = random.Random(seed)
-    return [[numbers.randrange(VOCAB_SIZE) for _ in range(numbers.randint(1, 12))] for _ in range(count)]
-
-
-def acceptance(texts: Sequence[Sequence[Emission]]) -> float:
-    emissions = [emission for text in texts for emission in text]
-    accepted = sum(emission.drafted for emission in emissions)
-    return accepted / max(1, accepted + sum(emission.discarded for emission in emissions))
 
 
 @pytest.mark.parametrize("layer", [2, 5, "auto"])
