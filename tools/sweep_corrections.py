@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from megatron_ee.config import ExitParams, SledParams
 from megatron_ee.errors import FieldError
-from megatron_ee.inference.corrections.vocabulary import check_shared_vocabulary
+from megatron_ee.inference.corrections import check_shared_vocabulary, sled
 from megatron_ee.inference.exit_rule import ExitRule
 from megatron_ee.inference.llm import LLM
 from megatron_ee.inference.opened import OpenedModel
