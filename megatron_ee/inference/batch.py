@@ -1,6 +1,6 @@
 """A batch of sequences that decode together, each token as deep as it needs to go."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,9 +14,12 @@ from megatron_ee.inference.exit_rule import ExitRule
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.sampling import Draws, NoTokenError, check_sampling
+from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
+from megatron_ee.inference.scheduling.planner import Planner
+from megatron_ee.inference.scheduling.strategies.compaction import Compaction
 from megatron_ee.inference.sequences import DecodingSequence
 from megatron_ee.inference.speaking import speak, speak_of_drafts
-from megatron_ee.inference.speculation.drafter import Drafter
+from megatron_ee.inference.speculation.drafter import extend
 from megatron_ee.inference.speculation.pace import MOST_DRAFTED, Pace
 
 
@@ -45,7 +48,8 @@ class Batch:
         room = max_pending + 1 + prefill_chunk
         self.walk = DepthWalk(model.runner, model.exits, slots=slots, capacity=capacity, room=room)
         self.decisions = ExitDecisions(model)
-        self._drafter = Drafter(self.walk)
+        self._step = Planner(Compaction(), launch_rows=slots, prefill_chunk=prefill_chunk)
+        self._launch = 0
         self._free = list(range(slots))
         self._sequences: dict[int, DecodingSequence] = {}
 
@@ -82,19 +86,46 @@ class Batch:
         self._sequences[slot] = DecodingSequence(request, rule, Draws(request), stops, limit, list(prompt), pace)
         return slot
 
+    def fronts(self) -> list[Front]:
+        """Where each sequence is whose text goes on."""
+        return [self._front(slot, sequence) for slot, sequence in self._going()]
+
+    def plan(self, planner: Planner, fronts: Sequence[Front]) -> LaunchPlan:
+        """What runs next, of these."""
+        if planner.carries:
+            fillers = [slot for slot, of in self._sequences.items() if of.rule.kv_policy != "propagate"]
+        else:
+            fillers = [slot for slot, of in self._sequences.items() if of.rule.kv_policy == "fill"]
+        return planner.plan(fronts, self._launch, fillers, self._ready)
+
     @torch.inference_mode()
-    def step(self) -> list[tuple[int, Emission]]:
-        """One token of every sequence whose text goes on, by its slot, or several, in order, of those that speculate.
-        After one with `finish` there are no more.
+    def launch(self, plan: LaunchPlan) -> list[tuple[int, Emission]]:
+        """Run it. Returns what is said with it, by slot: a token, or several, in order, of those that speculate. After
+        one with `finish` there are no more.
 
         Raises:
             NoTokenError: there is none to choose in some slots, which it names; the batch is of no use any more.
         """
-        self._prefill()
-        self._drafter.draft(dict(self._going()))
-        emitted = [emission for slots in self._groups() for emission in self._decode(slots)]
-        if crowded := [slot for slot, of in self._going() if self.walk.ledger.pending(slot) > of.rule.max_pending]:
-            self.walk.catch_up(crowded)
+        self._launch += 1
+        self._count(plan)
+        arrival = self._run(plan)
+        for slot in plan.counts:
+            self._sequences[slot].come_to(plan.stop, self._launch)
+        if plan.stop < self._num_layers:
+            emitted = self._at_exit(arrival, list(plan.counts))
+        else:
+            emitted = self._at_the_end(arrival, list(plan.counts))
+        self._go_on(dict(emitted), plan.stop)
+        return emitted
+
+    def step(self) -> list[tuple[int, Emission]]:
+        """One token of every sequence whose text goes on, or several of those that speculate; see `launch`."""
+        emitted: list[tuple[int, Emission]] = []
+        said: set[int] = set()
+        while fronts := [front for front in self.fronts() if front.slot not in said]:
+            of_launch = self.launch(self.plan(self._step, fronts))
+            emitted += of_launch
+            said |= {slot for slot, _ in of_launch}
         return emitted
 
     @torch.inference_mode()
@@ -119,86 +150,65 @@ class Batch:
     def _going(self) -> list[tuple[int, DecodingSequence]]:
         return [(slot, sequence) for slot, sequence in self._sequences.items() if sequence.finish is None]
 
-    def _prefill(self) -> None:
-        """Run long prompts to full depth but for their last chunk, or their last token where an exit's keys and values
-        would not be exact: what comes after needs it."""
-        for slot, sequence in self._going():
-            last = 1 if sequence.rule.kv_policy == "propagate" else self._chunk
-            while len(sequence.unfed) > last:
-                self.walk.enter({slot: sequence.take(min(self._chunk, len(sequence.unfed) - last))}, self._num_layers)
-                self.walk.work.prefills += 1
+    def _front(self, slot: int, sequence: DecodingSequence) -> Front:
+        """Its prompt comes in chunks. All but the last one run through all layers, and so does all but the last token
+        where an exit's keys and values would not be exact: what comes after needs it."""
+        at, ledger = sequence.at, self.walk.ledger
+        rows = ledger.num_waiting(slot, at) if at else min(len(sequence.unfed), self._chunk)
+        if not at and rows > 1 and rows == len(sequence.unfed) and sequence.rule.kv_policy == "propagate":
+            rows -= 1
+        is_part = at == 0 and rows < len(sequence.unfed)
+        # where rows are looked at next, or meet some of their own sequence that a neighbour's launch took there
+        looked_at = self._num_layers if is_part else sequence.next_stop(at, self._num_layers)
+        stop = min(looked_at, ledger.next_waiting(slot, at))
+        return Front(slot, at, rows, stop, sequence.since, sequence.is_drafting)
 
-    def _groups(self) -> Iterator[list[int]]:
-        """Sequences that go on, so many at a time that no launch has more new rows than a chunk."""
-        group: list[int] = []
-        rows = 0
-        for slot, sequence in self._going():
-            if group and rows + len(sequence.unfed) > self._chunk:
-                yield group
-                group, rows = [], 0
-            group.append(slot)
-            rows += len(sequence.unfed)
-        if group:
-            yield group
+    def _ready(self, slot: int, start: int, stop: int) -> int:
+        """Positions that may run along because there is room; what a draft leaves at its exit is verified there."""
+        return 0 if self._sequences[slot].draft else self.walk.ledger.ready(slot, start, stop)
 
-    def _decode(self, slots: Sequence[int]) -> list[tuple[int, Emission]]:
-        """Segment after segment, with those that are still on their way."""
-        self.walk.work.rounds += 1
-        self.walk.work.turns += len(slots)
-        emitted: list[tuple[int, Emission]] = []
-        joins_at = {slot: self._sequences[slot].joins_at for slot in slots}
-        going, start = list(slots), 0
-        while going:
-            stop = min(self._next_stop(slot, start) for slot in going)
-            moving = [slot for slot in going if joins_at[slot] <= start]
-            if moving:
-                arrival = self._move(moving, start, stop, room=len(slots) - len(going))
-                if stop == self._num_layers:
-                    return emitted + self._arrive(arrival, going)
-                leaving = self._let_out(arrival, moving)
-                emitted += leaving
-                going = [slot for slot in going if slot not in dict(leaving)]
-            start = stop
-        return emitted
+    def _run(self, plan: LaunchPlan) -> Arrival:
+        if plan.start == 0:
+            return self.walk.enter(
+                {slot: self._sequences[slot].take(rows) for slot, rows in plan.counts.items()}, plan.stop
+            )
+        return self.walk.advance({**plan.counts, **plan.fills}, plan.start, plan.stop)
 
-    def _next_stop(self, slot: int, start: int) -> int:
-        """Where rows are looked at next, or meet some of their own sequence that a neighbour's launch took there."""
-        looked_at = self._sequences[slot].next_stop(start, self._num_layers)
-        return min(looked_at, self.walk.ledger.next_waiting(slot, start))
+    def _count(self, plan: LaunchPlan) -> None:
+        """What full depth would have run for the same tokens; see `savings_of`."""
+        work, entering = self.walk.work, [self._sequences[slot] for slot in plan.counts]
+        if plan.start > 0:
+            joining = sum(of.joins_at == plan.start for of in entering)
+            work.turns += joining
+            work.rounds += joining == len(entering)
+            return
+        drafting = sum(of.is_drafting for of in entering)
+        parts = sum(plan.counts[slot] < len(of.unfed) for slot, of in zip(plan.counts, entering, strict=True))
+        turns = len(entering) - drafting - parts
+        work.turns += turns
+        work.rounds += turns > 0
+        work.drafts += drafting > 0
+        work.drafted += drafting
+        work.prefills += parts == len(entering)
 
-    def _move(self, moving: Sequence[int], start: int, stop: int, *, room: int) -> Arrival:
-        if start == 0:
-            return self.walk.enter({slot: self._sequences[slot].take() for slot in moving}, stop)
-        fills = self._fills(moving, start, stop, room=room)
-        return self.walk.advance({**dict.fromkeys(moving), **fills}, start, stop)
-
-    def _fills(self, going: Sequence[int], start: int, stop: int, *, room: int) -> Mapping[int, int]:
-        """Pending positions of sequences that are not on their way, for the slots of those that left."""
-        fills: dict[int, int] = {}
-        for slot, sequence in self._going():
-            if room and slot not in going and sequence.draft is None and sequence.rule.kv_policy == "fill":
-                count = min(room, self.walk.ledger.ready(slot, start, stop))
-                if count:
-                    fills[slot] = count
-                    room -= count
-        return fills
-
-    def _let_out(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
-        """The tokens of those sequences that leave at this exit."""
-        if heard := [slot for slot in slots if arrival.layer in self._sequences[slot].rule.heard]:
+    def _at_exit(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
+        """Exits draft, are heard, or let out: the tokens of those sequences that leave."""
+        layer = arrival.layer
+        slots = [slot for slot in slots if not self._sequences[slot].unfed]  # a part of a prompt goes on
+        if drafting := [slot for slot in slots if self._sequences[slot].drafts_at(layer)]:
+            extend(arrival.ask(drafting), [self._sequences[slot] for slot in drafting])
+        if heard := [slot for slot in slots if layer in self._sequences[slot].rule.heard]:
             self._hear(arrival, heard)
-        slots = [slot for slot in slots if arrival.layer in self._sequences[slot].rule.thresholds]
-        if not slots:
+        asking = [slot for slot in slots if layer in self._sequences[slot].rule.thresholds]
+        if not asking:
             return []
-        asked = arrival.ask(slots)
-        confidences = self.decisions.leaving(asked, [self._sequences[slot] for slot in slots])
+        asked = arrival.ask(asking)
+        confidences = self.decisions.leaving(asked, [self._sequences[slot] for slot in asking])
         rows = [row for row, confidence in enumerate(confidences) if confidence is not None]
         if not rows:
             return []
-        leaving = {slots[row]: confidence for row, confidence in enumerate(confidences) if confidence is not None}
-        emitted = self._speak(asked.of(rows), leaving)
-        self._propagate(leaving, arrival.layer)
-        return emitted
+        leaving = {asking[row]: confidence for row, confidence in enumerate(confidences) if confidence is not None}
+        return self._speak(asked.of(rows), leaving)
 
     def _hear(self, arrival: Arrival, slots: Sequence[int]) -> None:
         """What this exit says, of sequences whose final logits it corrects."""
@@ -208,8 +218,14 @@ class Batch:
             logits_NV = asked.logits if sequence.request.exit.hears_heads else asked.output_logits
             sequence.passed[arrival.layer] = logits_NV[row]
 
-    def _arrive(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
+    def _at_the_end(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
         """What full depth says: a token of each sequence, or of its draft what is right, and a token."""
+        for slot in slots:
+            if self._sequences[slot].unfed:  # a part of a prompt makes way for the next
+                self._sequences[slot].at = 0
+        slots = [slot for slot in slots if not self._sequences[slot].unfed]
+        if not slots:
+            return []
         drafts = {slot: draft.num_rows for slot in slots if (draft := self._sequences[slot].draft) is not None}
         if not drafts:
             return self._speak(arrival.ask(slots), dict.fromkeys(slots, 1.0))
@@ -222,9 +238,7 @@ class Batch:
         for (slot, sequence), text in zip(zip(drafts, sequences, strict=True), texts, strict=True):
             self.walk.work.taken_back += self.walk.take_back(slot, sequence.num_positions)
             emitted += [(slot, emission) for emission in text]
-        # where a drafted token has overflowed, so have the rows before it: attention multiplies by 0 what it masks out
-        silent = [slot for slot, text in zip(drafts, texts, strict=True) if not text]
-        return emitted + self._decode(silent) if silent else emitted
+        return emitted
 
     def _speak(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission]]:
         """A token for each sequence, of which the exit has a row each."""
@@ -233,11 +247,17 @@ class Batch:
             emissions = speak(asked, [self._sequences[slot] for slot in slots], list(confidences.values()))
         return list(zip(slots, emissions, strict=True))
 
-    def _propagate(self, slots: Collection[int], layer: int) -> None:
-        """Provide what an exit leaves behind at once, where that is the policy and the text goes on."""
-        going = [slot for slot, of in self._going() if slot in slots and of.rule.kv_policy == "propagate"]
-        if going:
-            self.walk.propagate(going, layer)
+    def _go_on(self, last: Mapping[int, Emission], layer: int) -> None:
+        """What sequences that have said something need before their next token."""
+        going = [(slot, self._sequences[slot]) for slot in last if self._sequences[slot].finish is None]
+        for _, sequence in going:
+            sequence.begin_draft()
+        if layer == self._num_layers:
+            return
+        if leaving := [slot for slot, of in going if of.rule.kv_policy == "propagate"]:
+            self.walk.propagate(leaving, layer)
+        if crowded := [slot for slot, of in going if self.walk.ledger.pending(slot) > of.rule.max_pending]:
+            self.walk.catch_up(crowded)
 
 
 @contextmanager

@@ -58,6 +58,11 @@ class DepthLedger:
         self._reached[sequence][0] += count
         return range(start, start + count)
 
+    def num_waiting(self, sequence: int, depth: int) -> int:
+        """How many positions have run so many layers and no more."""
+        reached = self._reached[sequence]
+        return reached[depth] - next(reached[deeper] for deeper in self._depths if deeper > depth)
+
     def waiting(self, sequence: int, start: int, stop: int) -> range:
         """Positions that have run `start` layers and would run up to `stop` next; none wait between."""
         reached = self._reached[sequence]

@@ -22,6 +22,8 @@ class DecodingSequence:
         streak: of the token that is on its way, over the exits that it was asked at.
         passed: exit -> logits_V of the token that is on its way, kept where somebody wants to know.
         draft: of the tokens that are on their way, where it drafts.
+        at: layers that its rows on their way have run; 0 where tokens enter next.
+        since: the launch that brought them there.
     """
 
     request: Request
@@ -34,6 +36,8 @@ class DecodingSequence:
     streak: Streak = field(default_factory=Streak)
     passed: dict[int, torch.Tensor] = field(default_factory=dict)
     draft: Draft | None = None
+    at: int = 0
+    since: int = 0
     finish: FinishReason | None = None
 
     def next_stop(self, start: int, num_layers: int) -> int:
@@ -46,30 +50,37 @@ class DecodingSequence:
         """Whether it is told what every exit says of its tokens."""
         return self.request.sampling.exit_logprobs
 
+    def come_to(self, layer: int, launch: int) -> None:
+        """A launch has taken its rows there."""
+        self.at, self.since = layer, launch
+
     @property
     def joins_at(self) -> int:
-        """The depth from which it takes part: where its draft waits, if no token of it is still to enter."""
-        return 0 if self.unfed or self.draft is None else self.draft.layer
+        """The exit where all of its draft waits, with nothing of it still to enter; 0: there is none."""
+        return self.draft.layer if self.draft is not None and self.draft.joins else 0
 
     @property
     def num_positions(self) -> int:
         """That its tokens have in the model: all but the newest token's."""
         return len(self.request.prompt) + len(self.draws.answer) - 1
 
-    def begin_draft(self) -> bool:
-        """Whether it drafts now: never more than what may still be said before full depth adds a token."""
-        if self.pace is None or not self.draws.answer:
-            return False
+    def begin_draft(self) -> None:
+        """Before its next token, if it speculates: never more than what may be said before full depth adds a token."""
+        if self.pace is None:
+            return
         layer, length = self.pace.next(self.limit - len(self.draws.answer) - 1)
-        if length == 0:
+        if length:
+            self.draft = Draft(layer, length)
+        else:
             self.pace.see(layer, drafted=0, accepted=0)
-            return False
-        self.draft = Draft(layer, length)
-        return True
 
     @property
-    def goes_on_drafting(self) -> bool:
+    def is_drafting(self) -> bool:
+        """Whether its rows are on their way to the exit that drafts more."""
         return self.draft is not None and not self.draft.is_over
+
+    def drafts_at(self, layer: int) -> bool:
+        return self.is_drafting and self.draft is not None and self.draft.layer == layer
 
     def extend_draft(self, token: int, p_V: torch.Tensor | None) -> None:
         """Its next drafted token, and what it was drawn from, if it was. A stop token, after which nothing can come,
@@ -79,15 +90,16 @@ class DecodingSequence:
         draft.tokens.append(token)
         if p_V is not None:
             draft.probabilities.append(p_V)
-        draft.stops = token in self.request.stops
+        draft.stops = draft.joins = token in self.request.stops
         draft.is_over = draft.stops or len(draft.tokens) == draft.length
-        self.unfed = [] if draft.stops else [token]
+        if not draft.stops:
+            self.unfed, self.at = [token], 0
 
     def end_draft(self, *, accepted: int) -> None:
         """Full depth has answered; what it has to say comes next, or the newest token is run again."""
         assert self.pace is not None and self.draft is not None
         self.pace.see(self.draft.layer, drafted=len(self.draft.tokens), accepted=accepted)
-        self.draft, self.unfed = None, self.draws.answer[-1:]
+        self.draft, self.unfed, self.at = None, self.draws.answer[-1:], 0
 
     def take(self, count: int | None = None) -> list[int]:
         """Remove and return the first unfed tokens; all by default."""
@@ -98,7 +110,7 @@ class DecodingSequence:
     def say(self, token: int) -> None:
         """Its newest token, which may end it."""
         self.draws.answer.append(token)
-        self.unfed, self.streak, self.passed = [token], Streak(), {}
+        self.unfed, self.at, self.streak, self.passed = [token], 0, Streak(), {}
         if token in self.request.stops:
             self.finish = "stop"
         elif len(self.draws.answer) == self.limit:

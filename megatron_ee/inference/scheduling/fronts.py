@@ -14,6 +14,7 @@ class Front(NamedTuple):
         rows: how many they are; with those of earlier tokens that wait there too, if it goes deeper.
         stop: where they are looked at next, or the number of layers.
         since: the number of the launch that brought them there.
+        drafts: it drafts there, and more of its draft follows.
     """
 
     slot: int
@@ -21,6 +22,7 @@ class Front(NamedTuple):
     rows: int
     stop: int
     since: int
+    drafts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,7 +197,9 @@ class EngineSimulator:
         if of.said == len(of.request.depths):
             return of
         if self._policy == "propagate":
-            self._ledger.advance(slot, plan.stop, self._num_layers, self._ledger.pending(slot) if plan.stop < self._num_layers else 0)
+            self._ledger.advance(
+                slot, plan.stop, self._num_layers, self._ledger.pending(slot) if plan.stop < self._num_layers else 0
+            )
         elif self._ledger.pending(slot) > self._max_pending:
             self._catch_up(slot)
         return None

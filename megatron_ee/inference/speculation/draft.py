@@ -20,6 +20,7 @@ class Draft:
         stops: its last token is a stop token.
         is_over: nothing is drafted after it: it has its length or ends with a stop token, or the exit has nothing to
             say.
+        joins: it is over, and all of it waits at its exit; else the last token has not entered the model yet.
         num_rows: positions at which full depth answers: before each token, and, unless a stop token is the last, after
             all of them.
     """
@@ -30,6 +31,7 @@ class Draft:
     probabilities: list[torch.Tensor] = field(default_factory=list)
     passed: list[torch.Tensor] = field(default_factory=list)
     is_over: bool = False
+    joins: bool = False
     stops: bool = False
 
     @property

@@ -1,54 +1,23 @@
-"""Drafts tokens of sequences, round after round, with the layers up to an exit.
+"""What an exit drafts.
 
 Shapes: N rows, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from megatron_ee.inference.asked_exit import AskedExit
-from megatron_ee.inference.depth_walk import Arrival, DepthWalk
 from megatron_ee.inference.sampling import NO_TOKEN, Row, propose
 from megatron_ee.inference.sequences import DecodingSequence
 
 
-class Drafter:
-    def __init__(self, walk: DepthWalk) -> None:
-        self._walk = walk
+def extend(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> None:
+    """One more token of each sequence's draft, or its end.
 
-    def draft(self, sequences: Mapping[int, DecodingSequence]) -> None:
-        """Draft in those that speculate and have their prompt behind them, each as far as it means to. What is drafted
-        waits at its exit; the last token of a draft that has its full length has not entered the model yet."""
-        drafting = {slot: of for slot, of in sequences.items() if of.begin_draft()}
-        while drafting:
-            for arrival, slots in self._to_exits(drafting):
-                _extend(arrival.ask(slots), [drafting[slot] for slot in slots])
-            drafting = {slot: of for slot, of in drafting.items() if of.goes_on_drafting}
-
-    def _to_exits(self, drafting: Mapping[int, DecodingSequence]) -> Iterator[tuple[Arrival, list[int]]]:
-        """The newest token of each sequence comes to the exit that drafts, those together that have the same."""
-        going, start = list(drafting), 0
-        while going:
-            stop = min(_layer(drafting[slot]) for slot in going)
-            if start == 0:
-                arrival = self._walk.enter({slot: drafting[slot].take() for slot in going}, stop)
-                self._walk.work.drafts += 1
-                self._walk.work.drafted += len(going)
-            else:
-                arrival = self._walk.advance(dict.fromkeys(going), start, stop)
-            yield arrival, [slot for slot in going if _layer(drafting[slot]) == stop]
-            going = [slot for slot in going if _layer(drafting[slot]) > stop]
-            start = stop
-
-
-def _layer(sequence: DecodingSequence) -> int:
-    assert sequence.draft is not None
-    return sequence.draft.layer
-
-
-def _extend(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> None:
-    """One more token of each draft, or its end."""
+    Args:
+        asked: the exit that drafts, at the newest token of each.
+    """
     drafts = [of.draft for of in sequences if of.draft is not None]
     tokens, probabilities = propose(
         asked.logits, [Row(of.draws, tuple(draft.tokens)) for of, draft in zip(sequences, drafts, strict=True)]
@@ -58,7 +27,7 @@ def _extend(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> None:
         if sequence.wants_passed:
             draft.passed.append(asked.logits[row])
         if tokens[row] == NO_TOKEN or not sure[row]:
-            draft.is_over = True
+            draft.is_over = draft.joins = True
         else:
             sequence.extend_draft(tokens[row], probabilities[row])
 

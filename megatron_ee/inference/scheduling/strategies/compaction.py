@@ -13,6 +13,8 @@ class Compaction:
 
 
 def those_on_their_way(fronts: Sequence[Front]) -> Sequence[Front]:
-    """The shallowest of those that have begun, so that they join the deeper ones; or, if none has, all."""
+    """The shallowest of those that have begun, so that they join the deeper ones; or, if none has, all. Drafts come
+    before, so that they are verified together."""
+    fronts = [front for front in fronts if front.drafts] or fronts
     queues = by_depth(fronts)
     return queues[min((depth for depth in queues if depth > 0), default=0)]
