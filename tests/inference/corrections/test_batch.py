@@ -123,7 +123,7 @@ def test_sled_at_rate_0_is_full_depth(model: OpenedModel) -> None:
 
 def test_modes_share_a_batch_and_come_and_go(model: OpenedModel) -> None:
     """Each request's text is the one that it gets alone; prompts are longer than what runs at once, too."""
-    settings = [*CORRECTIONS.values(), *OTHERS]
+    settings = [*OTHERS, *CORRECTIONS.values()]
     requests = [
         request(_prompt(1 + 2 * number, number), ExitParams.model_validate(of), temperature=number % 3 / 2, seed=number)
         for number, of in enumerate(settings)

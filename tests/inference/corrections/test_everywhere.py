@@ -61,8 +61,8 @@ def test_two_ranks_say_what_one_does(tmp_path: Path, mesh: Mesh, ranks: RankPool
     [
         (["inference.exit.mode=sled"], {"mode": "sled"}),
         (
-            ["inference.exit.mode=sled", "inference.exit.sled.norm=false", "inference.exit.sled.layers=[4, 5]"],
-            {"mode": "sled", "sled": {"norm": False, "layers": (4, 5)}},
+            ["inference.exit.mode=sled", "inference.exit.sled.norm=false", "inference.exit.sled.alpha=9.0"],
+            {"mode": "sled", "sled": {"norm": False, "alpha": 9.0}},
         ),
         (
             ["inference.exit.mode=dola", "inference.exit.dola.relative_top=0.3"],
