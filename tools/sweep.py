@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from compare_measures import pictures_of
+from compare_measures import cut, held_out, pictures_of, read_text
 from sweep_results import Files, Swept, check_folder, fragment, write
 
 from megatron_ee.checkpoint.folders import find_model
@@ -32,6 +32,7 @@ from megatron_ee.log import quiet_dependencies
 Number = TypeVar("Number", int, float)
 
 ROUNDS = 7
+SEQUENCES = 64
 PROMPTS = "one a line that is not blank; or a .jsonl of objects with `prompt`, a text or a list of tokens"
 
 SWEEPS = ("speculation", "thresholds", "sled")
@@ -65,8 +66,7 @@ def main() -> int:
             if not llm.model.exits:
                 raise UserError(f"{folder}: the model has no early exit")
             swept = _sweep(llm, prompts, arguments)
-            files = Files.of(output, arguments.sweep, arguments.picture)
-            report(files, llm, swept, title=f"{arguments.sweep}: {arguments.checkpoint}")
+            report(output, llm, swept, arguments)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -76,21 +76,23 @@ def main() -> int:
     return 0
 
 
-def report(files: Files, llm: LLM, swept: Swept, *, title: str) -> None:
+def report(output: Path, llm: LLM, swept: Swept, arguments: argparse.Namespace) -> None:
     """Print the table and the best setting, and write the files."""
+    files = Files.of(output, arguments.sweep, arguments.picture)
     print(*swept.lines, sep="\n", end="\n\n")
     print(fragment(swept.best))
     write(files, llm.config, swept)
+    print(f"python -m megatron_ee.inference {files.fragment} --checkpoint {arguments.checkpoint} --prompt TEXT")
+    print(files.json)
     try:
         from sweep_picture import save_picture
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         print("no picture: it needs matplotlib: pip install 'megatron-ee[plots]'", file=sys.stderr)
-        print(files.json, files.fragment, sep="\n")
         return
-    save_picture(files.picture, swept.panels, title=title)
-    print(files.json, files.fragment, files.picture, sep="\n")
+    save_picture(files.picture, swept.panels, title=f"{arguments.sweep}: {arguments.checkpoint}")
+    print(files.picture)
 
 
 def _sweep(llm: LLM, prompts: list[Prompt], arguments: argparse.Namespace) -> Swept:
@@ -101,6 +103,8 @@ def _sweep(llm: LLM, prompts: list[Prompt], arguments: argparse.Namespace) -> Sw
         return sweep_speculation.sweep(
             llm, prompts, exits=arguments.exits, lengths=lengths, rounds=arguments.rounds or ROUNDS
         )
+    if arguments.sweep == "sled":
+        return _sweep_sled(llm, arguments)
     import sweep_thresholds
 
     return sweep_thresholds.sweep(
@@ -110,6 +114,20 @@ def _sweep(llm: LLM, prompts: list[Prompt], arguments: argparse.Namespace) -> Sw
         thresholds=arguments.thresholds or sweep_thresholds.THRESHOLDS,
         least_agreement=sweep_thresholds.AGREEMENT if arguments.agreement is None else arguments.agreement,
         rounds=arguments.rounds or ROUNDS,
+    )
+
+
+def _sweep_sled(llm: LLM, arguments: argparse.Namespace) -> Swept:
+    import sweep_corrections  # imports megatron-core, which needs a chosen device
+
+    tokenizer = llm.model.tokenizer
+    text = read_text(arguments.text, tokenizer) if arguments.text else held_out(llm.config, tokenizer)
+    windows_BS = cut(text, llm.config.data.sequence_length, arguments.sequences or SEQUENCES)
+    return sweep_corrections.sweep(
+        llm,
+        windows_BS,
+        alphas=arguments.alphas or sweep_corrections.ALPHAS,
+        top_ks=arguments.top_k or sweep_corrections.TOP_KS,
     )
 
 
@@ -138,7 +156,7 @@ def _parse() -> argparse.Namespace:
     thresholds.add_argument("--agreement", type=_share, metavar="X", help="least share of full depth's tokens (0.95)")
     sled = parser.add_argument_group("sled")
     sled.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, instead of the run's validation split")
-    sled.add_argument("--sequences", type=_whole, metavar="N", help="of data.sequence_length tokens (64)")
+    sled.add_argument("--sequences", type=_whole, metavar="N", help=f"of data.sequence_length tokens ({SEQUENCES})")
     sled.add_argument("--alphas", type=_numbers(float), metavar="X,X,...", help="evolution rates")
     sled.add_argument("--top-k", type=_numbers(int), metavar="N,N,...", help="evolution scales")
     parser.add_argument("settings", nargs="*", metavar="[CONFIG] key.path=value")

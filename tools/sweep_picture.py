@@ -40,6 +40,7 @@ def draw(axes: Axes, panel: Panel) -> None:
     """One map, with the first row below."""
     values_RC = np.array([[np.nan if value is None else value for value in row] for row in panel.values], dtype=float)
     norm, colours = _scale(values_RC, panel.neutral)
+    colours = colours.reversed() if panel.lower_is_better else colours
     axes.imshow(values_RC, cmap=colours, norm=norm, origin="lower", aspect="auto")
     for (row, column), value in np.ndenumerate(values_RC):
         text = "-" if np.isnan(value) else panel.unit.format(value)
@@ -55,7 +56,8 @@ def draw(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel(panel.column_title)
     axes.set_ylabel(panel.row_title)
     axes.tick_params(length=0)
-    axes.set_title(panel.title + (f"\n{panel.note}" if panel.note else ""), loc="left", fontsize=10)
+    dashed = "" if panel.line is None else f" (dashed: {panel.unit.format(panel.line)})"
+    axes.set_title(f"{panel.title}{dashed}" + (f"\n{panel.note}" if panel.note else ""), loc="left", fontsize=10)
 
 
 def _draw_contour(axes: Axes, above_RC: np.ndarray) -> None:

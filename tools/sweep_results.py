@@ -41,6 +41,7 @@ class Panel:
     neutral: float | None = None
     line: float | None = None
     best: tuple[int, int] | None = None
+    lower_is_better: bool = False
     note: str = ""
 
 

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Generic, NamedTuple, TypeVar
 
@@ -29,7 +30,8 @@ CHANCE = 0.05  # of a sweep that finds something where there is nothing
 Name = TypeVar("Name")
 
 
-class Speed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Speed:
     """Tokens per second over full depth's: the median of the rounds, and their 10th and 90th percentile."""
 
     median: float
@@ -149,8 +151,8 @@ def fastest(speeds: Mapping[Name, Speed], noise: float) -> Name | None:
 
 
 @contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[], object]]:
-    """A bar on a terminal; call what it yields at each step."""
+def progress(total: int, what: str) -> Iterator[Callable[..., object]]:
+    """A bar on a terminal; call what it yields at each step, or after so many."""
     with tqdm(desc=what, total=total, disable=None, leave=False) as bar:
         yield bar.update
 
