@@ -149,7 +149,7 @@ class Batch:
         joins_at = {slot: self._sequences[slot].joins_at for slot in slots}
         going, start = list(slots), 0
         while going:
-            stop = min(self._sequences[slot].next_stop(start, self._num_layers) for slot in going)
+            stop = min(self._next_stop(slot, start) for slot in going)
             moving = [slot for slot in going if joins_at[slot] <= start]
             if moving:
                 arrival = self._move(moving, start, stop, room=len(slots) - len(going))
@@ -160,6 +160,11 @@ class Batch:
                 going = [slot for slot in going if slot not in dict(leaving)]
             start = stop
         return emitted
+
+    def _next_stop(self, slot: int, start: int) -> int:
+        """Where rows are looked at next, or meet some of their own sequence that a neighbour's launch took there."""
+        looked_at = self._sequences[slot].next_stop(start, self._num_layers)
+        return min(looked_at, self.walk.ledger.next_waiting(slot, start))
 
     def _move(self, moving: Sequence[int], start: int, stop: int, *, room: int) -> Arrival:
         if start == 0:
