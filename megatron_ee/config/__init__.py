@@ -8,6 +8,7 @@ from megatron_ee.config.inference import (
     InferenceConfig,
     KvPolicy,
     SamplingParams,
+    SchedulingParams,
     ServingConfig,
     SledParams,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Precision",
     "ProfileConfig",
     "SamplingParams",
+    "SchedulingParams",
     "ServingConfig",
     "SledParams",
     "StagePlacement",

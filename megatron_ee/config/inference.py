@@ -164,12 +164,27 @@ class ExitParams(Section):
         return layer >= self.min_exit and (self.exits is None or layer in self.exits)
 
 
+class SchedulingParams(Section):
+    """Which rows run together. It changes no token."""
+
+    strategy: Literal["lockstep", "compaction", "rebatch"] = Field(
+        "compaction",
+        description="lockstep: a batch goes on together until its last row has left; compaction: rows that have left "
+        "make it smaller; rebatch: rows that go deeper wait for others, while new tokens begin",
+    )
+    launch_rows: PositiveInt | None = Field(
+        None, description="tokens that fill a launch; more sequences than that wait for their turn; null: all of them"
+    )
+    max_wait: PositiveInt = Field(16, description="launches after which a row that waits goes on, whoever goes with it")
+
+
 class InferenceConfig(Section):
     """How text is generated when a request does not say otherwise."""
 
     sampling: SamplingParams = SamplingParams()
     exit: ExitParams = ExitParams()
     max_batch_size: PositiveInt = Field(16, description="sequences decoded together")
+    scheduling: SchedulingParams = SchedulingParams()
     prefill_chunk: PositiveInt = Field(512, description="positions of a prompt that run through the model at once")
     pack_weights: bool = Field(
         True, description="on a CPU in fp32, a second copy of the matrices, laid out for several rows: twice the memory"

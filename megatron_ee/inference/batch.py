@@ -5,22 +5,19 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_ee.errors import FieldError
 from megatron_ee.inference.asked_exit import AskedExit
-from megatron_ee.inference.corrections import check_shared_vocabulary
+from megatron_ee.inference.beginning import begin
 from megatron_ee.inference.depth_walk import Arrival, DepthWalk
 from megatron_ee.inference.exit_decisions import ExitDecisions
-from megatron_ee.inference.exit_rule import ExitRule
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission, Request
-from megatron_ee.inference.sampling import Draws, NoTokenError, check_sampling
+from megatron_ee.inference.sampling import NoTokenError
 from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
 from megatron_ee.inference.scheduling.planner import Planner
 from megatron_ee.inference.scheduling.strategies.compaction import Compaction
 from megatron_ee.inference.sequences import DecodingSequence
 from megatron_ee.inference.speaking import speak, speak_of_drafts
 from megatron_ee.inference.speculation.drafter import extend
-from megatron_ee.inference.speculation.pace import MOST_DRAFTED, Pace
 
 
 class Batch:
@@ -57,33 +54,25 @@ class Batch:
     def free_slots(self) -> int:
         return len(self._free)
 
+    def check(self, request: Request) -> None:
+        """
+        Raises:
+            FieldError: it cannot be taken in; see `begin`.
+        """
+        self._begin(request)
+
     def add(self, request: Request) -> int:
         """Take in a request; returns its slot.
 
         Raises:
-            FieldError: it names an exit or a token that the model doesn't have, or asks a gate or a measure that isn't
-                there; or prompt and answer are longer than the model's positions or the batch's capacity.
+            FieldError: it cannot be taken in; see `begin`.
         """
-        model, prompt = self._model, request.prompt
-        rule = ExitRule(request.exit, model.exits, model.gated)
-        model.measure_named(rule.measure)
-        check_shared_vocabulary(model.stage, request.exit.mode, rule.heard)
-        check_sampling(request.sampling, model.tokenizer.vocab_size)
-        if rule.max_pending > self._max_pending:
-            raise FieldError(
-                "inference.exit.max_pending", f"{rule.max_pending} is above the batch's {self._max_pending}"
-            )
-        limit = request.sampling.max_new_tokens
-        if model.max_positions is not None:
-            limit = min(limit, model.max_positions - len(prompt) + 1)
-            if limit < 1:
-                raise FieldError("prompt", f"{len(prompt)} tokens, but the model has {model.max_positions} positions")
-        if len(prompt) + limit - 1 > self._capacity:
-            raise FieldError("prompt", f"{len(prompt)} + {limit} new tokens do not fit into {self._capacity} positions")
+        sequence = self._begin(request)
         slot = self._free.pop(0)
-        self.walk.ledger.open(slot, blocks=[layer for layer in rule.asked if model.runner.attends(layer)])
-        stops, pace = rule.stops_at(model.exits), self._pace_of(request, rule)
-        self._sequences[slot] = DecodingSequence(request, rule, Draws(request), stops, limit, list(prompt), pace)
+        blocks = [layer for layer in sequence.rule.asked if self._model.runner.attends(layer)]
+        self.walk.ledger.open(slot, blocks=blocks)
+        sequence.since = self._launch
+        self._sequences[slot] = sequence
         return slot
 
     def fronts(self) -> list[Front]:
@@ -140,12 +129,8 @@ class Batch:
         self.walk.ledger.close(slot)
         self._free = sorted((*self._free, slot))
 
-    def _pace_of(self, request: Request, rule: ExitRule) -> Pace | None:
-        if not rule.drafts:
-            return None
-        length = request.exit.draft_length
-        costs = {layer: self._model.draft_costs[layer] for layer in rule.drafts}
-        return Pace(costs, None if length == "auto" else length, most=min(MOST_DRAFTED, rule.max_pending))
+    def _begin(self, request: Request) -> DecodingSequence:
+        return begin(self._model, request, capacity=self._capacity, max_pending=self._max_pending)
 
     def _going(self) -> list[tuple[int, DecodingSequence]]:
         return [(slot, sequence) for slot, sequence in self._sequences.items() if sequence.finish is None]

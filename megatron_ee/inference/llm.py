@@ -3,8 +3,7 @@
 Opening a model chooses this process's device, so nothing here imports megatron-core before.
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -16,11 +15,12 @@ from megatron_ee.inference.completion import Completion, Piece, completions
 from megatron_ee.inference.growing_text import GrowingText
 from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.inference.request import Emission, Request
+from megatron_ee.inference.scheduling.strategies.named import make_planner
 from megatron_ee.inference.work import Work
 from megatron_ee.log import quiet_dependencies
 
 if TYPE_CHECKING:
-    from megatron_ee.inference.batch import Batch
+    from megatron_ee.inference.engine import Engine
     from megatron_ee.inference.opened import OpenedModel
 
 Prompts = Prompt | Sequence[Prompt]
@@ -115,42 +115,44 @@ class LLM:
         requests = self.requests(prompts, sampling, exit)
         if not requests:
             return requests, iter(())
-        batch = self._make_batch(requests)
-        _check(batch, requests)
-        return requests, self._run(batch, requests)
+        engine = self._make_engine(requests)
+        for index, request in enumerate(requests):
+            _add(engine, index, request)
+        return requests, self._run(engine, requests)
 
-    def _make_batch(self, requests: Sequence[Request]) -> "Batch":
+    def _make_engine(self, requests: Sequence[Request]) -> "Engine":
         from megatron_ee.inference.batch import Batch
+        from megatron_ee.inference.engine import Engine
 
-        positions = self.model.max_positions
+        positions, settings, model = self.model.max_positions, self.config.inference, self.model
         lengths = [len(request.prompt) + request.sampling.max_new_tokens for request in requests]
-        settings = self.config.inference
-        return Batch(
-            self.model,
-            slots=min(len(requests), settings.max_batch_size),
+        residents, chunk = min(len(requests), settings.max_batch_size), settings.prefill_chunk
+        batch = Batch(
+            model,
+            slots=residents,
             capacity=max(lengths) if positions is None else min(max(lengths), positions),
             max_pending=max(request.exit.max_pending for request in requests),
-            prefill_chunk=settings.prefill_chunk,
+            prefill_chunk=chunk,
         )
+        planner = make_planner(
+            settings.scheduling, model.launch_costs, model.depths, residents=residents, prefill_chunk=chunk
+        )
+        return Engine(batch, planner)
 
-    def _run(self, batch: "Batch", requests: Sequence[Request]) -> Iterator[Piece]:
-        waiting = deque(enumerate(requests))
-        texts: dict[int, GrowingText] = {}
+    def _run(self, engine: "Engine", requests: Sequence[Request]) -> Iterator[Piece]:
+        texts = {index: GrowingText(index, request, self.model.tokenizer) for index, request in enumerate(requests)}
         try:
-            while waiting or texts:
-                while waiting and batch.free_slots:
-                    index, request = waiting.popleft()
-                    texts[batch.add(request)] = GrowingText(index, request, self.model.tokenizer)
-                for slot, emission in _step(batch, texts):
-                    if slot not in texts:
+            while texts:
+                for index, emission in _step(engine):
+                    if index not in texts:
                         continue  # of several tokens an earlier one has ended the text, by a stop string
-                    piece = texts[slot].take(emission)
+                    piece = texts[index].take(emission)
                     if piece.finish_reason is not None:
-                        batch.remove(slot)
-                        del texts[slot]
+                        engine.abort(index)
+                        del texts[index]
                     yield piece
         finally:
-            self._work += batch.walk.work
+            self._work += engine.batch.walk.work
 
 
 def open_model(folder: Path, config: Config) -> "OpenedModel":
@@ -163,22 +165,21 @@ def open_model(folder: Path, config: Config) -> "OpenedModel":
     return load_model(folder, config, device)
 
 
-def _step(batch: "Batch", texts: Mapping[int, GrowingText]) -> list[tuple[int, Emission]]:
+def _step(engine: "Engine") -> list[tuple[int, Emission]]:
     from megatron_ee.inference.sampling import NoTokenError
 
     try:
-        return batch.step()
+        return engine.step()
     except NoTokenError as error:
-        names = ", ".join(f"prompts.{texts[slot].index}" for slot in error.rows)
+        names = ", ".join(f"prompts.{index}" for index in error.rows)
         raise UserError(f"{names}: no token can be chosen: {error.reason}") from error
 
 
-def _check(batch: "Batch", requests: Sequence[Request]) -> None:
-    """Before anything is decoded, so that one wrong prompt takes no time of the others."""
-    for index, request in enumerate(requests):
-        try:
-            batch.remove(batch.add(request))
-        except FieldError as error:
-            if error.field == "prompt":
-                raise FieldError(f"prompts.{index}", error.message) from error
-            raise FieldError(error.field, f"{error.message} (prompts.{index})") from error
+def _add(engine: "Engine", index: int, request: Request) -> None:
+    """All before anything is decoded, so that one wrong prompt takes no time of the others."""
+    try:
+        engine.add(request)
+    except FieldError as error:
+        if error.field == "prompt":
+            raise FieldError(f"prompts.{index}", error.message) from error
+        raise FieldError(error.field, f"{error.message} (prompts.{index})") from error

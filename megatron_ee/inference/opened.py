@@ -8,6 +8,8 @@ import torch
 
 from megatron_ee.inference.measures import Measure
 from megatron_ee.inference.runner import Runner
+from megatron_ee.inference.savings import weights_of
+from megatron_ee.inference.scheduling.costs import ROW_SHARES, SegmentCosts, estimated_costs
 from megatron_ee.inference.speculation.costs import draft_costs
 from megatron_ee.inference.speculation.law import DraftCosts
 from megatron_ee.model.stage import Stage
@@ -45,6 +47,17 @@ class OpenedModel:
     def draft_costs(self) -> Mapping[int, DraftCosts]:
         """Of drafting at each exit."""
         return draft_costs(self.stage, self.exits)
+
+    @cached_property
+    def launch_costs(self) -> SegmentCosts:
+        """Of layers, estimated by what launches read."""
+        row = ROW_SHARES[next(self.stage.parameters()).device.type]
+        return estimated_costs(weights_of(self.stage).layers, self.exits, row)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Where rows may wait or end, in layers run."""
+        return (0, *self.exits, self.stage.model.num_layers)
 
     @property
     def gated(self) -> frozenset[int]:

@@ -1,13 +1,18 @@
 """What launches cost, measured or estimated: seconds, or any other unit, by segment and number of rows."""
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 Segment = tuple[int, int]
 """Layers `start + 1` to `stop`."""
 Curve = tuple[tuple[float, float], ...]
 """(rows, cost), by ascending rows."""
+
+
+ROW_SHARES = {"cpu": 0.05, "cuda": 0.0}
+"""What each more row adds to a launch of few rows, as a share of its first one, by the kind of device."""
 
 
 def cost_of(curve: Curve, rows: float) -> float:
@@ -39,3 +44,18 @@ class SegmentCosts:
 
     def of_head(self, layer: int, rows: float) -> float:
         return cost_of(self.heads[layer], rows) if layer in self.heads else 0.0
+
+
+def estimated_costs(layers: Sequence[float], exits: Sequence[int], row: float) -> SegmentCosts:
+    """From what a launch reads, in its unit.
+
+    Args:
+        layers: of each layer, the first one first.
+        row: what each more row adds, as a share of the first one.
+    """
+    borders = (0, *exits, len(layers))
+    return SegmentCosts({(start, stop): _line(sum(layers[start:stop]), row) for start, stop in pairwise(borders)})
+
+
+def _line(first: float, row: float) -> Curve:
+    return ((1, first), (2, first * (1 + row)))

@@ -3,17 +3,15 @@
 from collections.abc import Mapping, Sequence
 
 from megatron_ee.inference.savings import weights_of
+from megatron_ee.inference.scheduling.costs import ROW_SHARES
 from megatron_ee.inference.speculation.law import DraftCosts
 from megatron_ee.model.stage import Stage
-
-_ROW = {"cpu": 0.05, "cuda": 0.0}
-"""What each more row adds to a launch, as a share of its first one."""
 
 
 def draft_costs(stage: Stage, exits: Sequence[int]) -> Mapping[int, DraftCosts]:
     """Of each exit, in bytes."""
     weights, num_layers = weights_of(stage), stage.model.num_layers
-    row = _ROW[next(stage.parameters()).device.type]
+    row = ROW_SHARES[next(stage.parameters()).device.type]
     costs = {}
     for layer in exits:
         own = weights.features[layer]
