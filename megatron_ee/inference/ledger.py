@@ -39,10 +39,6 @@ class DepthLedger:
         """Number of positions, run or not."""
         return self._reached[sequence][0]
 
-    def reached(self, sequence: int, depth: int) -> int:
-        """Leading positions that have run so many layers."""
-        return self._reached[sequence][depth]
-
     def pending(self, sequence: int) -> int:
         """Number of positions that lack keys and values somewhere."""
         return self.length(sequence) - self._reached[sequence][self._depths[-1]]

@@ -15,6 +15,7 @@ class Front(NamedTuple):
         stop: where they are looked at next, or the number of layers.
         since: the number of the launch that brought them there.
         drafts: it drafts there, and more of its draft follows.
+        owes: layers that its tokens skip are made up for later.
     """
 
     slot: int
@@ -23,6 +24,7 @@ class Front(NamedTuple):
     stop: int
     since: int
     drafts: bool = False
+    owes: bool = True
 
 
 @dataclass(frozen=True, slots=True)

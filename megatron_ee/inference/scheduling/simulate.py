@@ -159,12 +159,13 @@ class EngineSimulator:
         return ended
 
     def _front(self, slot: int, of: _Sequence) -> Front:
+        owes = self._policy != "propagate"
         if of.at == 0:
             rows = min(of.unfed, self._chunk)
             whole = rows == of.unfed
-            return Front(slot, 0, rows, self._depths[1] if whole else self._num_layers, of.since)
-        rows = self._ledger.reached(slot, of.at) - self._ledger.reached(slot, self._after(of.at))
-        return Front(slot, of.at, rows, self._after(of.at), of.since)
+            return Front(slot, 0, rows, self._depths[1] if whole else self._num_layers, of.since, owes=owes)
+        rows = self._ledger.num_waiting(slot, of.at)
+        return Front(slot, of.at, rows, self._after(of.at), of.since, owes=owes)
 
     def _after(self, depth: int) -> int:
         return self._depths[self._depths.index(depth) + 1]
