@@ -81,8 +81,16 @@ def pictures_of(folder: Path) -> Path:
 
 
 def read_text(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """Its tokens."""
-    return np.array(tokenizer.encode(path.read_text()), dtype=np.int64)
+    """Its tokens.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from error
+    return np.array(tokenizer.encode(text), dtype=np.int64)
 
 
 def held_out(config: Config, tokenizer: Tokenizer) -> np.ndarray:

@@ -52,13 +52,28 @@ def observe(model: OpenedModel, windows_BS: np.ndarray) -> Observed:
     )
 
 
+def ask_all(
+    model: OpenedModel, tokens_BS: torch.Tensor, *, rows: int | None = None
+) -> Iterator[tuple[int, Iterator[AskedExit]]]:
+    """Each exit, the final one last, with all tokens (position after position), some rows at a time."""
+    stage, num_layers = model.stage, model.stage.model.num_layers
+    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+    x_SBH = stage.embed(tokens_BS)
+    for start, stop in pairwise((0, *model.exits, num_layers)):
+        y_SBH, taps = stage.run_layers(x_SBH, positions, start, stop)
+        hidden_SBH = taps[stage.tap_of(stop)]
+        features_SBH = stage.exit_features(hidden_SBH, stop, positions)
+        yield stop, _in_parts(model, stop, rows or _ROWS, hidden_SBH, y_SBH, x_SBH, features_SBH)
+        x_SBH = y_SBH
+
+
 def _observe(model: OpenedModel, windows_BS: torch.Tensor) -> Observed:
     windows_BS = windows_BS.to(next(model.stage.parameters()).device)
     tokens_BS, labels_SB = windows_BS[:, :-1], windows_BS[:, 1:].T
     asked_of = exits_asked(model)
     choices: list[torch.Tensor] = []
     confidences: dict[str, list[torch.Tensor]] = {name: [] for name in asked_of}
-    for layer, parts in _ask_all(model, tokens_BS):
+    for layer, parts in ask_all(model, tokens_BS):
         choices_N, says = _hear(model, parts, [name for name, layers in asked_of.items() if layer in layers])
         choices.append(choices_N)
         for name, confidence_N in says.items():
@@ -85,23 +100,10 @@ def _hear(
     return torch.cat(choices), {name: torch.cat(values) for name, values in says.items()}
 
 
-def _ask_all(model: OpenedModel, tokens_BS: torch.Tensor) -> Iterator[tuple[int, Iterator[AskedExit]]]:
-    """Each exit, the final one last, with all tokens (position after position), some rows at a time."""
-    stage, num_layers = model.stage, model.stage.model.num_layers
-    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-    x_SBH = stage.embed(tokens_BS)
-    for start, stop in pairwise((0, *model.exits, num_layers)):
-        y_SBH, taps = stage.run_layers(x_SBH, positions, start, stop)
-        hidden_SBH = taps[stage.tap_of(stop)]
-        features_SBH = stage.exit_features(hidden_SBH, stop, positions)
-        yield stop, _in_parts(model, stop, hidden_SBH, y_SBH, x_SBH, features_SBH)
-        x_SBH = y_SBH
-
-
-def _in_parts(model: OpenedModel, layer: int, *states: torch.Tensor) -> Iterator[AskedExit]:
+def _in_parts(model: OpenedModel, layer: int, rows: int, *states: torch.Tensor) -> Iterator[AskedExit]:
     flat = [state_SBH.flatten(0, 1) for state_SBH in states]
-    for first in range(0, len(flat[0]), _ROWS):
-        hidden_NH, output_NH, previous_NH, features_NH = (state_NH[first : first + _ROWS] for state_NH in flat)
+    for first in range(0, len(flat[0]), rows):
+        hidden_NH, output_NH, previous_NH, features_NH = (state_NH[first : first + rows] for state_NH in flat)
         yield AskedExit(
             model.runner,
             layer,

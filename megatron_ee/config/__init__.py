@@ -2,7 +2,15 @@
 
 from megatron_ee.config.errors import ConfigError
 from megatron_ee.config.exit_losses import DistillationConfig, GateKind, GateLossConfig, WeightScheduleConfig
-from megatron_ee.config.inference import ExitParams, InferenceConfig, KvPolicy, SamplingParams, ServingConfig
+from megatron_ee.config.inference import (
+    DolaParams,
+    ExitParams,
+    InferenceConfig,
+    KvPolicy,
+    SamplingParams,
+    ServingConfig,
+    SledParams,
+)
 from megatron_ee.config.layerskip import LayerDropoutConfig, LayerSkipConfig
 from megatron_ee.config.like import ModelReader
 from megatron_ee.config.loader import load_config, open_config, open_values, to_yaml
@@ -20,6 +28,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DistillationConfig",
+    "DolaParams",
     "ExitParams",
     "ExitsConfig",
     "FaultsConfig",
@@ -39,6 +48,7 @@ __all__ = [
     "ProfileConfig",
     "SamplingParams",
     "ServingConfig",
+    "SledParams",
     "StagePlacement",
     "TrainingConfig",
     "WandbConfig",

@@ -48,6 +48,12 @@ class AskedExit:
         return self._runner.project(features_NH, self.layer)
 
     @cached_property
+    def output_logits(self) -> torch.Tensor:
+        """[N, V] of the layer's output, projected as it is: without the head's norm, MLP or block. As `logits`, they
+        are of the model's dtype, divided by the exit's temperature, without the vocabulary's padding."""
+        return self._runner.project(self.output_NH, self.layer)
+
+    @cached_property
     def gate_logits(self) -> torch.Tensor:
         """fp32 [N]: how sure the exit's gate is, before the sigmoid."""
         return self._runner.gate_logits(self.hidden_NH, self.layer)
@@ -65,6 +71,7 @@ class AskedExit:
             previous_NH=self.previous_NH[index],
             features_NH=None if self._features_NH is None else self._features_NH[index],
         )
-        if "logits" in self.__dict__:
-            part.__dict__["logits"] = self.logits[index]
+        for computed in ("logits", "output_logits"):
+            if computed in self.__dict__:
+                part.__dict__[computed] = self.__dict__[computed][index]
         return part

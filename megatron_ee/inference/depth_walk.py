@@ -71,10 +71,11 @@ class DepthWalk:
             if waiting := [slot for slot in slots if self.ledger.waiting(slot, start, stop)]:
                 self.advance(dict.fromkeys(waiting), start, stop)
 
-    def take_back(self, slot: int, length: int) -> None:
-        """Forget all but the first positions of a sequence."""
+    def take_back(self, slot: int, length: int) -> int:
+        """Forget all but the first positions of a sequence. Returns how many are forgotten."""
         if positions := self.ledger.truncate(slot, length):
             self.cache.clear(slot, positions)
+        return len(positions)
 
     def propagate(self, slots: Sequence[int], start: int) -> None:
         """Give all layers above `start` the keys and values of the states that wait there, as they are. Not exact."""
