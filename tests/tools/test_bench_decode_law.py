@@ -33,7 +33,7 @@ def line(first: float, more: float = 0.0) -> tuple[tuple[int, float], ...]:
 
 def said(text: str) -> list[Emission]:
     """A letter for each token: d is drafted, a figure is full depth's, after so many that it discarded."""
-    return [Emission(0, 8, 1.0, drafted=True) if of == "d" else Emission(0, 8, 1.0, discarded=int(of)) for of in text]
+    return [Emission(0, 8, 1.0, draft_exit=2) if of == "d" else Emission(0, 8, 1.0, discarded=int(of)) for of in text]
 
 
 @pytest.mark.parametrize("length", [0, 1, 4])
