@@ -68,7 +68,8 @@ def launch_of(model: "OpenedModel", sizes: Sizes, shape: tuple[int, int]) -> "La
         shape: (sequences, rows of each).
     """
     from megatron_ee.inference.kv_cache import KeyValueCache
-    from megatron_ee.inference.launch import Launch, SequenceRows
+    from megatron_ee.inference.launch import Launch
+    from megatron_ee.inference.row_places import SequenceRows
     from megatron_ee.model.rotary import Rotary, RotationTable
 
     stage, (sequences, each) = model.stage, shape
