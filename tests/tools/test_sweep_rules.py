@@ -107,6 +107,9 @@ def test_the_best_correction_is_the_most_accurate_then_the_one_with_least_loss_a
     assert sweep_corrections.best_of(cells) is cells[2]
     assert sweep_corrections.best_of([*cells, _correction(0.5, 20, 99, 9, loss=1.9)]).alpha == 0.5
     assert sweep_corrections.best_of(cells[:2]) is cells[1]
+    unsure = _correction(4, 10, 2_100, 2_000)
+    assert unsure.accuracy > cells[0].accuracy
+    assert sweep_corrections.best_of([unsure, cells[0]]) is cells[0], "chance may have made the more accurate one"
 
 
 def test_a_correction_that_chance_explains_is_none() -> None:
@@ -117,7 +120,7 @@ def test_a_correction_that_chance_explains_is_none() -> None:
     cells = [alone, *(_correction(2, top_k, 10, 30) for top_k in range(1, 20))]
     assert sweep_corrections.best_of(cells) is None
     said = sweep_corrections.verdict(cells, sweep_corrections.Full(10_000, 0.4, 2.0), None)
-    assert "has +0.230%, 2.6 standard errors of the difference (the best of 20 reaches 2.8 by chance)" in said
+    assert "has +0.230%, 2.6 standard errors of the difference (one of 20 reaches 2.8 by chance)" in said
     assert sweep_corrections.best_of([_correction(1, 10, 0, 0)]) is None, "nothing changed"
 
 
