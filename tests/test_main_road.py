@@ -96,7 +96,8 @@ def test_comparing_starts_from_full_depth(run: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()
     assert rows[1].split()[:4] == ["full", "depth", "4.00", "100.0%"]
-    assert len(rows) == 7
+    assert rows[-1].split()[:3] == ["speculative", "4.00", "100.0%"]
+    assert len(rows) == 8
 
 
 @pytest.mark.parametrize(

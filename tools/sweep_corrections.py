@@ -21,8 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from megatron_ee.config import ExitParams, SledParams
 from megatron_ee.errors import FieldError
-from megatron_ee.inference.corrections.sled import evidence_of, evolved
-from megatron_ee.inference.corrections.vocabulary import check_shared_vocabulary
+from megatron_ee.inference.corrections import check_shared_vocabulary, sled
 from megatron_ee.inference.exit_rule import ExitRule
 from megatron_ee.inference.llm import LLM
 from megatron_ee.inference.opened import OpenedModel
@@ -112,10 +111,9 @@ def measure(
     full, tallies = _Tally(), {setting: _Tally() for setting in settings}
     with progress((windows_BS.shape[1] - 1) * len(windows_BS), "tokens") as done:
         for labels_N, final_NV, early in _all_logits(model, windows_BS, layers, norm=norm):
-            evidence_NV = evidence_of(final_NV, early)
             was_right_N = full.add(final_NV, final_NV, labels_N)
             for setting, params in settings.items():
-                evolved_NV = evolved(final_NV, evidence_NV, params)
+                evolved_NV = sled(final_NV, early, params)
                 with_tail_NV = torch.where(evolved_NV == params.lower_bound, final_NV, evolved_NV)
                 tallies[setting].add(evolved_NV, with_tail_NV, labels_N, was_right_N)
             done(len(labels_N))

@@ -140,8 +140,17 @@ class ExitParams(Section):
         """Those of a model's exits that correct the final logits, ascending."""
         if self.mode not in ("sled", "dola"):
             return ()
-        layers = (self.sled if self.mode == "sled" else self.dola).layers
-        return tuple(sorted(exits if layers is None else layers))
+        layers = self._correction.layers
+        return tuple(sorted(set(exits if layers is None else layers)))
+
+    @property
+    def hears_heads(self) -> bool:
+        """Whether exits that correct the final logits speak by their heads."""
+        return self._correction.norm
+
+    @property
+    def _correction(self) -> SledParams | DolaParams:
+        return self.sled if self.mode == "sled" else self.dola
 
     def may_fire(self, exits: Iterable[int]) -> dict[int, float]:
         """Those of a model's exits that may fire, ascending, and the confidence that each needs."""

@@ -7,6 +7,7 @@ import torch
 
 from megatron_ee.errors import FieldError
 from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.corrections import check_shared_vocabulary
 from megatron_ee.inference.depth_walk import Arrival, DepthWalk
 from megatron_ee.inference.exit_decisions import ExitDecisions
 from megatron_ee.inference.exit_rule import ExitRule
@@ -16,7 +17,7 @@ from megatron_ee.inference.sampling import Draws, NoTokenError, check_sampling
 from megatron_ee.inference.sequences import DecodingSequence
 from megatron_ee.inference.speaking import speak, speak_of_drafts
 from megatron_ee.inference.speculation.drafter import Drafter
-from megatron_ee.inference.speculation.pace import Pace
+from megatron_ee.inference.speculation.pace import MOST_DRAFTED, Pace
 
 
 class Batch:
@@ -62,6 +63,7 @@ class Batch:
         model, prompt = self._model, request.prompt
         rule = ExitRule(request.exit, model.exits, model.gated)
         model.measure_named(rule.measure)
+        check_shared_vocabulary(model.stage, request.exit.mode, rule.heard)
         check_sampling(request.sampling, model.tokenizer.vocab_size)
         if rule.max_pending > self._max_pending:
             raise FieldError(
@@ -88,10 +90,12 @@ class Batch:
         Raises:
             NoTokenError: there is none to choose in some slots, which it names; the batch is of no use any more.
         """
-        self._prefill()
-        self._drafter.draft(dict(self._going()))
-        emitted = [emission for slots in self._groups() for emission in self._decode(slots)]
-        if crowded := [slot for slot, of in self._going() if self.walk.ledger.pending(slot) > of.rule.max_pending]:
+        going = self._going()
+        self._prefill(going)
+        self._drafter.draft(going)
+        emitted = [emission for slots in self._groups(going) for emission in self._decode(slots)]
+        pending = {slot: self.walk.ledger.pending(slot) for slot, sequence in going.items() if sequence.finish is None}
+        if crowded := [slot for slot, count in pending.items() if count > going[slot].rule.max_pending]:
             self.walk.catch_up(crowded)
         return emitted
 
@@ -112,24 +116,25 @@ class Batch:
             return None
         length = request.exit.draft_length
         costs = {layer: self._model.draft_costs[layer] for layer in rule.drafts}
-        return Pace(costs, None if length == "auto" else length)
+        return Pace(costs, None if length == "auto" else length, most=min(MOST_DRAFTED, rule.max_pending))
 
-    def _going(self) -> list[tuple[int, DecodingSequence]]:
-        return [(slot, sequence) for slot, sequence in self._sequences.items() if sequence.finish is None]
+    def _going(self) -> dict[int, DecodingSequence]:
+        return {slot: sequence for slot, sequence in self._sequences.items() if sequence.finish is None}
 
-    def _prefill(self) -> None:
+    def _prefill(self, sequences: Mapping[int, DecodingSequence]) -> None:
         """Run long prompts to full depth but for their last chunk, or their last token where an exit's keys and values
         would not be exact: what comes after needs it."""
-        for slot, sequence in self._going():
+        for slot, sequence in sequences.items():
             last = 1 if sequence.rule.kv_policy == "propagate" else self._chunk
             while len(sequence.unfed) > last:
                 self.walk.enter({slot: sequence.take(min(self._chunk, len(sequence.unfed) - last))}, self._num_layers)
+                self.walk.work.prefills += 1
 
-    def _groups(self) -> Iterator[list[int]]:
-        """Sequences that go on, so many at a time that no launch has more new rows than a chunk."""
+    def _groups(self, sequences: Mapping[int, DecodingSequence]) -> Iterator[list[int]]:
+        """Slots, so many at a time that no launch has more new rows than a chunk."""
         group: list[int] = []
         rows = 0
-        for slot, sequence in self._going():
+        for slot, sequence in sequences.items():
             if group and rows + len(sequence.unfed) > self._chunk:
                 yield group
                 group, rows = [], 0
@@ -146,17 +151,22 @@ class Batch:
         joins_at = {slot: self._sequences[slot].joins_at for slot in slots}
         going, start = list(slots), 0
         while going:
-            stop = min(self._sequences[slot].next_stop(start, self._num_layers) for slot in going)
+            stop = min(self._next_stop(slot, start) for slot in going)
             moving = [slot for slot in going if joins_at[slot] <= start]
             if moving:
                 arrival = self._move(moving, start, stop, room=len(slots) - len(going))
                 if stop == self._num_layers:
                     return emitted + self._arrive(arrival, going)
-                leaving = self._let_out(arrival, [slot for slot in moving if stop in self._sequences[slot].rule.asked])
+                leaving = self._let_out(arrival, moving)
                 emitted += leaving
                 going = [slot for slot in going if slot not in dict(leaving)]
             start = stop
         return emitted
+
+    def _next_stop(self, slot: int, start: int) -> int:
+        """Where rows are looked at next, or meet some of their own sequence that a neighbour's launch took there."""
+        looked_at = self._sequences[slot].next_stop(start, self._num_layers)
+        return min(looked_at, self.walk.ledger.next_waiting(slot, start))
 
     def _move(self, moving: Sequence[int], start: int, stop: int, *, room: int) -> Arrival:
         if start == 0:
@@ -165,10 +175,10 @@ class Batch:
         return self.walk.advance({**dict.fromkeys(moving), **fills}, start, stop)
 
     def _fills(self, going: Sequence[int], start: int, stop: int, *, room: int) -> Mapping[int, int]:
-        """Pending positions of sequences that are not on their way here, for the slots of those that left."""
+        """Pending positions of sequences that are not on their way, for the slots of those that left."""
         fills: dict[int, int] = {}
-        for slot, sequence in self._going():
-            if room and slot not in going and sequence.rule.kv_policy == "fill":
+        for slot, sequence in self._going().items():
+            if room and slot not in going and sequence.draft is None and sequence.rule.kv_policy == "fill":
                 count = min(room, self.walk.ledger.ready(slot, start, stop))
                 if count:
                     fills[slot] = count
@@ -196,7 +206,9 @@ class Batch:
         """What this exit says, of sequences whose final logits it corrects."""
         asked = arrival.ask(slots)
         for row, slot in enumerate(slots):
-            self._sequences[slot].passed[arrival.layer] = asked.logits[row]
+            sequence = self._sequences[slot]
+            logits_NV = asked.logits if sequence.request.exit.hears_heads else asked.output_logits
+            sequence.passed[arrival.layer] = logits_NV[row]
 
     def _arrive(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
         """What full depth says: a token of each sequence, or of its draft what is right, and a token."""
@@ -205,14 +217,16 @@ class Batch:
             return self._speak(arrival.ask(slots), dict.fromkeys(slots, 1.0))
         plain = [slot for slot in slots if slot not in drafts]
         asked = arrival.ask_last({**dict.fromkeys(plain, 1), **drafts})
+        num_rows = len(asked.logits)  # of both kinds, in one product
         emitted = self._speak(asked.of(range(len(plain))), dict.fromkeys(plain, 1.0)) if plain else []
         sequences = [self._sequences[slot] for slot in drafts]
-        with _named(list(drafts)):
-            texts = speak_of_drafts(asked.of(range(len(plain), len(asked.logits))), sequences)
+        texts = speak_of_drafts(asked.of(range(len(plain), num_rows)), sequences)
         for (slot, sequence), text in zip(zip(drafts, sequences, strict=True), texts, strict=True):
-            self.walk.take_back(slot, sequence.num_positions)
+            self.walk.work.taken_back += self.walk.take_back(slot, sequence.num_positions)
             emitted += [(slot, emission) for emission in text]
-        return emitted
+        # where a drafted token has overflowed, so have the rows before it: attention multiplies by 0 what it masks out
+        silent = [slot for slot, text in zip(drafts, texts, strict=True) if not text]
+        return emitted + self._decode(silent) if silent else emitted
 
     def _speak(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission]]:
         """A token for each sequence, of which the exit has a row each."""
@@ -223,7 +237,7 @@ class Batch:
 
     def _propagate(self, slots: Collection[int], layer: int) -> None:
         """Provide what an exit leaves behind at once, where that is the policy and the text goes on."""
-        going = [slot for slot, of in self._going() if slot in slots and of.rule.kv_policy == "propagate"]
+        going = [slot for slot, of in self._going().items() if slot in slots and of.rule.kv_policy == "propagate"]
         if going:
             self.walk.propagate(going, layer)
 

@@ -38,7 +38,7 @@ class Session:
             if turn == piece.index:
                 turn += 1
                 print(self._text_of(prompts[piece.index]), end="")
-            print(self._painter.paint(piece.text, piece.emission.exit_layer), end="", flush=True)
+            print(self._painter.paint(piece.text, piece.emission), end="", flush=True)
             if piece.finish_reason is not None:
                 print("\n", flush=True)
 
@@ -65,7 +65,7 @@ class Session:
             started, before = time.perf_counter(), len(self._emissions)
             try:
                 for piece in self._counted(self._llm.stream(prompt)):
-                    print(self._painter.paint(piece.text, piece.emission.exit_layer), end="", flush=True)
+                    print(self._painter.paint(piece.text, piece.emission), end="", flush=True)
             except KeyboardInterrupt:
                 print(" (stopped)", end="")
             except UserError as error:
@@ -81,10 +81,8 @@ class Session:
         summary = Summary(self._emissions, self._seconds)
         work: Work = self._llm.work - self._before
         savings = savings_of(work, weights_of(self._llm.model.stage), num_tokens=len(self._emissions))
-        policy = self._llm.config.inference.exit.kv_policy
-        lines = closing_table(
-            summary, savings, num_texts=self._num_texts, num_layers=self._num_layers, is_exact=policy != "propagate"
-        )
+        params = self._llm.config.inference.exit
+        lines = closing_table(summary, savings, params, num_texts=self._num_texts, num_layers=self._num_layers)
         for line in lines:
             print(line)
 
@@ -128,6 +126,8 @@ def _record(prompt: Prompt, completion: Completion) -> dict[str, Any]:
         "tokens": completion.tokens,
         "exit_layers": completion.exit_layers,
         "confidences": completion.confidences,
+        "draft_exits": [emission.draft_exit for emission in completion.emissions],
+        "acceptance": completion.acceptance,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
     }

@@ -17,7 +17,8 @@ _FULL = "full depth"
 
 
 def compare(llm: LLM, prompts: Sequence[Prompt], *, all_policies: bool) -> None:
-    """Print a table: a row for full depth and for each threshold, over all prompts, decoded greedily in batches.
+    """Print a table: a row for full depth, for each threshold and for speculation, over all prompts, decoded greedily
+    in batches.
 
     `agreement` is the share of tokens that full depth would have chosen too, given the same text before them. Times are
     the shortest of a few rounds over all rows: other work on the machine only ever adds to one.
@@ -26,7 +27,7 @@ def compare(llm: LLM, prompts: Sequence[Prompt], *, all_policies: bool) -> None:
         all_policies: each threshold has a row for every KV policy, not for the config's alone.
     """
     sampling = greedy(llm.config.inference.sampling)
-    rows = dict(_rows(llm.config.inference.exit, all_policies=all_policies))
+    rows = dict(_rows(llm.config.inference.exit, llm.model.exits, all_policies=all_policies))
     texts: dict[str, list[Completion]] = {}
     seconds = dict.fromkeys(rows, math.inf)
     for _ in range(ROUNDS):
@@ -40,9 +41,10 @@ def compare(llm: LLM, prompts: Sequence[Prompt], *, all_policies: bool) -> None:
     for name, of in texts.items():
         summary = _summary(of, seconds[name])
         speed = summary.tokens_per_second
+        drafts = f"; drafted {drafts}" if (drafts := summary.drafts()) else ""
         print(
             f"{name:{width}}{summary.mean_depth:>10.2f}{agreement(llm, of):>12.1%}{speed:>12.1f}"
-            f"{speed / full_speed:>7.2f}x   {summary.exits_used()}"
+            f"{speed / full_speed:>7.2f}x   {summary.exits_used()}{drafts}"
         )
 
 
@@ -61,13 +63,16 @@ def agreement(llm: LLM, texts: Sequence[Completion]) -> float:
     return agreed / sum(len(text.emissions) for text in texts)
 
 
-def _rows(base: ExitParams, *, all_policies: bool) -> Iterator[tuple[str, ExitParams]]:
+def _rows(base: ExitParams, exits: Sequence[int], *, all_policies: bool) -> Iterator[tuple[str, ExitParams]]:
     yield _FULL, base.model_copy(update={"mode": "full"})
     for threshold in COMPARED_THRESHOLDS:
         changed = base.model_copy(update={"mode": "early_exit", "threshold": threshold, "thresholds": {}})
         for policy in get_args(KvPolicy) if all_policies else (base.kv_policy,):
             name = f"threshold {threshold}" + (f", {policy}" if all_policies else "")
             yield name, changed.model_copy(update={"kv_policy": policy})
+    drafting = base.model_copy(update={"mode": "speculative"})
+    if drafting.may_draft(exits):
+        yield "speculative", drafting
 
 
 def _summary(texts: Sequence[Completion], seconds: float) -> Summary:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_ee.inference.request import Emission, FinishReason, Request
 
@@ -59,9 +60,35 @@ class Completion:
         return [emission.confidence for emission in self.emissions]
 
     @property
+    def acceptance(self) -> float | None:
+        """The share of drafted tokens that full depth accepted; None: nothing was drafted."""
+        return drafts_of(self.emissions).acceptance
+
+    @property
     def mean_depth(self) -> float:
         """Layers run for a token, on average."""
         return sum(self.exit_layers) / len(self.emissions)
+
+
+class Drafts(NamedTuple):
+    """What became of drafted tokens."""
+
+    drafted: int
+    accepted: int
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share that full depth accepted; None: nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+
+def drafts_of(emissions: Iterable[Emission]) -> Drafts:
+    """Over all of these tokens."""
+    accepted = discarded = 0
+    for emission in emissions:
+        accepted += emission.drafted
+        discarded += emission.discarded
+    return Drafts(accepted + discarded, accepted)
 
 
 def completions(requests: Sequence[Request], pieces: Iterable[Piece]) -> Iterator[tuple[int, Completion]]:

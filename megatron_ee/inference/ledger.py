@@ -60,6 +60,12 @@ class DepthLedger:
         assert all(reached[depth] == reached[stop] for depth in self._depths if start < depth < stop), reached
         return range(reached[stop], reached[start])
 
+    def next_waiting(self, sequence: int, start: int) -> int:
+        """The first depth beyond `start` at which positions wait, or the last of all."""
+        reached = self._reached[sequence]
+        later = [depth for depth in self._depths if depth > start]
+        return next((depth for depth, after in pairwise(later) if reached[depth] > reached[after]), later[-1])
+
     def ready(self, sequence: int, start: int, stop: int) -> int:
         """How many positions wait at `start` and could run up to `stop`: none while others wait between."""
         reached = self._reached[sequence]

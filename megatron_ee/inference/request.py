@@ -60,7 +60,7 @@ class Emission:
         exit_logprobs: layer -> the same by every exit that the token passed, if asked for; the one that spoke is last.
         finish: why the text ends with it: `stop`: it is a stop token, which is no part of the text; `length`: it is
             the last one that the request or the model allows. None: the text goes on.
-        drafted: an exit proposed it, and full depth accepted it.
+        draft_exit: the exit that proposed it, which full depth accepted; None: nobody did.
         discarded: drafted tokens that full depth did not accept, of which it stands in the first one's place.
     """
 
@@ -70,5 +70,10 @@ class Emission:
     logprobs: Logprobs | None = None
     exit_logprobs: Mapping[int, Logprobs] | None = None
     finish: FinishReason | None = None
-    drafted: bool = False
+    draft_exit: int | None = None
     discarded: int = 0
+
+    @property
+    def drafted(self) -> bool:
+        """Whether an exit proposed it."""
+        return self.draft_exit is not None

@@ -66,17 +66,18 @@ def savings_of(work: Work, weights: Weights, *, num_tokens: int) -> Savings:
         num_tokens: that the work made.
     """
     last, whole = len(weights.layers), sum(weights.layers)
-    entered = sum(count for (start, _), count in work.launches.items() if start == 0)
-    rows = sum(count for (start, _), count in work.rows.items() if start == 0)
+    steps = work.rounds * num_tokens / work.turns  # a round that verifies drafts stands for several of full depth
+    entered = work.prefills + steps
+    rows = sum(count for (start, _), count in work.rows.items() if start == 0) - work.taken_back
     read = _over(work.launches, weights.layers) + _over(work.stores, weights.keys_and_values)
     done = _over(work.rows, weights.layers) + _over(work.stored, weights.keys_and_values)
     head = weights.features[last] + weights.projections[last]
     head_bytes = _of_heads(work.features, weights.features) + _of_heads(work.projections, weights.projections)
     head_work = _of_heads(work.feature_rows, weights.features) + _of_heads(work.projected, weights.projections)
     return Savings(
-        bytes_at_full_depth=entered * whole,
-        bytes_not_read=entered * whole - read,
-        head_bytes=head_bytes - work.rounds * head,
+        bytes_at_full_depth=round(entered * whole),
+        bytes_not_read=round(entered * whole) - read,
+        head_bytes=head_bytes - round(steps * head),
         num_asked=sum(count for layer, count in work.features.items() if layer != last),
         arithmetic_saved=1 - done / (rows * whole),
         head_arithmetic=(head_work - num_tokens * head) / (rows * whole),

@@ -84,10 +84,10 @@ class DecodingSequence:
         self.unfed = [] if draft.stops else [token]
 
     def end_draft(self, *, accepted: int) -> None:
-        """Full depth has answered."""
+        """Full depth has answered; what it has to say comes next, or the newest token is run again."""
         assert self.pace is not None and self.draft is not None
         self.pace.see(self.draft.layer, drafted=len(self.draft.tokens), accepted=accepted)
-        self.draft = None
+        self.draft, self.unfed = None, self.draws.answer[-1:]
 
     def take(self, count: int | None = None) -> list[int]:
         """Remove and return the first unfed tokens; all by default."""

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_ee.config import ExitParams
+from megatron_ee.inference.completion import drafts_of
 from megatron_ee.inference.request import Emission
 from megatron_ee.inference.savings import Savings
 
@@ -26,18 +28,22 @@ class DepthPainter:
             layer: _SHALLOW_TO_DEEP[number * last // max(1, len(early) - 1)] for number, layer in enumerate(early)
         }
 
-    def paint(self, text: str, layer: int) -> str:
-        """A text of several tokens (a character may be) is given the last one's depth."""
-        if not text or not self._colour or layer not in self._colours:
-            return text
-        return f"\x1b[38;5;{self._colours[layer]}m{text}\x1b[0m"
+    def paint(self, text: str, emission: Emission) -> str:
+        """A text of several tokens (a character may be) is given the last one's depth; a token that an exit drafted,
+        that exit's."""
+        return self._in_colour(text, emission.draft_exit or emission.exit_layer)
 
     def legend(self) -> str:
         """Which colour is which depth; empty without colour."""
         if not self._colour:
             return ""
-        names = [self.paint(f"exit {layer}", layer) for layer in self._colours]
+        names = [self._in_colour(f"exit {layer}", layer) for layer in self._colours]
         return "  ".join([*names, "full depth"])
+
+    def _in_colour(self, text: str, layer: int) -> str:
+        if not text or not self._colour or layer not in self._colours:
+            return text
+        return f"\x1b[38;5;{self._colours[layer]}m{text}\x1b[0m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +67,41 @@ class Summary:
         used = Counter(emission.exit_layer for emission in self.emissions)
         return ", ".join(f"{layer}: {count}" for layer, count in sorted(used.items()))
 
+    def drafts(self) -> str:
+        """What became of drafted tokens; empty where there are none."""
+        drafts = drafts_of(self.emissions)
+        if drafts.acceptance is None:
+            return ""
+        tokens = len(self.emissions)
+        each = tokens / max(1, tokens - drafts.accepted)
+        return f"{drafts.drafted}, {drafts.acceptance:.1%} of them accepted; {each:.2f} tokens for each of full depth's"
+
     def line(self, num_layers: int) -> str:
         return (
             f"{len(self.emissions)} tokens, mean depth {self.mean_depth:.2f} of {num_layers} layers, "
             f"tokens by exit layer {{{self.exits_used()}}}, {self.tokens_per_second:.1f} tokens/s"
+            + (f", drafted {drafts}" if (drafts := self.drafts()) else "")
         )
 
 
 _EXACT = "Every position runs every layer in the end; saved are those that still waited when their text ended."
 _PROPAGATED = "Skipped layers get keys and values of the state at the exit: cheap, and not exact."
+_VERIFIED = "Full depth has verified every token: the texts are its own."
+_CORRECTED = "Every token runs every layer, and the exits correct what full depth says."
+_FULL = "Every token runs every layer."
+
+
+def closing_line(params: ExitParams) -> str:
+    """What there is to know of the way in which texts were decoded."""
+    if params.mode == "early_exit":
+        return _PROPAGATED if params.kv_policy == "propagate" else _EXACT
+    return {"full": _FULL, "speculative": _VERIFIED, "sled": _CORRECTED, "dola": _CORRECTED}[params.mode]
 
 
 def closing_table(
-    summary: Summary, savings: Savings, *, num_texts: int, num_layers: int, is_exact: bool
+    summary: Summary, savings: Savings, params: ExitParams, *, num_texts: int, num_layers: int
 ) -> Iterator[str]:
-    """The lines that close texts: what exits saved, and what they cost.
-
-    Args:
-        is_exact: whether skipped layers are made up for.
-    """
+    """The lines that close texts: what exits saved, and what they cost."""
     waited = summary.mean_depth / num_layers
     rows = {
         "tokens": f"{len(summary.emissions)} in {num_texts} text{'s' * (num_texts != 1)}, "
@@ -93,9 +115,11 @@ def closing_table(
         f"({savings.head_share:.1%}), {savings.head_arithmetic:.1%} more arithmetic",
         "arithmetic saved": f"{savings.arithmetic_saved:.1%} of the layers'",
     }
+    if drafts := summary.drafts():
+        rows["drafted tokens"] = drafts
     for name, value in rows.items():
         yield f"{name:<23}{value}"
-    yield _EXACT if is_exact else _PROPAGATED
+    yield closing_line(params)
 
 
 def _bytes(count: int) -> str:

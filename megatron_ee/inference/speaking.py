@@ -9,6 +9,7 @@ from itertools import accumulate, takewhile
 import torch
 
 from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.corrections import corrected
 from megatron_ee.inference.request import Emission, Logprobs
 from megatron_ee.inference.sampling import Choice, Drafted, Draws, choose, logprobs_of, verify
 from megatron_ee.inference.sequences import DecodingSequence
@@ -16,7 +17,7 @@ from megatron_ee.inference.speculation.draft import Draft
 
 
 def speak(asked: AskedExit, sequences: Sequence[DecodingSequence], confidences: Sequence[float]) -> list[Emission]:
-    """A token of each sequence.
+    """A token of each sequence; where exits are heard, of the logits that they correct.
 
     Args:
         asked: a row of each.
@@ -24,7 +25,7 @@ def speak(asked: AskedExit, sequences: Sequence[DecodingSequence], confidences: 
     Raises:
         NoTokenError: there is none to choose in some rows.
     """
-    logits_NV = asked.logits
+    logits_NV = _corrected(asked, sequences)
     choices = choose(logits_NV, [sequence.draws for sequence in sequences])
     return [
         _say(sequence, choice, asked.layer, confidence, logits_NV[row] if sequence.wants_passed else None)
@@ -33,13 +34,11 @@ def speak(asked: AskedExit, sequences: Sequence[DecodingSequence], confidences: 
 
 
 def speak_of_drafts(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[list[Emission]]:
-    """The tokens of each sequence's draft that full depth accepts, and the one that it adds.
+    """The tokens of each sequence's draft that full depth accepts, and the one that it adds; none at all where it says
+    nothing.
 
     Args:
         asked: the rows of each draft, one after the other.
-
-    Raises:
-        NoTokenError: there is none to choose after some sequence's accepted tokens.
     """
     drafts = [_draft_of(sequence) for sequence in sequences]
     first_rows = accumulate((draft.num_rows for draft in drafts), initial=0)
@@ -56,6 +55,12 @@ def speak_of_drafts(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> 
     ]
 
 
+def _corrected(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> torch.Tensor:
+    if not any(sequence.rule.heard for sequence in sequences):
+        return asked.logits
+    return corrected(asked.logits, [(of.request.exit, of.passed) if of.rule.heard else None for of in sequences])
+
+
 def _say_all(sequence: DecodingSequence, choices: Sequence[Choice], asked: AskedExit, first_row: int) -> list[Emission]:
     draft = _draft_of(sequence)
     accepted = sum(
@@ -67,9 +72,11 @@ def _say_all(sequence: DecodingSequence, choices: Sequence[Choice], asked: Asked
         logits_V = asked.logits[first_row + place] if sequence.wants_passed else None
         if place < len(draft.passed):
             sequence.passed[draft.layer] = draft.passed[place]
-        is_drafted = place < accepted
-        discarded = 0 if is_drafted else len(draft.tokens) - accepted
-        emissions.append(_say(sequence, choice, asked.layer, 1.0, logits_V, is_drafted, discarded))
+        if place < accepted:
+            emissions.append(_say(sequence, choice, asked.layer, 1.0, logits_V, draft.layer))
+        else:
+            discarded = len(draft.tokens) - accepted
+            emissions.append(_say(sequence, choice, asked.layer, 1.0, logits_V, discarded=discarded))
     return emissions
 
 
@@ -79,7 +86,7 @@ def _say(
     layer: int,
     confidence: float,
     logits_V: torch.Tensor | None,
-    drafted: bool = False,
+    draft_exit: int | None = None,
     discarded: int = 0,
 ) -> Emission:
     by_exit = None
@@ -87,9 +94,7 @@ def _say(
         passed = {**sequence.passed, layer: logits_V}
         by_exit = {exit_layer: _logprobs(of_V, choice, sequence.draws) for exit_layer, of_V in passed.items()}
     sequence.say(choice.token)
-    return Emission(
-        choice.token, layer, confidence, choice.logprobs, by_exit, sequence.finish, drafted=drafted, discarded=discarded
-    )
+    return Emission(choice.token, layer, confidence, choice.logprobs, by_exit, sequence.finish, draft_exit, discarded)
 
 
 def _logprobs(logits_V: torch.Tensor, choice: Choice, draws: Draws) -> Logprobs:

@@ -12,20 +12,24 @@ class Work:
     """Launches, and rows in them.
 
     Attributes:
+        prefills: launches of parts of prompts alone.
         rounds: launches that begin with new tokens and end with one or more for each sequence.
         turns: sequences in these, added up.
         drafts: launches that begin with new tokens and end where an exit drafts.
         drafted: their rows.
+        taken_back: positions that were drafted in vain.
         launches, rows: of layers, by segment.
         stores, stored: of keys and values that were made without running the layers of a segment.
         features, feature_rows: of heads before their projections, by exit; the final output is the last one.
         projections, projected: of heads' projections, by exit.
     """
 
+    prefills: int = 0
     rounds: int = 0
     turns: int = 0
     drafts: int = 0
     drafted: int = 0
+    taken_back: int = 0
     launches: Counter[Segment] = field(default_factory=Counter)
     rows: Counter[Segment] = field(default_factory=Counter)
     stores: Counter[Segment] = field(default_factory=Counter)

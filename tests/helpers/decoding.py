@@ -49,6 +49,24 @@ def texts_of(model: OpenedModel, requests: Sequence[Request]) -> list[list[Emiss
     return decode(Batch(model, slots=len(requests), capacity=capacity), requests)
 
 
+def served(model: OpenedModel, requests: Sequence[Request], slots: int, **more: Any) -> list[list[Emission]]:
+    """The same of a batch that has fewer slots: a request joins when one before it has ended, and takes its slot."""
+    capacity = max(len(of.prompt) + of.sampling.max_new_tokens for of in requests)
+    batch = Batch(model, slots=slots, capacity=capacity, **more)
+    waiting, inside = list(enumerate(requests)), dict[int, int]()
+    texts: list[list[Emission]] = [[] for _ in requests]
+    while waiting or inside:
+        while waiting and batch.free_slots:
+            number, of = waiting.pop(0)
+            inside[batch.add(of)] = number
+        for slot, emission in batch.step():
+            texts[inside[slot]].append(emission)
+        for slot in [slot for slot, number in inside.items() if texts[number][-1].finish is not None]:
+            batch.remove(slot)
+            del inside[slot]
+    return texts
+
+
 def tokens_of(text: Sequence[Emission]) -> list[int]:
     return [emission.token for emission in text]
 

@@ -34,7 +34,7 @@ def tiny_config(**changes: Any) -> Config:
         "logging": {"interval": 1},
     }
     for section, fields in changes.items():
-        tree[section] = {**tree[section], **fields} if isinstance(fields, dict) else fields
+        tree[section] = {**tree.get(section, {}), **fields} if isinstance(fields, dict) else fields
     return Config.model_validate(tree)
 
 

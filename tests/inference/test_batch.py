@@ -1,5 +1,7 @@
 """Batched decoding against one pass without a cache: logits, tokens, depths, and keys and values."""
 
+import random
+
 import pytest
 import torch
 from helpers.decoding import decode, full_logits, opened, request, tokens_of
@@ -10,6 +12,7 @@ from megatron_ee.config import ExitParams
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.depth_walk import DepthWalk
 from megatron_ee.inference.opened import OpenedModel
+from megatron_ee.inference.request import Emission
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.mesh import Mesh
 
@@ -147,3 +150,27 @@ def test_threshold_one_equals_full_depth_and_zero_the_first_exit(model: OpenedMo
     ):
         assert {emission.exit_layer for emission in generate(ExitParams(**params))} == {layer}
     assert tokens_of(full) == model.full_depth_choices([1, 2, 3, *tokens_of(full)])[2:-1]
+
+
+def test_fills_that_stop_at_a_neighbours_exit_are_met_there(mesh: Mesh) -> None:
+    """A sequence that asks one exit has positions that wait at another, where a neighbour's launch took them."""
+    model = opened(whole_model(mesh, exits=EXITS, dtype=torch.float64))
+    numbers = random.Random(28)  # it is rare: the second case here is one
+    for _ in range(3):
+        first, second, third, fourth = (numbers.choice([0.015, 0.05, 0.06, 0.08, 0.1]) for _ in range(4))
+        modes = [
+            ExitParams(exits=(2,), threshold=first, kv_policy="fill"),
+            ExitParams(thresholds={2: third, 5: second}),
+            ExitParams(exits=(5,), threshold=fourth),
+        ]
+        requests = [
+            request([numbers.randrange(VOCAB_SIZE) for _ in range(3)], mode, max_new_tokens=numbers.randint(1, 8))
+            for mode in modes
+        ]
+        texts = decode(_batch(model), requests)
+        alone = [decode(_batch(model), [of])[0] for of in requests]
+        assert [_said(text) for text in texts] == [_said(text) for text in alone]
+
+
+def _said(text: list[Emission]) -> list[tuple[int, int]]:
+    return [(emission.token, emission.exit_layer) for emission in text]

@@ -85,10 +85,11 @@ def test_comparing_begins_with_full_depth(run: Path, capsys: pytest.CaptureFixtu
     rows = out.splitlines()
     assert rows[0].split() == ["mean", "depth", "agreement", "tokens/s", "speed", "tokens", "by", "exit", "layer"]
     assert rows[1].split()[:4] == ["full", "depth", "8.00", "100.0%"]
-    assert [row.split()[1] for row in rows[2:]] == ["0.95", "0.9", "0.8", "0.7", "0.5"]
+    assert [row.split()[1] for row in rows[2:-1]] == ["0.95", "0.9", "0.8", "0.7", "0.5"]
+    assert rows[-1].split()[:3] == ["speculative", "8.00", "100.0%"] and "accepted" in rows[-1]
     status, out, _ = _call(capsys, run, *prompts, "--compare", "--kv-policies")
     assert [row.split()[2] for row in out.splitlines()[2:5]] == ["recompute", "fill", "propagate"]
-    assert len(out.splitlines()) == 2 + 15
+    assert len(out.splitlines()) == 2 + 15 + 1
 
 
 @pytest.mark.parametrize(

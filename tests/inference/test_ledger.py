@@ -69,6 +69,9 @@ def _assert_equal(ledger: DepthLedger, sequence: int, naive: Positions) -> None:
     assert ledger.length(sequence) == length
     assert [ledger.depth_of(sequence, position) for position in range(length)] == naive.depths
     assert ledger.pending(sequence) == sum(depth < DEPTHS[-1] for depth in naive.depths)
+    for start in DEPTHS[:-1]:
+        between = [depth for depth in naive.depths if start < depth < DEPTHS[-1]]
+        assert ledger.next_waiting(sequence, start) == min(between, default=DEPTHS[-1])
     for start in DEPTHS:
         for stop in DEPTHS:
             if start < stop:

@@ -23,6 +23,7 @@ def test_a_case_by_hand() -> None:
     """A prompt of three tokens, and two rounds more: the first token leaves at 2, the next one takes it along."""
     work = Work(
         rounds=3,
+        turns=3,
         launches=Counter({(0, 2): 3, (2, 4): 2}),
         rows=Counter({(0, 2): 5, (2, 4): 5}),
         features=Counter({2: 3, 4: 2}),
@@ -41,6 +42,7 @@ def test_a_case_by_hand() -> None:
 def test_keys_and_values_that_are_propagated_are_read_and_computed() -> None:
     work = Work(
         rounds=2,
+        turns=2,
         launches=Counter({(0, 2): 2, (2, 4): 1}),
         rows=Counter({(0, 2): 2, (2, 4): 1}),
         stores=Counter({(2, 4): 1}),
@@ -102,3 +104,19 @@ def test_a_catch_up_reads_weights_for_no_token(model: OpenedModel) -> None:
     assert many.share_not_read == pytest.approx(0.75)
     assert few.share_not_read == pytest.approx(0.75 - 0.75 * 2 / 6)  # after the second and the fourth of six
     assert few.arithmetic_saved < many.arithmetic_saved
+
+
+@pytest.mark.parametrize("layer", [2, 5])
+def test_drafts_read_less_where_they_are_right(model: OpenedModel, layer: int) -> None:
+    """Beside full depth, which reads all layers for each token; every position that is kept runs all of them once."""
+    drafting = ExitParams(mode="speculative", draft_exit=layer, draft_length=3)
+    llm = LLM.of(model, tiny_config())
+    before = llm.work
+    (text,) = llm.generate([1, 2, 3], SamplingParams(max_new_tokens=9), drafting)
+    work = llm.work - before
+    savings = savings_of(work, weights_of(model.stage), num_tokens=9)
+    size = sum(weights_of(model.stage).layers) // 8
+    read = sum(count * (stop - start) for (start, stop), count in work.launches.items())
+    assert (savings.bytes_at_full_depth, savings.bytes_not_read) == (9 * 8 * size, (9 * 8 - read) * size)
+    assert savings.arithmetic_saved == pytest.approx(-work.taken_back / (3 + 9 - 1))
+    assert work.taken_back == sum(emission.discarded for emission in text.emissions)

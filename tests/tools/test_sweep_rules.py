@@ -137,7 +137,7 @@ def _completion(*emissions: Emission) -> Completion:
 
 
 def _token(token: int, *, drafted: bool = False, discarded: int = 0) -> Emission:
-    return Emission(token, 8, 1.0, drafted=drafted, discarded=discarded)
+    return Emission(token, 8, 1.0, draft_exit=2 if drafted else None, discarded=discarded)
 
 
 def test_drafts_counted_by_hand() -> None:

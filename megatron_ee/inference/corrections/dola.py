@@ -19,25 +19,26 @@ def dola(final_NV: torch.Tensor, early: Sequence[torch.Tensor], params: DolaPara
 
     Each row has an exit of its own; of exits that differ alike it is the first. An exit is not chosen for a row where
     it, or the final output, has a number that is not finite; where that leaves none, the row is log p_N, with what is
-    ruled out. A row whose largest logit is not finite is given back as it is.
+    ruled out. A row whose largest logit is not finite becomes NaN.
 
     Args:
         early: of each exit, [N, V], the shallowest first.
     """
     final_NV = final_NV.to(torch.promote_types(final_NV.dtype, torch.float32))
     log_p_NV = final_NV.log_softmax(-1)
-    contrast_NV = log_p_NV
+    reference_NV = torch.zeros_like(log_p_NV)
     furthest_N1 = log_p_NV.new_full((len(log_p_NV), 1), -math.inf)
     for exit_NV in early:
         log_q_NV = exit_NV.to(final_NV.dtype).log_softmax(-1)
         divergence_N1 = _jensen_shannon(log_p_NV, log_q_NV)
         is_further_N1 = divergence_N1 > furthest_N1
         furthest_N1 = torch.where(is_further_N1, divergence_N1, furthest_N1)
-        contrast_NV = torch.where(is_further_N1, log_p_NV - log_q_NV, contrast_NV)
+        reference_NV = torch.where(is_further_N1, log_q_NV, reference_NV)
+    contrast_NV = log_p_NV - reference_NV
     if params.relative_top > 0:
         border_N1 = log_p_NV.amax(-1, keepdim=True) + math.log(params.relative_top)
         contrast_NV = torch.where(log_p_NV < border_N1, params.lower_bound, contrast_NV)
-    return torch.where(final_NV.amax(-1, keepdim=True).isfinite(), contrast_NV, final_NV)
+    return contrast_NV
 
 
 def _jensen_shannon(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor) -> torch.Tensor:

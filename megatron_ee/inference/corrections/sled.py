@@ -8,7 +8,7 @@ tokens of z, v is held beside the gradient p - e_i that would have led from exit
 
 No vector p - e_i is ever written down: v.(p - e_i) = v.p - v_i and |p - e_i|^2 = |p|^2 - 2 p_i + 1.
 
-Shapes: N rows, V vocabulary.
+Shapes: N rows, V vocabulary, T tokens that are in the race, of all rows.
 """
 
 import math
@@ -29,26 +29,16 @@ def sled(final_NV: torch.Tensor, early: Sequence[torch.Tensor], params: SledPara
     Args:
         early: of each exit, [N, V].
     """
-    return evolved(final_NV, evidence_of(final_NV, early), params)
-
-
-def evidence_of(final_NV: torch.Tensor, early: Sequence[torch.Tensor]) -> torch.Tensor:
-    """sum_n m_ni for all tokens, [N, V], in the dtype of `sled`. No setting has a say in it."""
-    final_NV = _accurate(final_NV)
-    evidence_NV = torch.zeros_like(final_NV)
-    for exit_NV in early:
-        evidence_NV += _evidence(exit_NV.to(final_NV.dtype), final_NV)
-    return evidence_NV
-
-
-def evolved(final_NV: torch.Tensor, evidence_NV: torch.Tensor, params: SledParams) -> torch.Tensor:
-    """What `sled` gives, of logits and what `evidence_of` says of them."""
-    final_NV = _accurate(final_NV)
+    final_NV = final_NV.to(torch.promote_types(final_NV.dtype, torch.float32))
     border_N1 = final_NV.topk(min(params.top_k, final_NV.shape[-1])).values[:, -1:]
     races_NV = final_NV >= border_N1
-    evidence_NV = torch.where(races_NV, evidence_NV, 0)
-    total_N1 = evidence_NV.sum(-1, keepdim=True)
-    latent_NV = evidence_NV / total_N1
+    rows_T, tokens_T = races_NV.nonzero(as_tuple=True)
+    m_T = final_NV.new_zeros(len(rows_T))
+    for exit_NV in early:
+        m_T += _evidence(exit_NV.to(final_NV.dtype), final_NV, rows_T, tokens_T)
+    latent_NV = torch.zeros_like(final_NV).index_put_((rows_T, tokens_T), m_T)
+    total_N1 = latent_NV.sum(-1, keepdim=True)
+    latent_NV /= total_N1
     evolved_NV = final_NV
     for step in range(params.steps):
         rate = params.alpha * (1 - step / params.steps)
@@ -58,12 +48,10 @@ def evolved(final_NV: torch.Tensor, evidence_NV: torch.Tensor, params: SledParam
     return torch.where(final_NV.amax(-1, keepdim=True).isfinite(), evolved_NV, final_NV)
 
 
-def _accurate(logits_NV: torch.Tensor) -> torch.Tensor:
-    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-
-
-def _evidence(early_NV: torch.Tensor, final_NV: torch.Tensor) -> torch.Tensor:
-    """m of one exit, for all tokens.
+def _evidence(
+    early_NV: torch.Tensor, final_NV: torch.Tensor, rows_T: torch.Tensor, tokens_T: torch.Tensor
+) -> torch.Tensor:
+    """m [T] of one exit, of these tokens of these rows.
 
     Where the exit is sure of its likeliest token a, p - e_a is a small difference of large numbers. With r the softmax
     of all logits but that one, p - e_a = (1 - p_a) (r - e_a), whose cosine needs no such difference; and p of the
@@ -72,17 +60,17 @@ def _evidence(early_NV: torch.Tensor, final_NV: torch.Tensor) -> torch.Tensor:
     peak_N1, a_N1 = early_NV.max(-1, keepdim=True)
     others_NV = early_NV.scatter(-1, a_N1, -math.inf)
     r_NV = others_NV.softmax(-1)
-    log_odds_N1 = peak_N1 - others_NV.logsumexp(-1, keepdim=True)
-    p_a_N1, rest_N1 = log_odds_N1.sigmoid(), (-log_odds_N1).sigmoid()
+    p_a_N = (peak_N1[:, 0] - others_NV.logsumexp(-1)).sigmoid()
+    rest_N = 1 - p_a_N
 
     v_NV = early_NV - final_NV
-    length_N1 = torch.linalg.vector_norm(v_NV, dim=-1, keepdim=True)
+    length_N = torch.linalg.vector_norm(v_NV, dim=-1)
     v_NV -= v_NV.gather(-1, a_N1)  # v.(p - e_i) stays as it is, as p - e_i sums up to 0; v_a is 0 now
-    mean_N1 = (r_NV * v_NV).sum(-1, keepdim=True)
-    square_N1 = r_NV.square().sum(-1, keepdim=True)
+    r_T, v_T, is_a_T = r_NV[rows_T, tokens_T], v_NV[rows_T, tokens_T], a_N1[rows_T, 0] == tokens_T
+    mean_N, square_N = v_NV.mul_(r_NV).sum(-1), r_NV.square_().sum(-1)
 
-    product_NV = (rest_N1 * mean_N1 - v_NV).scatter_(-1, a_N1, mean_N1)
-    distance_NV = (1 + p_a_N1**2 + rest_N1**2 * square_N1) - 2 * rest_N1 * r_NV
-    distance_NV.scatter_(-1, a_N1, 1 + square_N1).sqrt_()
-    cosine_NV = (product_NV / (length_N1 * distance_NV)).nan_to_num_(0.0, 0.0, 0.0)
-    return cosine_NV.clamp_(min=0).square_()
+    product_T = torch.where(is_a_T, mean_N[rows_T], (rest_N * mean_N)[rows_T] - v_T)
+    distance_T = (1 + p_a_N**2 + rest_N**2 * square_N)[rows_T] - 2 * rest_N[rows_T] * r_T
+    distance_T = torch.where(is_a_T, (1 + square_N)[rows_T], distance_T).sqrt_()
+    cosine_T = (product_T / (length_N[rows_T] * distance_T)).nan_to_num_(0.0, 0.0, 0.0)
+    return cosine_T.clamp_(min=0).square_()

@@ -17,7 +17,7 @@ import torch
 from megatron_ee.inference.sampling.adjust import adjusted
 from megatron_ee.inference.sampling.choose import Choice
 from megatron_ee.inference.sampling.distribution import sampled_probabilities
-from megatron_ee.inference.sampling.draw import NO_TOKEN, NoTokenError, drawn, likeliest
+from megatron_ee.inference.sampling.draw import NO_TOKEN, drawn, likeliest
 from megatron_ee.inference.sampling.draws import Draws, Row
 from megatron_ee.inference.sampling.logprobs import logprobs_of
 from megatron_ee.inference.sampling.rows import pick
@@ -44,14 +44,12 @@ class Drafted:
 
 
 def verify(logits_RV: torch.Tensor, drafts: Sequence[Drafted]) -> list[list[Choice]]:
-    """Of each request the accepted tokens and one more, unless the draft's end is the text's. Random numbers of a
-    request: one for each token that is tested, and one for the token that is drawn.
+    """Of each request the accepted tokens and one more, unless the draft's end is the text's, or full depth says
+    nothing there; maybe none at all. Random numbers of a request: one for each token that is tested, and one for the
+    token that is drawn.
 
     Args:
         logits_RV: of full depth, request after request.
-
-    Raises:
-        NoTokenError: there is none to choose after some request's accepted tokens.
     """
     assert len(logits_RV) == sum(of.num_rows for of in drafts)
     firsts = list(accumulate((of.num_rows for of in drafts), initial=0))
@@ -61,9 +59,7 @@ def verify(logits_RV: torch.Tensor, drafts: Sequence[Drafted]) -> list[list[Choi
         if numbers:
             rows = [row for number in numbers for row in range(firsts[number], firsts[number + 1])]
             of_kind = decide(pick(logits_RV, rows), [drafts[number] for number in numbers])
-            tokens.update(zip(numbers, of_kind, strict=True))
-    if without := [number for number in sorted(tokens) if NO_TOKEN in tokens[number]]:
-        raise NoTokenError(without)
+            tokens.update(zip(numbers, map(_said, of_kind), strict=True))
     return [
         _choices(logits_RV[first : first + len(tokens[number])], tokens[number], of.draws)
         for number, (first, of) in enumerate(zip(firsts, drafts, strict=False))
@@ -83,6 +79,10 @@ def _greedy(logits_MV: torch.Tensor, drafts: Sequence[Drafted]) -> list[list[int
         accepted = _common(own, of.tokens)
         found.append(own[: accepted + 1])
     return found
+
+
+def _said(tokens: list[int]) -> list[int]:
+    return tokens[:-1] if tokens[-1] == NO_TOKEN else tokens
 
 
 def _common(own: Sequence[int], drafted: Sequence[int]) -> int:

@@ -16,8 +16,10 @@ def draft_costs(stage: Stage, exits: Sequence[int]) -> Mapping[int, DraftCosts]:
     row = _ROW[next(stage.parameters()).device.type]
     costs = {}
     for layer in exits:
-        shallow = sum(weights.layers[:layer])
+        own = weights.features[layer]
+        block = own if stage.head(layer).attends else 0  # it runs at every row, asked or not, for its keys and values
+        shallow = sum(weights.layers[:layer]) + block
         deep = sum(weights.layers[layer:]) + weights.features[num_layers] + weights.projections[num_layers]
-        head = weights.features[layer] + weights.projections[layer]
+        head = own - block + weights.projections[layer]
         costs[layer] = DraftCosts(shallow, head, deep, row * deep)
     return costs

@@ -27,10 +27,11 @@ class Pace:
     Args:
         costs: of each exit that may draft.
         length: tokens of a draft; None: as many as pay, and none where none does.
+        most: tokens of a draft whose length is not given.
     """
 
-    def __init__(self, costs: Mapping[int, DraftCosts], length: int | None) -> None:
-        self._costs, self._length = costs, length
+    def __init__(self, costs: Mapping[int, DraftCosts], length: int | None, most: int = MOST_DRAFTED) -> None:
+        self._costs, self._length, self._most = costs, length, most
         self._evidence = {layer: _Evidence() for layer in costs}
 
     def next(self, room: int) -> tuple[int, int]:
@@ -52,4 +53,4 @@ class Pace:
         acceptance, costs = self._evidence[layer].acceptance, self._costs[layer]
         if self._length is not None:
             return gain(acceptance, self._length, costs), self._length
-        return best_length(acceptance, costs, min(room, MOST_DRAFTED))
+        return best_length(acceptance, costs, min(room, self._most))

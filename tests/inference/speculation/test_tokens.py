@@ -1,20 +1,17 @@
 """Self-speculation says what full depth says, token for token, whatever is drafted and with whom it shares a batch."""
 
-import random
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from helpers.decoding import decode, opened, request, texts_of, tokens_of
-from helpers.drafts import weaken
+from helpers.drafts import acceptance, drafting, prompts, weaken
 from helpers.models import whole_model
-from helpers.tiny import VOCAB_SIZE
 
 from megatron_ee.config import ExitParams
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.opened import OpenedModel
-from megatron_ee.inference.request import Emission, Request
+from megatron_ee.inference.request import Request
 from megatron_ee.parallel.mesh import Mesh
 
 FULL = ExitParams(mode="full")
@@ -25,21 +22,6 @@ def model(request: pytest.FixtureRequest, mesh: Mesh) -> OpenedModel:
     stage = whole_model(mesh, exits=[2, 5], dtype=torch.float64, head=request.param)
     weaken(stage, after=2, factor=0.4)
     return opened(stage)
-
-
-def drafting(**settings: Any) -> ExitParams:
-    return ExitParams(mode="speculative", **settings)
-
-
-def prompts(count: int, seed: int = 0) -> list[list[int]]:
-    numbers = random.Random(seed)
-    return [[numbers.randrange(VOCAB_SIZE) for _ in range(numbers.randint(1, 12))] for _ in range(count)]
-
-
-def acceptance(texts: Sequence[Sequence[Emission]]) -> float:
-    emissions = [emission for text in texts for emission in text]
-    accepted = sum(emission.drafted for emission in emissions)
-    return accepted / max(1, accepted + sum(emission.discarded for emission in emissions))
 
 
 @pytest.mark.parametrize("layer", [2, 5, "auto"])
@@ -67,6 +49,16 @@ def test_modes_share_a_batch(model: OpenedModel) -> None:
     alone = [texts_of(model, [of])[0] for of in requests]
     assert [tokens_of(text) for text in texts_of(model, requests)] == [tokens_of(text) for text in alone]
     assert texts_of(model, requests[2:3]) == [alone[2]]
+
+
+def test_a_draft_is_no_filling(model: OpenedModel) -> None:
+    """What a draft leaves at its exit waits for its own verification, also while other groups of rows run."""
+    modes = [ExitParams(threshold=0.02), drafting(draft_exit=2, draft_length=3, kv_policy="fill")] * 3
+    requests = [request(prompt, mode) for prompt, mode in zip(prompts(6, 2), modes, strict=True)]
+    alone = [tokens_of(texts_of(model, [of])[0]) for of in requests]
+    for chunk in (2, 3, 512):
+        texts = decode(Batch(model, slots=6, capacity=64, prefill_chunk=chunk), requests)
+        assert [tokens_of(text) for text in texts] == alone
 
 
 def test_a_batch_at_full_depth_and_drafts_leaves_the_same_keys_and_values(model: OpenedModel) -> None:
