@@ -136,24 +136,17 @@ def _completion(*emissions: Emission) -> Completion:
     return Completion((1,), "", emissions, "length")
 
 
-def _token(token: int, *, drafted: bool = False, discarded: int = 0) -> Emission:
-    return Emission(token, 8, 1.0, draft_exit=2 if drafted else None, discarded=discarded)
+def _token(token: int, *, draft_exit: int | None = None, discarded: int = 0) -> Emission:
+    return Emission(token, 8, 1.0, draft_exit=draft_exit, discarded=discarded)
 
 
-def test_drafts_counted_by_hand() -> None:
+def test_cycles_counted_by_hand() -> None:
     """Drafts of three: all right; the second wrong; the first wrong. And one that a drafted stop token ends."""
-    first = _completion(
-        _token(0),
-        *(_token(1, drafted=True), _token(2, drafted=True), _token(3, drafted=True), _token(4)),
-        *(_token(5, drafted=True), _token(6, discarded=2)),
-        _token(7, discarded=3),
-    )
-    second = _completion(_token(0), _token(1, drafted=True), _token(2, drafted=True))
-    drafts = sweep_speculation.drafts_of([first, second])
-    assert drafts == sweep_speculation.Drafts(drafted=9 + 2, accepted=4 + 2, tested=3 + 2 + 1 + 2, cycles=4, tokens=9)
-    assert (drafts.acceptance, drafts.tokens_per_cycle) == (6 / 8, 9 / 4)
-    nothing = sweep_speculation.drafts_of([_completion(_token(0))])
-    assert (nothing.acceptance, nothing.tokens_per_cycle) == (None, None)
+    drafted = [_token(token, draft_exit=2) for token in range(4)]
+    first = _completion(_token(0), *drafted[:3], _token(4), drafted[0], _token(6, discarded=2), _token(7, discarded=3))
+    assert sweep_speculation.cycles_of(first) == 3
+    assert sweep_speculation.cycles_of(_completion(_token(0), *drafted[:2])) == 1
+    assert sweep_speculation.cycles_of(_completion(_token(0))) == 0
 
 
 def test_tokens_in_the_same_place() -> None:
@@ -164,9 +157,8 @@ def test_tokens_in_the_same_place() -> None:
 
 
 def test_what_is_said_of_drafts() -> None:
-    drafts = sweep_speculation.Drafts(0, 0, 0, 0, 0)
     cells = [
-        sweep_speculation.Cell(*draft, _speed(speed), None, None, drafts, same, same)
+        sweep_speculation.Cell(*draft, _speed(speed), 0, 0, None, 0, None, same, same)
         for draft, speed, same in (((2, 3), 1.2, 1.0), ((4, 3), 0.9, 0.75), (("auto", "auto"), 1.3, 1.0))
     ]
     assert "exit and length auto: 1.30x" in sweep_speculation.verdict(cells, ("auto", "auto"), 1.1)
