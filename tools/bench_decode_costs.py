@@ -61,24 +61,15 @@ def shapes_of(sizes: Sizes) -> list[tuple[int, int]]:
     return alone + [(sizes.sequences, each) for each in _EACH if each <= sizes.capacity]
 
 
-def _costs_of(
-    model: "OpenedModel", sizes: Sizes, shape: tuple[int, int], measure: str, rounds: int
-) -> dict[Part, float]:
-    seconds: dict[Part, list[float]] = defaultdict(list)
-    launch = _launch(model, sizes, shape)
-    with torch.inference_mode():
-        for number in range(rounds + 1):
-            for part, work in _parts(model, launch, measure):
-                started = time.process_time()
-                work()
-                if number:
-                    seconds[part].append(time.process_time() - started)
-    return {part: statistics.median(values) for part, values in seconds.items()}
+def launch_of(model: "OpenedModel", sizes: Sizes, shape: tuple[int, int]) -> "Launch":
+    """Rows at the end of sequences in the middle of their answers, in a cache of their own.
 
-
-def _launch(model: "OpenedModel", sizes: Sizes, shape: tuple[int, int]) -> "Launch":
+    Args:
+        shape: (sequences, rows of each).
+    """
     from megatron_ee.inference.kv_cache import KeyValueCache
-    from megatron_ee.inference.launch import Launch, SequenceRows
+    from megatron_ee.inference.launch import Launch
+    from megatron_ee.inference.row_places import SequenceRows
     from megatron_ee.model.rotary import Rotary, RotationTable
 
     stage, (sequences, each) = model.stage, shape
@@ -88,6 +79,21 @@ def _launch(model: "OpenedModel", sizes: Sizes, shape: tuple[int, int]) -> "Laun
     rotation = RotationTable(rotary, sizes.capacity, cache.group, parameter.dtype, parameter.device)
     length = max(each, sizes.prompt_length + sizes.new_tokens // 2)
     return Launch([SequenceRows(slot, range(length - each, length)) for slot in range(sequences)], cache, rotation)
+
+
+def _costs_of(
+    model: "OpenedModel", sizes: Sizes, shape: tuple[int, int], measure: str, rounds: int
+) -> dict[Part, float]:
+    seconds: dict[Part, list[float]] = defaultdict(list)
+    launch = launch_of(model, sizes, shape)
+    with torch.inference_mode():
+        for number in range(rounds + 1):
+            for part, work in _parts(model, launch, measure):
+                started = time.process_time()
+                work()
+                if number:
+                    seconds[part].append(time.process_time() - started)
+    return {part: statistics.median(values) for part, values in seconds.items()}
 
 
 def _parts(model: "OpenedModel", launch: "Launch", measure: str) -> Iterator[tuple[Part, Callable[[], object]]]:

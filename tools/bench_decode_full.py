@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,9 @@ GOALS = {1: 2.0, 16: 1.4}
 
 
 def full_depth_measures(
-    checkpoint: Path, model: "OpenedModel", prompts: Prompts, all_sizes: list[Sizes]
+    huggingface: Any, model: "OpenedModel", prompts: Prompts, all_sizes: Sequence[Sizes]
 ) -> list[Measure]:
     """Tokens per second over Hugging Face's, for each number of sequences."""
-    huggingface = exported(checkpoint)
     return [_over_huggingface(huggingface, model, prompts, sizes) for sizes in all_sizes]
 
 
@@ -34,6 +34,7 @@ def exported(checkpoint: Path) -> Any:
 
     library: Any = transformers  # which is not typed
     library.utils.logging.disable_progress_bar()
+    library.utils.logging.set_verbosity_error()  # `generate` warns of how it calls itself
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         destination = export_model(checkpoint, Path(folder) / "exported").folder
         model = library.AutoModelForCausalLM.from_pretrained(destination, dtype=torch.float32, local_files_only=True)
@@ -69,6 +70,16 @@ class HuggingFaceDecoding:
         return seconds
 
 
+def same_tokens(ours: Decoding, theirs: HuggingFaceDecoding) -> float:
+    """The share of texts that are the same to the last token; where two logits are nearly equal, rounding decides."""
+    pairs = [
+        ([emission.token for emission in said], text)
+        for number in ours.said
+        for said, text in zip(ours.said[number], theirs.said[number], strict=True)
+    ]
+    return sum(said == text for said, text in pairs) / len(pairs)
+
+
 def _over_huggingface(model: Any, own: "OpenedModel", prompts: Prompts, sizes: Sizes) -> Measure:
     ours, theirs = Decoding(own, prompts, sizes, full_depth()), HuggingFaceDecoding(model, prompts, sizes)
     (rounds,) = all_take_turns(sizes.full_rounds, ours, [theirs])
@@ -77,17 +88,7 @@ def _over_huggingface(model: Any, own: "OpenedModel", prompts: Prompts, sizes: S
         sizes,
         tokens_per_cpu_second=tokens / statistics.median(rounds.a),
         huggingface_tokens_per_cpu_second=tokens / statistics.median(rounds.b),
-        same_tokens=_same(ours, theirs),
+        same_tokens=same_tokens(ours, theirs),
     )
     name = f"full_depth_over_huggingface_b{sizes.sequences}"
     return measure_of(name, rounds.paired, "higher", rounds.aa, context, goal=GOALS.get(sizes.sequences))
-
-
-def _same(ours: Decoding, theirs: HuggingFaceDecoding) -> float:
-    """The share of texts that are the same to the last token; where two logits are nearly equal, rounding decides."""
-    pairs = [
-        ([emission.token for emission in said], text)
-        for number in ours.said
-        for said, text in zip(ours.said[number], theirs.said[number], strict=True)
-    ]
-    return sum(said == text for said, text in pairs) / len(pairs)

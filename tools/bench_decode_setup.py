@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,8 @@ class Sizes:
     Attributes:
         thresholds: of the largest probability, for every policy for missing keys and values.
         measures: other measures, each with one threshold.
+        draft_lengths: of self-speculation, at every exit.
+        assisted_rounds, assisted_tokens: rounds beside Hugging Face's own, which is slow, and new tokens in them.
     """
 
     sequences: int
@@ -43,19 +45,52 @@ class Sizes:
     cost_rounds: int = 15
     thresholds: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.99)
     measures: tuple[tuple[str, float], ...] = (("margin", 0.8), ("entropy", 0.8), ("cosine", 0.9), ("gate", 0.7))
+    draft_lengths: tuple[int, ...] = (1, 2, 3, 4, 6)
+    speculation_rounds: int = 12
+    assisted_rounds: int = 4
+    assisted_tokens: int = 64
 
     @property
     def capacity(self) -> int:
         return self.prompt_length + self.new_tokens
 
 
-ALONE = Sizes(1)
-TOGETHER = Sizes(16, full_rounds=8)
-TOGETHER_WITH_EXITS = Sizes(16, new_tokens=64, exit_rounds=6, cost_rounds=7, measures=())
-SMALL = replace(
-    ALONE, prompt_length=5, new_tokens=6, full_rounds=3, exit_rounds=3, cost_rounds=2, thresholds=(0.1, 0.9)
-)
-SMALL_TOGETHER = replace(SMALL, sequences=3, measures=())
+class Suite(NamedTuple):
+    """What each part of the bench measures."""
+
+    full: tuple[Sizes, ...]
+    exits: tuple[Sizes, ...]
+    speculation: tuple[Sizes, ...]
+
+
+def suite() -> Suite:
+    """Minutes."""
+    alone, many = Sizes(1), Sizes(16, new_tokens=64, exit_rounds=6, cost_rounds=7, measures=())
+    speculating = replace(many, speculation_rounds=7, draft_lengths=(2, 4))
+    return Suite(
+        full=(alone, Sizes(16, full_rounds=8)),
+        exits=(alone, many),
+        speculation=(alone, replace(speculating, sequences=4), speculating),
+    )
+
+
+def small_suite() -> Suite:
+    """Seconds, and no figures."""
+    alone = Sizes(
+        1,
+        prompt_length=5,
+        new_tokens=6,
+        full_rounds=3,
+        exit_rounds=3,
+        cost_rounds=2,
+        thresholds=(0.1, 0.9),
+        draft_lengths=(2,),
+        speculation_rounds=3,
+        assisted_rounds=2,
+        assisted_tokens=6,
+    )
+    both = alone, replace(alone, sequences=3, measures=())
+    return Suite(both, both, both)
 
 
 @contextmanager
@@ -120,12 +155,15 @@ class Decoding:
     def _decode(self, requests: Sequence[Request]) -> list[list[Emission]]:
         slots = [self._batch.add(request) for request in requests]
         said: dict[int, list[Emission]] = {slot: [] for slot in slots}
-        while emitted := self._batch.step():
+        while emitted := self._step():
             for slot, emission in emitted:
                 said[slot].append(emission)
         for slot in slots:
             self._batch.remove(slot)
         return list(said.values())
+
+    def _step(self) -> list[tuple[int, Emission]]:
+        return self._batch.step()
 
 
 def full_depth() -> ExitParams:

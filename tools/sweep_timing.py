@@ -115,7 +115,7 @@ def chosen_exits(llm: LLM, asked: Sequence[int] | None) -> tuple[int, ...]:
     if unknown := [layer for layer in asked if layer not in exits]:
         raise FieldError("--exits", f"there is no exit after layer {unknown[0]}, only after {list(exits)}")
     if not asked:
-        raise FieldError("--exits", f"none of the model's {list(exits)} is left by inference.exit")
+        raise FieldError("inference.exit", f"leaves none of the exits after {list(exits)}: say which, --exits")
     return tuple(sorted(set(asked)))
 
 

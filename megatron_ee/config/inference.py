@@ -143,7 +143,7 @@ class ExitParams(Section):
         if self.mode not in ("sled", "dola"):
             return ()
         layers = self._correction.layers
-        return tuple(sorted(exits if layers is None else layers))
+        return tuple(sorted(set(exits if layers is None else layers)))
 
     @property
     def hears_heads(self) -> bool:

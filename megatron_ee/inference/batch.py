@@ -90,10 +90,12 @@ class Batch:
         Raises:
             NoTokenError: there is none to choose in some slots, which it names; the batch is of no use any more.
         """
-        self._prefill()
-        self._drafter.draft(dict(self._going()))
-        emitted = [emission for slots in self._groups() for emission in self._decode(slots)]
-        if crowded := [slot for slot, of in self._going() if self.walk.ledger.pending(slot) > of.rule.max_pending]:
+        going = self._going()
+        self._prefill(going)
+        self._drafter.draft(going)
+        emitted = [emission for slots in self._groups(going) for emission in self._decode(slots)]
+        pending = {slot: self.walk.ledger.pending(slot) for slot, sequence in going.items() if sequence.finish is None}
+        if crowded := [slot for slot, count in pending.items() if count > going[slot].rule.max_pending]:
             self.walk.catch_up(crowded)
         return emitted
 
@@ -116,23 +118,23 @@ class Batch:
         costs = {layer: self._model.draft_costs[layer] for layer in rule.drafts}
         return Pace(costs, None if length == "auto" else length, most=min(MOST_DRAFTED, rule.max_pending))
 
-    def _going(self) -> list[tuple[int, DecodingSequence]]:
-        return [(slot, sequence) for slot, sequence in self._sequences.items() if sequence.finish is None]
+    def _going(self) -> dict[int, DecodingSequence]:
+        return {slot: sequence for slot, sequence in self._sequences.items() if sequence.finish is None}
 
-    def _prefill(self) -> None:
+    def _prefill(self, sequences: Mapping[int, DecodingSequence]) -> None:
         """Run long prompts to full depth but for their last chunk, or their last token where an exit's keys and values
         would not be exact: what comes after needs it."""
-        for slot, sequence in self._going():
+        for slot, sequence in sequences.items():
             last = 1 if sequence.rule.kv_policy == "propagate" else self._chunk
             while len(sequence.unfed) > last:
                 self.walk.enter({slot: sequence.take(min(self._chunk, len(sequence.unfed) - last))}, self._num_layers)
                 self.walk.work.prefills += 1
 
-    def _groups(self) -> Iterator[list[int]]:
-        """Sequences that go on, so many at a time that no launch has more new rows than a chunk."""
+    def _groups(self, sequences: Mapping[int, DecodingSequence]) -> Iterator[list[int]]:
+        """Slots, so many at a time that no launch has more new rows than a chunk."""
         group: list[int] = []
         rows = 0
-        for slot, sequence in self._going():
+        for slot, sequence in sequences.items():
             if group and rows + len(sequence.unfed) > self._chunk:
                 yield group
                 group, rows = [], 0
@@ -175,7 +177,7 @@ class Batch:
     def _fills(self, going: Sequence[int], start: int, stop: int, *, room: int) -> Mapping[int, int]:
         """Pending positions of sequences that are not on their way, for the slots of those that left."""
         fills: dict[int, int] = {}
-        for slot, sequence in self._going():
+        for slot, sequence in self._going().items():
             if room and slot not in going and sequence.draft is None and sequence.rule.kv_policy == "fill":
                 count = min(room, self.walk.ledger.ready(slot, start, stop))
                 if count:
@@ -235,7 +237,7 @@ class Batch:
 
     def _propagate(self, slots: Collection[int], layer: int) -> None:
         """Provide what an exit leaves behind at once, where that is the policy and the text goes on."""
-        going = [slot for slot, of in self._going() if slot in slots and of.rule.kv_policy == "propagate"]
+        going = [slot for slot, of in self._going().items() if slot in slots and of.rule.kv_policy == "propagate"]
         if going:
             self.walk.propagate(going, layer)
 

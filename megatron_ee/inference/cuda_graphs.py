@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ee.inference.kv_cache import KeyValueCache
-from megatron_ee.inference.launch import Launch, SequenceRows
+from megatron_ee.inference.launch import Launch
+from megatron_ee.inference.row_places import SequenceRows
 from megatron_ee.inference.runner import Runner
 from megatron_ee.inference.static_rows import Extent, StaticRows
 from megatron_ee.model.rotary import RotationTable

@@ -13,8 +13,9 @@ import torch
 from megatron_ee.inference.asked_exit import AskedExit
 from megatron_ee.inference.cuda_graphs import SegmentGraphs, capture_on
 from megatron_ee.inference.kv_cache import KeyValueCache
-from megatron_ee.inference.launch import Launch, SequenceRows
+from megatron_ee.inference.launch import Launch
 from megatron_ee.inference.ledger import DepthLedger
+from megatron_ee.inference.row_places import SequenceRows
 from megatron_ee.inference.runner import Runner
 from megatron_ee.inference.waiting_states import WaitingStates
 from megatron_ee.inference.work import Work
@@ -36,6 +37,7 @@ class DepthWalk:
         parameter = next(stage.parameters())
         self._like = parameter
         self._exits = tuple(exits)
+        self._blocks = [layer for layer in (*exits, self._num_layers) if runner.attends(layer)]
         self.ledger = DepthLedger((0, *exits, self._num_layers))
         capture = capture_on(parameter.device, stage.tp_group)
         self.cache = KeyValueCache(stage, slots, capacity if capture is None else capacity + 1)
@@ -101,10 +103,10 @@ class DepthWalk:
         if stop < self._num_layers:
             self._states.write(stop, launch, y_NH)
         features = None
-        for layer, hidden_NH in taps.items():
-            asking = [slot for slot, _ in rows if self.ledger.has_block(slot, layer)]
+        for layer in self._blocks:
+            asking = [slot for slot, _ in rows if self.ledger.has_block(slot, layer)] if layer in taps else ()
             if asking:
-                hidden_NH, block_launch = self._of_block(asking, rows, hidden_NH, layer)
+                hidden_NH, block_launch = self._of_block(asking, rows, taps[layer], layer)
                 features = Features(block_launch, self._runner.features(hidden_NH, layer, block_launch))
         self._came = Arrival(self._runner, stop, launch, x_NH, y_NH, taps[stop], features)
         return self._came
@@ -157,23 +159,26 @@ class Arrival:
 
     def ask_last(self, counts: Mapping[int, int]) -> AskedExit:
         """The exit at so many last positions of sequences, by slot, one after the other."""
-        rows = self.launch.last_rows_of(counts)
         features_NH = None
         if self.runner.attends(self.layer):
             assert self.features is not None, "a sequence asks an exit that it has not named"
-            features_NH = pick(self.features.features_NH, self.features.launch.last_rows_of(counts))
+            (features_NH,) = _picked(self.features.launch.last_rows_of(counts), self.features.features_NH)
+        hidden_NH, output_NH, previous_NH = _picked(
+            self.launch.last_rows_of(counts), self.hidden_NH, self.output_NH, self.input_NH
+        )
         return AskedExit(
             self.runner,
             self.layer,
-            hidden_NH=pick(self.hidden_NH, rows),
-            output_NH=pick(self.output_NH, rows),
-            previous_NH=pick(self.input_NH, rows),
+            hidden_NH=hidden_NH,
+            output_NH=output_NH,
+            previous_NH=previous_NH,
             features_NH=features_NH,
         )
 
 
-def pick(x_NH: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Some of the rows; no copy where they are all."""
-    if list(rows) == list(range(len(x_NH))):
-        return x_NH
-    return x_NH[torch.tensor(rows, device=x_NH.device)]
+def _picked(rows: Sequence[int], *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Some of the rows of each; no copy where they are all."""
+    if rows == list(range(of[0].shape[0])):
+        return of
+    rows_N = torch.tensor(rows, device=of[0].device)
+    return tuple(x_NH[rows_N] for x_NH in of)

@@ -1,6 +1,7 @@
 """Keys and values of a batch's sequences, for every layer and for exit heads that attend.
 
-Shapes: A attentions, P slots, C capacity, G key-value heads of this rank, D head dimension, T positions, N rows.
+Shapes: A attentions, P slots, C capacity, G key-value heads of this rank, D head dimension, T positions, N rows, Y all
+vectors of an attention.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ class KeyValueCache:
         heads: G.
         group: query heads of each key-value head.
         windows: the number of each attention (see `Stage.attention_windows`) -> its window.
+        positions_C: 0, 1, ..., int64 on the device.
     """
 
     def __init__(self, stage: Stage, slots: int, capacity: int) -> None:
@@ -39,13 +41,24 @@ class KeyValueCache:
         self._first_PX = first_heads.view(slots, -1)
         self._rooms_APG2CD = rooms
         self._rooms_PG2CD = dict(zip(self.windows, rooms, strict=True))
+        self._vectors_YD = {attention: room.view(-1, room.shape[-1]) for attention, room in self._rooms_PG2CD.items()}
+        self.positions_C = torch.arange(capacity, device=parameter.device)
 
     def of(self, attention: int) -> torch.Tensor:
         """Keys, then values, [P, G, 2, C, D], of one attention."""
         return self._rooms_PG2CD[attention]
 
+    def vectors_of(self, attention: int) -> torch.Tensor:
+        """The same as a list of vectors, [Y, D], for `places`."""
+        return self._vectors_YD[attention]
+
+    def rooms_of(self, slot: int, positions: slice) -> Mapping[int, torch.Tensor]:
+        """Keys, then values, [G, 2, N, D], of neighbouring positions of a slot, by attention."""
+        own_AG2ND = self._rooms_APG2CD[:, slot, :, :, positions]
+        return dict(zip(self.windows, own_AG2ND.unbind(0), strict=True))
+
     def places(self, slots_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        """Where the keys and values of rows belong, among all vectors of an attention: [N * G * 2]."""
+        """Where the keys and values of rows belong, among the vectors of an attention: [N * G * 2]."""
         return (self._first_PX.index_select(0, slots_N) + positions_N[:, None]).flatten()
 
     def read(self, attention: int, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

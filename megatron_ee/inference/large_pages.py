@@ -5,6 +5,7 @@ goes into finding them: products with 16 MB of matrices take a fifth less in pag
 machine).
 """
 
+import ctypes
 import math
 import mmap
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 
 _PAGE = 2 << 20
 _LINE = 64  # bytes; where vectors begin best
+_COLLAPSE = 25  # MADV_COLLAPSE, of Linux 6.1 and later, which Python's mmap does not name
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -23,6 +25,17 @@ def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 def room_for(shape: Sequence[int], dtype: torch.dtype) -> int:
     """Bytes that a tensor takes in an arena."""
     return -(-math.prod(shape) * dtype.itemsize // _LINE) * _LINE
+
+
+def move(address: int, num_bytes: int) -> None:
+    """Have memory that a library has filled lie in large pages: those that it shares with others too. Where the system
+    has none to give, or moves nothing on request, all stays as it is."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    start, stop = address // _PAGE * _PAGE, -(-(address + num_bytes) // _PAGE) * _PAGE
+    advise = ctypes.CDLL(None).madvise
+    for page in range(start, stop, _PAGE):
+        advise(ctypes.c_void_p(page), ctypes.c_size_t(_PAGE), _COLLAPSE)
 
 
 class Arena:

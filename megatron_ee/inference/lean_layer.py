@@ -64,7 +64,7 @@ class LeanMlp:
 
     def __call__(self, x_NH: torch.Tensor) -> torch.Tensor:
         gate, up = self._gate_and_up(self._norm(x_NH)).chunk(2, -1)
-        return self._down.added_to(x_NH, silu(gate).mul_(up))
+        return self._down.added_to(x_NH, silu(gate, inplace=True).mul_(up))
 
 
 class Attending(Protocol):

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch.nn.functional import linear
 
+from megatron_ee.inference import large_pages
+
 _PACKED_ROWS = 16
 """The number of rows that a packed matrix is made for; it serves any."""
 
@@ -39,7 +41,9 @@ class Product:
     @cached_property
     def _packed(self) -> torch.Tensor:
         weight_OI = self._weight_OI.detach().contiguous()
-        return torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACKED_ROWS)
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACKED_ROWS)
+        large_pages.move(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
+        return packed
 
 
 class Products:
@@ -65,4 +69,5 @@ def can_pack(weight: torch.Tensor) -> bool:
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.mkldnn, "data_ptr")
     )

@@ -21,16 +21,18 @@ class WaitingStates:
 
     def write(self, depth: int, launch: Launch, x_NH: torch.Tensor) -> None:
         """Keep the states of rows, which have run `depth` layers."""
-        self._of(depth).index_copy_(0, self._places(launch), x_NH)
+        places, states = launch.places.among(self._room), self._of(depth)
+        if isinstance(places, slice):
+            states[places] = x_NH
+        else:
+            states.index_copy_(0, places, x_NH)
 
     def read(self, depth: int, launch: Launch) -> torch.Tensor:
-        """[N, H], of rows that wait there."""
-        return self._of(depth).index_select(0, self._places(launch))
+        """[N, H], of rows that wait there; it lasts until others wait in their places."""
+        places, states = launch.places.among(self._room), self._of(depth)
+        return states[places] if isinstance(places, slice) else states.index_select(0, places)
 
     def _of(self, depth: int) -> torch.Tensor:
         if depth not in self._by_depth:
             self._by_depth[depth] = self._like.new_empty(self._slots * self._room, self._hidden_size)
         return self._by_depth[depth]
-
-    def _places(self, launch: Launch) -> torch.Tensor:
-        return launch.slots_N * self._room + launch.positions_N % self._room

@@ -92,6 +92,10 @@ class RotationTable:
         """What a channel, and what the other channel of its pair, is multiplied by: each [N, 1, X, D]."""
         return self._cosine_C1XD.index_select(0, positions_N), self._sine_C1XD.index_select(0, positions_N)
 
+    def of(self, positions: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same at neighbouring positions, without a copy."""
+        return self._cosine_C1XD[positions], self._sine_C1XD[positions]
+
 
 def _with_value(part_CD: torch.Tensor, group: int, *, value: float) -> torch.Tensor:
     part_CXD = part_CD[:, None].repeat(1, group + 2, 1)

@@ -71,7 +71,7 @@ def likeliest(logits_NV: torch.Tensor) -> torch.Tensor:
 def _likeliest_by_numpy(logits_NV: np.ndarray) -> torch.Tensor:
     """Five times as fast as torch's argmax, which a token of a small model notices."""
     tokens_N = logits_NV.argmax(-1)
-    peak_N = np.take_along_axis(logits_NV, tokens_N[:, None], -1)[:, 0]
+    peak_N = logits_NV[np.arange(len(tokens_N)), tokens_N]
     tokens_N[~np.isfinite(peak_N)] = NO_TOKEN
     return torch.from_numpy(tokens_N)
 
