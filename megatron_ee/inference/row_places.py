@@ -28,9 +28,8 @@ class RowPlaces(Protocol):
 
     rotation: tuple[torch.Tensor, torch.Tensor]
 
-    @property
-    def positions_N(self) -> torch.Tensor:
-        """int64, on the device."""
+    def positions(self) -> torch.Tensor:
+        """int64 [N], on the device."""
         ...
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
@@ -60,8 +59,7 @@ class _Neighbours:
         self.rotation = rotation.of(self._own)
         self._written_G2ND = cache.rooms_of(rows.slot, self._own)
 
-    @property
-    def positions_N(self) -> torch.Tensor:
+    def positions(self) -> torch.Tensor:
         return self._cache.positions_C[self._own]
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
@@ -75,7 +73,7 @@ class _Neighbours:
         slot, positions = self._rows
         first = positions.start % room
         if first + len(positions) > room:
-            return slot * room + self.positions_N % room
+            return slot * room + self.positions() % room
         return slice(slot * room + first, slot * room + first + len(positions))
 
 
@@ -91,8 +89,7 @@ class _Scattered:
         self._written_NX = cache.places(self._slots_N, self._positions_N)
         self._read = _Read.of([slot for slot, _ in rows], rotation.device)
 
-    @property
-    def positions_N(self) -> torch.Tensor:
+    def positions(self) -> torch.Tensor:
         return self._positions_N
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
