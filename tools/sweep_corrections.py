@@ -121,10 +121,10 @@ def measure(
 
 
 def best_of(cells: Sequence[Cell]) -> Cell | None:
-    """The most accurate one: of equals the one with the least loss, then with the smallest alpha. None: it is not above
-    full depth by more than chance makes the best of so many."""
-    best = min(cells, key=lambda cell: (-cell.accuracy, cell.loss, cell.alpha, cell.top_k))
-    return best if best.deviations > deviations_needed(len(cells)) else None
+    """The most accurate one of those that are above full depth by more than chance makes any of so many: of equals the
+    one with the least loss, then with the smallest alpha. None: there is none."""
+    above = [cell for cell in cells if cell.deviations > deviations_needed(len(cells))]
+    return min(above, key=lambda cell: (-cell.accuracy, cell.loss, cell.alpha, cell.top_k), default=None)
 
 
 def table(cells: Sequence[Cell]) -> list[str]:
@@ -142,17 +142,17 @@ def table(cells: Sequence[Cell]) -> list[str]:
 
 def verdict(cells: Sequence[Cell], full: Full, best: Cell | None) -> str:
     """What it comes to, with how sure that is."""
-    needed = f"the best of {len(cells)} reaches {deviations_needed(len(cells)):.1f} by chance"
+    needed = f"one of {len(cells)} reaches {deviations_needed(len(cells)):.1f} by chance"
     if best is not None:
         return (
             f"Best: alpha {best.alpha:g} with top_k {best.top_k}: {best.accuracy:.2%} of next tokens are right, at "
             f"full depth {full.accuracy:.2%}. That is {best.deviations:.1f} standard errors of the difference "
             f"({needed})."
         )
-    highest = min(cells, key=lambda cell: (-cell.accuracy, cell.loss, cell.alpha, cell.top_k))
+    surest = max(cells, key=lambda cell: cell.deviations)
     return (
-        f"Nothing beats full depth: the highest, alpha {highest.alpha:g} with top_k {highest.top_k}, has "
-        f"{highest.difference:+.3%}, {highest.deviations:.1f} standard errors of the difference ({needed})."
+        f"Nothing beats full depth: what comes closest, alpha {surest.alpha:g} with top_k {surest.top_k}, has "
+        f"{surest.difference:+.3%}, {surest.deviations:.1f} standard errors of the difference ({needed})."
     )
 
 

@@ -3,7 +3,7 @@
 The tokens are full depth's, whatever drafts; in fp32 a rounding may part two that are nearly even.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -14,7 +14,7 @@ from sweep_timing import Speed, chosen_exits, fastest, heading, time_settings
 from megatron_ee.config import ExitParams
 from megatron_ee.errors import FieldError
 from megatron_ee.inference.asking import Prompt
-from megatron_ee.inference.completion import Completion
+from megatron_ee.inference.completion import Completion, drafts_of
 from megatron_ee.inference.llm import LLM
 
 LENGTHS = (1, 2, 3, 4, 6, 8)
@@ -26,43 +26,26 @@ AUTO: Draft = ("auto", "auto")
 
 
 @dataclass(frozen=True, slots=True)
-class Drafts:
-    """What became of drafts, over texts.
+class Cell:
+    """One pair of exit and length.
 
     Attributes:
-        drafted: tokens.
-        accepted: of those.
-        tested: of those; what comes after the first wrong one of a draft is not.
+        drafted, accepted: tokens.
+        acceptance: the one over the other; None: nothing was drafted.
         cycles: turns of full depth, but for a prompt's own.
-        tokens: new ones, but for the first of each text, which comes of its prompt.
+        tokens_per_cycle: without each text's first, which comes of its prompt; None: there is no other.
+        same_tokens: the share of full depth's tokens that stand in the same place.
+        same_texts: the share of texts that are full depth's.
     """
-
-    drafted: int
-    accepted: int
-    tested: int
-    cycles: int
-    tokens: int
-
-    @property
-    def acceptance(self) -> float | None:
-        """How probable it is that a drafted token is accepted if those before it are; None: none was drafted."""
-        return self.accepted / self.tested if self.tested else None
-
-    @property
-    def tokens_per_cycle(self) -> float | None:
-        return self.tokens / self.cycles if self.cycles else None
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One pair of exit and length. `same_tokens` is the share of full depth's tokens that stand in the same place."""
 
     draft_exit: int | Auto
     draft_length: int | Auto
     speed: Speed
+    drafted: int
+    accepted: int
     acceptance: float | None
+    cycles: int
     tokens_per_cycle: float | None
-    drafts: Drafts
     same_tokens: float
     same_texts: float
 
@@ -90,18 +73,10 @@ def sweep(
     return Swept(lines, chosen, content, panels(cells, best))
 
 
-def drafts_of(texts: Iterable[Completion]) -> Drafts:
-    """From emissions: each turn of full depth says one that was not drafted, but where a draft ends the text."""
-    drafted = accepted = tested = cycles = tokens = 0
-    for text in texts:
-        own = [emission for emission in text.emissions if not emission.drafted]
-        kept, wrong = len(text.emissions) - len(own), sum(emission.discarded > 0 for emission in own)
-        drafted += kept + sum(emission.discarded for emission in own)
-        accepted += kept
-        tested += kept + wrong
-        cycles += len(own) - 1 + text.emissions[-1].drafted
-        tokens += len(text.emissions) - 1
-    return Drafts(drafted, accepted, tested, cycles, tokens)
+def cycles_of(text: Completion) -> int:
+    """Each turn of full depth says one token that was not drafted, but where a draft ends the text; the first is the
+    prompt's."""
+    return sum(not emission.drafted for emission in text.emissions) - 1 + text.emissions[-1].drafted
 
 
 def same_tokens(texts: Sequence[Completion], truth: Sequence[Completion]) -> float:
@@ -114,13 +89,13 @@ def same_tokens(texts: Sequence[Completion], truth: Sequence[Completion]) -> flo
 
 def table(cells: Sequence[Cell]) -> list[str]:
     """Lines, a row for each cell."""
-    lines = [f"{'exit':>5}{'drafts':>8}{'speed':>9}{'p10':>7}{'p90':>7}{'accepts':>9}{'tokens/cycle':>14}{'same':>8}"]
+    lines = [f"{'exit':>5}{'drafts':>8}{'speed':>9}{'p10':>7}{'p90':>7}{'accepted':>10}{'tokens/cycle':>14}{'same':>8}"]
     for cell in cells:
         accepts = "-" if cell.acceptance is None else f"{cell.acceptance:.1%}"
         per_cycle = "-" if cell.tokens_per_cycle is None else f"{cell.tokens_per_cycle:.2f}"
         lines.append(
             f"{cell.draft_exit:>5}{cell.draft_length:>8}{cell.speed.median:>8.2f}x{cell.speed.low:>7.2f}"
-            f"{cell.speed.high:>7.2f}{accepts:>9}{per_cycle:>14}{cell.same_tokens:>8.1%}"
+            f"{cell.speed.high:>7.2f}{accepts:>10}{per_cycle:>14}{cell.same_tokens:>8.1%}"
         )
     return lines
 
@@ -156,7 +131,7 @@ def panels(cells: Sequence[Cell], best: Draft | None) -> list[Panel]:
     note = f"auto: {of[AUTO].speed}" + (", the best" if best == AUTO else "")
     return [
         Panel("speed over full depth", speeds, *labels, "{:.2f}x", neutral=1.0, line=1.0, best=place, note=note),
-        Panel("acceptance of drafted tokens", accepted, *labels, "{:.0%}", best=place),
+        Panel("drafted tokens accepted", accepted, *labels, "{:.0%}", best=place),
     ]
 
 
@@ -172,14 +147,17 @@ def _settings(llm: LLM, exits: Sequence[int], lengths: Sequence[int]) -> dict[Dr
 
 
 def _cell(draft: Draft, speed: Speed, texts: Sequence[Completion], truth: Sequence[Completion]) -> Cell:
-    drafts = drafts_of(texts)
+    drafts = drafts_of(emission for text in texts for emission in text.emissions)
+    cycles, later = sum(map(cycles_of, texts)), sum(len(text.emissions) - 1 for text in texts)
     same_texts = sum(text.tokens == true.tokens for text, true in zip(texts, truth, strict=True)) / len(truth)
     return Cell(
         *draft,
         speed=speed,
+        drafted=drafts.drafted,
+        accepted=drafts.accepted,
         acceptance=drafts.acceptance,
-        tokens_per_cycle=drafts.tokens_per_cycle,
-        drafts=drafts,
+        cycles=cycles,
+        tokens_per_cycle=later / cycles if cycles else None,
         same_tokens=same_tokens(texts, truth),
         same_texts=same_texts,
     )

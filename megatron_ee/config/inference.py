@@ -117,7 +117,9 @@ class ExitParams(Section):
     draft_length: PositiveInt | Literal["auto"] = Field(
         "auto", description="most tokens drafted at a time; auto: as acceptance pays, none where it does not"
     )
-    draft_threshold: Probability = Field(0.0, description="a draft ends before a token that is less probable")
+    draft_threshold: Probability = Field(
+        0.0, description="a draft ends where the exit's likeliest token is less probable"
+    )
     sled: SledParams = SledParams()
     dola: DolaParams = DolaParams()
 

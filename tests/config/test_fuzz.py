@@ -125,6 +125,9 @@ def valid_trees(draw: st.DrawFn) -> dict[str, Any]:
             "sampling": draw(sampling_params()),
             "exit": {
                 "mode": draw(st.sampled_from(["full", "early_exit"])),
+                "draft_exit": draw(st.sampled_from(["auto", *layers])),
+                "draft_length": draw(st.sampled_from(["auto", 1, 12])),
+                "draft_threshold": draw(probabilities),
                 "measure": draw(st.sampled_from(["max_probability", "margin", "entropy", "cosine"])),
                 "threshold": draw(probabilities),
                 "thresholds": draw(st.dictionaries(some_exits, probabilities, max_size=at_most)),

@@ -214,6 +214,16 @@ ONE_FIELD: Cases = {
             "inference: {exit: {kv_policy: copy}}",
             "1:20: inference.exit.kv_policy: 'copy' must be 'recompute', 'fill' or 'propagate'",
         ),
+        "mode": (
+            "inference: {exit: {mode: speculation}}",
+            "1:20: inference.exit.mode: 'speculation' must be 'full', 'early_exit', 'speculative', 'sled' or 'dola'; "
+            "did you mean 'speculative'?",
+        ),
+        "draft": (
+            "inference: {exit: {draft_exit: first, draft_length: 0}}",
+            "1:20: inference.exit.draft_exit: 'first' must be a positive integer or 'auto'",
+            "1:39: inference.exit.draft_length: 0 must be a positive integer or 'auto'",
+        ),
         "schedule": (
             "parallel: {schedule: interleave}",
             "1:12: parallel.schedule: 'interleave' must be '1f1b', 'gpipe', 'interleaved', 'filled-1f1b', "
@@ -288,6 +298,24 @@ BETWEEN_FIELDS: Cases = {
         "of a request, but of no model": (
             "inference: {exit: {exits: [2]}}",
             "1:28: inference.exit.exits.0: there is no exit after layer 2: exits.layers is empty",
+        ),
+    },
+    "drafts": {
+        "of an exit that is not there": (
+            "exits: {layers: [2, 4]}\ninference: {exit: {draft_exit: 3}}",
+            "2:20: inference.exit.draft_exit: there is no exit after layer 3, only after [2, 4]",
+        ),
+        "of no exit at all": (
+            "inference: {exit: {mode: speculative}}",
+            "1:20: inference.exit.mode: speculative, but no exit is there, so none may draft",
+        ),
+        "of none that may": (
+            "exits: {layers: [2, 4]}\ninference: {exit: {mode: speculative, min_exit: 5}}",
+            "2:20: inference.exit.mode: speculative, but none of the exits after layers [2, 4] may draft",
+        ),
+        "longer than may wait": (
+            "exits: {layers: [2]}\ninference: {exit: {mode: speculative, draft_length: 300}}",
+            "2:39: inference.exit.draft_length: 300 must be at most max_pending = 256",
         ),
     },
     "sampling": {

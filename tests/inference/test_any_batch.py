@@ -1,5 +1,5 @@
 """Any batch: whatever rules its requests have and whenever they join and leave, each request's tokens and depths are
-those that one pass without a cache says, and its keys and values, once flushed, those of full depth."""
+those that one pass without a cache says, drafts or none, and its keys and values, once flushed, those of full depth."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.confidences import leaves_at, said_at_exits
 from helpers.decoding import decode, keys_and_values, opened, tokens_of
+from helpers.drafts import weaken
 from helpers.models import whole_model
 from helpers.tiny import VOCAB_SIZE
 from hypothesis import HealthCheck, event, given, settings
@@ -46,7 +47,9 @@ def _model(data: st.DataObject, mesh: Mesh) -> OpenedModel:
     heads = [data.draw(st.sampled_from(HEADS), label="head") for _ in exits]
     fields = data.draw(st.sampled_from([{}, WINDOWS]), label="model")
     gates = ["linear"] * len(exits)
-    return opened(whole_model(mesh, exits=exits, dtype=torch.float64, head=heads, gate=gates, model=fields))
+    stage = whole_model(mesh, exits=exits, dtype=torch.float64, head=heads, gate=gates, model=fields)
+    weaken(stage, after=exits[0], factor=data.draw(st.sampled_from([1.0, 0.3]), label="layers above the first exit"))
+    return opened(stage)
 
 
 def _exit_params(data: st.DataObject, model: OpenedModel) -> ExitParams:
@@ -59,12 +62,23 @@ def _exit_params(data: st.DataObject, model: OpenedModel) -> ExitParams:
         confidences = sorted(said[layer].confidence(measure, position) for position in range(20))
         thresholds[layer] = share if share in (0.0, 1.0) else sum(confidences[int(20 * share) - 1 :][:2]) / 2
     fields: dict[str, Any] = {"measure": measure, "thresholds": thresholds}
-    fields["mode"] = data.draw(st.sampled_from(["early_exit"] * 7 + ["full"]), label="mode")
+    fields["mode"] = data.draw(st.sampled_from(["early_exit"] * 6 + ["speculative"] * 5 + ["full"]), label="mode")
     fields["min_exit"] = data.draw(st.sampled_from([0, 0, 0, 4]), label="min_exit")
     fields["patience"] = data.draw(st.sampled_from([1, 1, 1, 2]), label="patience")
     fields["kv_policy"] = data.draw(st.sampled_from(KV_POLICIES), label="kv_policy")
     fields["max_pending"] = data.draw(st.integers(1, MAX_PENDING), label="max_pending")
+    if fields["mode"] == "speculative":
+        fields |= _draft_params(data, model, fields["max_pending"], fields["min_exit"])
     return ExitParams.model_validate(fields)
+
+
+def _draft_params(data: st.DataObject, model: OpenedModel, most: int, min_exit: int) -> dict[str, Any]:
+    chosen: list[Any] = ["auto"] if model.exits[-1] >= min_exit else []
+    return {
+        "draft_exit": data.draw(st.sampled_from([*model.exits, *chosen]), label="draft_exit"),
+        "draft_length": data.draw(st.sampled_from([*range(1, most + 1), "auto"]), label="draft_length"),
+        "draft_threshold": data.draw(st.sampled_from([0.0, 0.0, 0.03]), label="draft_threshold"),
+    }
 
 
 def _visit(data: st.DataObject, model: OpenedModel, number: int) -> Visit:
@@ -74,6 +88,11 @@ def _visit(data: st.DataObject, model: OpenedModel, number: int) -> Visit:
     prompt = _tokens(data.draw(st.integers(1, 11), label="prompt"), seed=number)
     joins, leaves = data.draw(st.integers(0, 6), label="joins"), data.draw(st.integers(1, 12), label="leaves")
     return Visit(Request(tuple(prompt), sampling, _exit_params(data, model)), joins, leaves)
+
+
+def _is_exact(params: ExitParams) -> bool:
+    """Drafts leave nothing behind that is not full depth's, whatever the policy of early exits is."""
+    return params.kv_policy != "propagate" or params.mode == "speculative"
 
 
 class Run:
@@ -98,16 +117,16 @@ class Run:
                 finished = self.texts[number][-1].finish is not None
                 if not finished:
                     self._assert_pending(slot, visit.request.exit)
-                if finished or len(self.texts[number]) == visit.leaves:
+                if finished or len(self.texts[number]) >= visit.leaves:
                     self._leave(slot, visit.request, self.texts[number])
             step += 1
 
     def _assert_pending(self, slot: int, params: ExitParams) -> None:
-        limit = 0 if params.kv_policy == "propagate" else params.max_pending
+        limit = 0 if params.kv_policy == "propagate" or params.mode == "speculative" else params.max_pending
         assert self._batch.walk.ledger.pending(slot) <= limit
 
     def _leave(self, slot: int, request: Request, text: Sequence[Emission]) -> None:
-        if request.exit.kv_policy != "propagate":
+        if _is_exact(request.exit):
             self._assert_exact(slot, [*request.prompt, *tokens_of(text)][:-1])
             self._batch.flush([slot])
             self._assert_exact(slot, [*request.prompt, *tokens_of(text)][:-1])
@@ -153,15 +172,16 @@ def test_a_request_is_what_it_is_alone_and_keys_and_values_are_exact(mesh: Mesh,
     run.of(visits)
     for number, visit in enumerate(visits):
         text = run.texts[number]
-        if visit.request.exit.kv_policy != "propagate":
+        if _is_exact(visit.request.exit):
             _assert_as_by_full_depth(model, visit.request, text)
-        if visit.request.exit.kv_policy == "propagate" or visit.request.sampling.temperature > 0:
+        if not _is_exact(visit.request.exit) or visit.request.sampling.temperature > 0:
             (alone,) = decode(Batch(model, slots=1, capacity=CAPACITY), [visit.request])
             assert [(of.token, of.exit_layer) for of in alone[: len(text)]] == [
                 (of.token, of.exit_layer) for of in text
             ]
     depths = {emission.exit_layer for text in run.texts.values() for emission in text}
     event(f"depths: {len(depths)}")
+    event(f"drafts accepted: {any(emission.drafted for text in run.texts.values() for emission in text)}")
 
 
 @pytest.mark.parametrize("policy", KV_POLICIES)

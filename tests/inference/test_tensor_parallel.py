@@ -32,6 +32,10 @@ RULES: list[dict[str, Any]] = [
     {"threshold": 0.8, "measure": "cosine", "exits": (4, 5)},
     {"threshold": 0.4, "measure": "gate", "exits": (2, 5)},
     {"threshold": 0.0, "exits": (5,), "max_pending": 4},
+    {"mode": "speculative", "draft_exit": 6, "draft_length": 3},
+    {"mode": "speculative", "draft_exit": 5, "draft_length": 2, "draft_threshold": 0.006},
+    {"mode": "speculative", "exits": (2, 6)},
+    {"mode": "speculative", "draft_exit": 6, "draft_length": 1},
 ]
 
 
@@ -55,6 +59,7 @@ def _decode(step: Path, config: Config) -> dict[str, Any]:
     cache = batch.walk.cache
     return {
         "texts": [[(emission.token, emission.exit_layer) for emission in text] for text in texts],
+        "drafts": [[(emission.draft_exit, emission.discarded) for emission in text] for text in texts],
         "confidences": [[emission.confidence for emission in text] for text in texts],
         "cache": {number: cache.of(number).numpy().copy() for number in ATTENTIONS},
         "heads": cache.heads,
@@ -71,8 +76,13 @@ def test_two_ranks_decode_what_one_does(tmp_path: Path, mesh: Mesh, ranks: RankP
     assert len(set.union(*depths)) == 5 and sum(len(of) > 1 for of in depths) >= 3, (
         f"the case is to mix depths: {depths}"
     )
+    assert [any(layer for layer, _ in of) or any(gone for _, gone in of) for of in alone["drafts"]] == [
+        rule.get("mode") == "speculative" for rule in RULES
+    ], "something is to be drafted"
+    assert any(layer for of in alone["drafts"] for layer, _ in of), "and something accepted"
     for rank in split:
         assert rank["texts"] == alone["texts"]
+        assert rank["drafts"] == alone["drafts"]
         for ours, theirs in zip(rank["confidences"], alone["confidences"], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-6)  # gates are of fp32
     for number in ATTENTIONS:

@@ -107,6 +107,9 @@ def test_the_best_correction_is_the_most_accurate_then_the_one_with_least_loss_a
     assert sweep_corrections.best_of(cells) is cells[2]
     assert sweep_corrections.best_of([*cells, _correction(0.5, 20, 99, 9, loss=1.9)]).alpha == 0.5
     assert sweep_corrections.best_of(cells[:2]) is cells[1]
+    unsure = _correction(4, 10, 2_100, 2_000)
+    assert unsure.accuracy > cells[0].accuracy
+    assert sweep_corrections.best_of([unsure, cells[0]]) is cells[0], "chance may have made the more accurate one"
 
 
 def test_a_correction_that_chance_explains_is_none() -> None:
@@ -117,7 +120,7 @@ def test_a_correction_that_chance_explains_is_none() -> None:
     cells = [alone, *(_correction(2, top_k, 10, 30) for top_k in range(1, 20))]
     assert sweep_corrections.best_of(cells) is None
     said = sweep_corrections.verdict(cells, sweep_corrections.Full(10_000, 0.4, 2.0), None)
-    assert "has +0.230%, 2.6 standard errors of the difference (the best of 20 reaches 2.8 by chance)" in said
+    assert "has +0.230%, 2.6 standard errors of the difference (one of 20 reaches 2.8 by chance)" in said
     assert sweep_corrections.best_of([_correction(1, 10, 0, 0)]) is None, "nothing changed"
 
 
@@ -133,24 +136,17 @@ def _completion(*emissions: Emission) -> Completion:
     return Completion((1,), "", emissions, "length")
 
 
-def _token(token: int, *, drafted: bool = False, discarded: int = 0) -> Emission:
-    return Emission(token, 8, 1.0, draft_exit=2 if drafted else None, discarded=discarded)
+def _token(token: int, *, draft_exit: int | None = None, discarded: int = 0) -> Emission:
+    return Emission(token, 8, 1.0, draft_exit=draft_exit, discarded=discarded)
 
 
-def test_drafts_counted_by_hand() -> None:
+def test_cycles_counted_by_hand() -> None:
     """Drafts of three: all right; the second wrong; the first wrong. And one that a drafted stop token ends."""
-    first = _completion(
-        _token(0),
-        *(_token(1, drafted=True), _token(2, drafted=True), _token(3, drafted=True), _token(4)),
-        *(_token(5, drafted=True), _token(6, discarded=2)),
-        _token(7, discarded=3),
-    )
-    second = _completion(_token(0), _token(1, drafted=True), _token(2, drafted=True))
-    drafts = sweep_speculation.drafts_of([first, second])
-    assert drafts == sweep_speculation.Drafts(drafted=9 + 2, accepted=4 + 2, tested=3 + 2 + 1 + 2, cycles=4, tokens=9)
-    assert (drafts.acceptance, drafts.tokens_per_cycle) == (6 / 8, 9 / 4)
-    nothing = sweep_speculation.drafts_of([_completion(_token(0))])
-    assert (nothing.acceptance, nothing.tokens_per_cycle) == (None, None)
+    drafted = [_token(token, draft_exit=2) for token in range(4)]
+    first = _completion(_token(0), *drafted[:3], _token(4), drafted[0], _token(6, discarded=2), _token(7, discarded=3))
+    assert sweep_speculation.cycles_of(first) == 3
+    assert sweep_speculation.cycles_of(_completion(_token(0), *drafted[:2])) == 1
+    assert sweep_speculation.cycles_of(_completion(_token(0))) == 0
 
 
 def test_tokens_in_the_same_place() -> None:
@@ -161,9 +157,8 @@ def test_tokens_in_the_same_place() -> None:
 
 
 def test_what_is_said_of_drafts() -> None:
-    drafts = sweep_speculation.Drafts(0, 0, 0, 0, 0)
     cells = [
-        sweep_speculation.Cell(*draft, _speed(speed), None, None, drafts, same, same)
+        sweep_speculation.Cell(*draft, _speed(speed), 0, 0, None, 0, None, same, same)
         for draft, speed, same in (((2, 3), 1.2, 1.0), ((4, 3), 0.9, 0.75), (("auto", "auto"), 1.3, 1.0))
     ]
     assert "exit and length auto: 1.30x" in sweep_speculation.verdict(cells, ("auto", "auto"), 1.1)

@@ -56,8 +56,8 @@ def _figures(result: dict[str, Any], iteration: int) -> dict[str, float]:
 def test_a_run_goes_on_in_the_middle_of_a_rotation_and_of_an_interval(
     folder: Path, ranks: RankPool, uninterrupted: list[dict[str, Any]], name: str, parallel: dict[str, int]
 ) -> None:
-    """Stopped after 4 of 8 iterations, where the meter holds the fourth's losses of some exits. Bit for bit on the same
-    ranks; on others within rounding."""
+    """torchtune's version forgets the curriculum on resume. Stopped after 4 of 8 iterations, where the meter holds the
+    fourth's losses of some exits. Bit for bit on the same ranks; on others within rounding."""
     ranks.run(2, _stop_at_four, _config(folder, name=name))
     resumed = ranks.run(parallel["pipeline"], train, _config(folder, name=name, parallel=parallel))
     is_same = parallel["pipeline"] == 2

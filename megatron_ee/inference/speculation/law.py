@@ -28,6 +28,11 @@ class DraftCosts:
         """A token at full depth."""
         return self.shallow + self.deep
 
+    @property
+    def share_left_out(self) -> float:
+        """What the exit does not run of a token at full depth."""
+        return self.deep / self.full
+
     def cycle(self, length: int) -> float:
         """A cycle that drafts so many tokens; of 0, a token at full depth."""
         return length * (self.shallow + self.head) + self.full + length * self.row
@@ -48,7 +53,15 @@ def gain(acceptance: float, length: int, costs: DraftCosts) -> float:
 
 
 def best_length(acceptance: float, costs: DraftCosts, most: int) -> tuple[float, int]:
-    """The largest gain of drafts of up to `most` tokens, and the shortest draft that has it; (1, 0) if none gains."""
-    return max(
-        ((gain(acceptance, length, costs), length) for length in range(most + 1)), key=lambda of: (of[0], -of[1])
-    )
+    """The largest gain of drafts of up to `most` tokens, and the shortest draft that has it; (1, 0) if none gains.
+
+    Each further token brings less than the one before and costs the same, so what does not gain ends the search.
+    """
+    best, tokens, full = (1.0, 0), 1.0, costs.full
+    for length in range(1, most + 1):
+        tokens += acceptance**length
+        gained = tokens * full / costs.cycle(length)
+        if gained <= best[0]:
+            break
+        best = gained, length
+    return best

@@ -60,7 +60,7 @@ def _assert_tokens_of(theirs: Any, model: OpenedModel) -> None:
             params = drafting(draft_exit=layer, draft_length=length)
             texts = served(model, [request(prompt, params, max_new_tokens=NEW_TOKENS) for prompt in prompts], 3)
             assert [tokens_of(text) for text in texts] == expected, (layer, length)
-            assert acceptance(texts) > 0 or (layer, length) == (model.exits[-1], "auto"), "it drafts what may be right"
+            assert acceptance(texts) > 0 or length == "auto", "some of what is drafted is right"
 
 
 @pytest.mark.parametrize("tied", [False, True])
