@@ -48,7 +48,20 @@ def gain(acceptance: float, length: int, costs: DraftCosts) -> float:
 
 
 def best_length(acceptance: float, costs: DraftCosts, most: int) -> tuple[float, int]:
-    """The largest gain of drafts of up to `most` tokens, and the shortest draft that has it; (1, 0) if none gains."""
-    return max(
-        ((gain(acceptance, length, costs), length) for length in range(most + 1)), key=lambda of: (of[0], -of[1])
-    )
+    """The largest gain of drafts of up to `most` tokens, and the shortest draft that has it; (1, 0) if none gains.
+
+    Tokens grow ever slower with the length and costs grow evenly, so beyond the first length that gains less than the
+    one before there is nothing.
+    """
+    best, before = (1.0, 0), 0.0
+    tokens = next_one = 1.0
+    for length in range(1, most + 1):
+        next_one *= acceptance
+        tokens += next_one
+        gained = tokens * costs.full / costs.cycle(length)
+        if gained < before:
+            break
+        if gained > best[0]:
+            best = gained, length
+        before = gained
+    return best
