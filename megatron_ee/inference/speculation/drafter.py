@@ -4,6 +4,7 @@ Shapes: N rows, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -28,18 +29,15 @@ class Drafter:
 
     def _to_exits(self, drafting: Mapping[int, DecodingSequence]) -> Iterator[tuple[Arrival, list[int]]]:
         """The newest token of each sequence comes to the exit that drafts, those together that have the same."""
-        going, start = list(drafting), 0
-        while going:
-            stop = min(_layer(drafting[slot]) for slot in going)
+        for start, stop in pairwise((0, *sorted({_layer(of) for of in drafting.values()}))):
+            going = {slot: of for slot, of in drafting.items() if _layer(of) >= stop}
             if start == 0:
-                arrival = self._walk.enter({slot: drafting[slot].take() for slot in going}, stop)
+                arrival = self._walk.enter({slot: of.take() for slot, of in going.items()}, stop)
                 self._walk.work.drafts += 1
                 self._walk.work.drafted += len(going)
             else:
                 arrival = self._walk.advance(dict.fromkeys(going), start, stop)
-            yield arrival, [slot for slot in going if _layer(drafting[slot]) == stop]
-            going = [slot for slot in going if _layer(drafting[slot]) > stop]
-            start = stop
+            yield arrival, [slot for slot, of in going.items() if _layer(of) == stop]
 
 
 def _layer(sequence: DecodingSequence) -> int:
