@@ -159,10 +159,8 @@ class Arrival(NamedTuple):
         features_NH = None
         if self.runner.attends(self.layer):
             assert self.features is not None, "a sequence asks an exit that it has not named"
-            (features_NH,) = _picked(self.features.launch.last_rows_of(counts), self.features.features_NH)
-        hidden_NH, output_NH, previous_NH = _picked(
-            self.launch.last_rows_of(counts), self.hidden_NH, self.output_NH, self.input_NH
-        )
+            (features_NH,) = _last(self.features.launch, counts, self.features.features_NH)
+        hidden_NH, output_NH, previous_NH = _last(self.launch, counts, self.hidden_NH, self.output_NH, self.input_NH)
         return AskedExit(
             self.runner,
             self.layer,
@@ -173,9 +171,9 @@ class Arrival(NamedTuple):
         )
 
 
-def _picked(rows: Sequence[int], *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Some of the rows of each; no copy where they are all."""
-    if rows == list(range(of[0].shape[0])):
+def _last(launch: Launch, counts: Mapping[int, int], *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """So many last rows of sequences, by slot, of each tensor; no copy where they are all."""
+    if list(counts.items()) == [(slot, len(positions)) for slot, positions in launch.rows]:
         return of
-    rows_N = torch.tensor(rows, device=of[0].device)
+    rows_N = torch.tensor(launch.last_rows_of(counts), device=of[0].device)
     return tuple(x_NH[rows_N] for x_NH in of)

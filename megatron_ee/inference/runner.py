@@ -32,6 +32,8 @@ class Runner:
     def __init__(self, stage: Stage, vocab_size: int, *, packs: bool) -> None:
         self.stage, self._vocab_size = stage, vocab_size
         self.work = Work()
+        assert stage.embedding is not None, "tokens enter at the first stage"
+        self._embed, self._embedding_VH = stage.embedding, stage.embedding.weight
         self._group = stage.tp_group
         self._by_tensor_ranks = self._group.size() > 1
         products = Products(packs=packs)
@@ -41,13 +43,10 @@ class Runner:
 
     def embed(self, tokens: Sequence[int]) -> torch.Tensor:
         """Token ids to the hidden states [N, H] that enter layer 1; of one token, where the table has it."""
-        table = self.stage.embedding
-        assert table is not None, "tokens enter at the first stage"
-        weight_VH: torch.Tensor = table.weight
         if len(tokens) == 1 and not self._by_tensor_ranks:
-            return weight_VH.narrow(0, tokens[0], 1)
-        tokens_N = torch.tensor(tokens, device=weight_VH.device)
-        return table(tokens_N[None])[0] if self._by_tensor_ranks else embedding(tokens_N, weight_VH)
+            return self._embedding_VH.narrow(0, tokens[0], 1)
+        tokens_N = torch.tensor(tokens, device=self._embedding_VH.device)
+        return self._embed(tokens_N[None])[0] if self._by_tensor_ranks else embedding(tokens_N, self._embedding_VH)
 
     def run(
         self, x_NH: torch.Tensor, launch: Attending, start: int, stop: int

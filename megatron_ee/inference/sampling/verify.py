@@ -61,7 +61,7 @@ def verify(logits_RV: torch.Tensor, drafts: Sequence[Drafted]) -> list[list[Choi
             of_kind = decide(pick(logits_RV, rows), [drafts[number] for number in numbers])
             tokens.update(zip(numbers, map(_said, of_kind), strict=True))
     return [
-        _choices(logits_RV[first : first + len(tokens[number])], tokens[number], of.draws)
+        _choices(logits_RV, first, tokens[number], of.draws)
         for number, (first, of) in enumerate(zip(firsts, drafts, strict=False))
     ]
 
@@ -140,7 +140,8 @@ def _left_over(p_V: torch.Tensor, q_V: torch.Tensor) -> torch.Tensor:
     return torch.where(total == 0, p_V, left_V / total)  # NaN stays NaN
 
 
-def _choices(logits_RV: torch.Tensor, tokens: Sequence[int], draws: Draws) -> list[Choice]:
+def _choices(logits_RV: torch.Tensor, first_row: int, tokens: Sequence[int], draws: Draws) -> list[Choice]:
     if draws.params.logprobs is None:
         return [Choice(token) for token in tokens]
-    return [Choice(*of) for of in zip(tokens, logprobs_of(logits_RV, tokens, draws.params.logprobs), strict=True)]
+    own_RV = logits_RV[first_row : first_row + len(tokens)]
+    return [Choice(*of) for of in zip(tokens, logprobs_of(own_RV, tokens, draws.params.logprobs), strict=True)]
