@@ -101,7 +101,7 @@ def _parts(model: "OpenedModel", launch: "Launch", measure: str) -> Iterator[tup
     from megatron_ee.inference.asked_exit import AskedExit
 
     runner, num_layers, confidence = model.runner, model.stage.model.num_layers, model.measure_named(measure)
-    x_NH = runner.embed(torch.arange(launch.num_rows))
+    x_NH = runner.embed(range(launch.num_rows))
     of_exit = x_NH[: len(launch.rows)]
     for start, stop in pairwise((0, *model.exits, num_layers)):
         yield ("layers", start, stop), partial(runner.run, x_NH, launch, start, stop)

@@ -49,7 +49,7 @@ def _cycle_costs(model: "OpenedModel", sizes: Sizes, layer: int, length: int) ->
 def _cycle(model: "OpenedModel", sizes: Sizes, layer: int, length: int, sequences: int) -> list[tuple[_Part, _Work]]:
     runner, num_layers, verified = model.runner, model.stage.model.num_layers, sequences * (length + 1)
     one, all_of_it = launch_of(model, sizes, (sequences, 1)), launch_of(model, sizes, (sequences, length + 1))
-    x_NH, x_RH = runner.embed(torch.arange(sequences)), runner.embed(torch.arange(verified))
+    x_NH, x_RH = runner.embed(range(sequences)), runner.embed(range(verified))
     shallow = ("shallow", sequences), partial(runner.run, x_NH, one, 0, layer)
     head = ("head", sequences), partial(_tokens, model, x_NH, layer)
     deep = ("deep", verified), partial(runner.run, x_RH, all_of_it, layer, num_layers)
@@ -59,7 +59,7 @@ def _cycle(model: "OpenedModel", sizes: Sizes, layer: int, length: int, sequence
 def _prompts(model: "OpenedModel", sizes: Sizes) -> float:
     runner, num_layers = model.runner, model.stage.model.num_layers
     launch = launch_of(model, sizes, (sizes.sequences, sizes.prompt_length))
-    x_NH = runner.embed(torch.arange(launch.num_rows))
+    x_NH = runner.embed(range(launch.num_rows))
     layers = ("layers", launch.num_rows), partial(runner.run, x_NH, launch, 0, num_layers)
     head = ("head", sizes.sequences), partial(_tokens, model, x_NH[: sizes.sequences], num_layers)
     return sum(_medians([layers, head], sizes.cost_rounds).values())

@@ -76,7 +76,7 @@ def pictures_of(folder: Path) -> Path:
         UserError: the folder is Hugging Face's, which is left as it is.
     """
     if is_huggingface(folder):
-        raise UserError(f"{folder} is no run's: say where the figures go, --output FILE")
+        raise UserError(f"{folder} is no run's: say where the figures go: --output")
     return folder.parents[1] / "pictures"
 
 

@@ -4,7 +4,6 @@ Shapes: N rows, B sequences, H hidden size.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -35,7 +34,6 @@ class DepthWalk:
         stage = runner.stage
         self._runner, self._num_layers = runner, stage.model.num_layers
         parameter = next(stage.parameters())
-        self._like = parameter
         self._exits = tuple(exits)
         self._blocks = [layer for layer in (*exits, self._num_layers) if runner.attends(layer)]
         self.ledger = DepthLedger((0, *exits, self._num_layers))
@@ -52,8 +50,8 @@ class DepthWalk:
     def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> "Arrival":
         """Append tokens to sequences, by slot, and run them up to `stop`."""
         rows = [SequenceRows(slot, self.ledger.append(slot, len(new))) for slot, new in tokens.items()]
-        ids_N = torch.tensor([token for new in tokens.values() for token in new], device=self._like.device)
-        return self._run(self._launch(rows), self._runner.embed(ids_N), 0, stop)
+        entering = [token for new in tokens.values() for token in new]
+        return self._run(self._launch(rows), self._runner.embed(entering), 0, stop)
 
     def advance(self, counts: Mapping[int, int | None], start: int, stop: int) -> "Arrival":
         """Run positions that wait at `start` up to `stop`.
@@ -141,8 +139,7 @@ class Features(NamedTuple):
     features_NH: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """Rows that have come to an exit, or to the end."""
 
     runner: Runner

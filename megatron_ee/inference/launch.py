@@ -115,7 +115,7 @@ class Launch:
     def _make_mask(self, window: Window, folded: int) -> torch.Tensor | None:
         if window is None and self._most == 1 and all(positions.stop == self._length for _, positions in self.rows):
             return None
-        positions_N = self.places.positions_N
+        positions_N = self.places.positions()
         if self._padded is not None:
             positions_N = self._padded.spread(positions_N)
         positions_BQ1 = positions_N.view(len(self.rows), self._most, 1)

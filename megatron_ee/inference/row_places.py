@@ -23,12 +23,14 @@ class SequenceRows(NamedTuple):
 class RowPlaces(Protocol):
     """
     Attributes:
-        positions_N: int64, on the device.
         rotation: cosine and sine, each [N, 1, X, D].
     """
 
-    positions_N: torch.Tensor
     rotation: tuple[torch.Tensor, torch.Tensor]
+
+    def positions(self) -> torch.Tensor:
+        """int64 [N], on the device."""
+        ...
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
         """Put the rows' keys and values into the cache."""
@@ -53,10 +55,12 @@ class _Neighbours:
 
     def __init__(self, rows: SequenceRows, cache: KeyValueCache, rotation: RotationTable) -> None:
         self._rows, self._cache = rows, cache
-        own = slice(rows.positions.start, rows.positions.stop)
-        self.positions_N = cache.positions_C[own]
-        self.rotation = rotation.of(own)
-        self._written_G2ND = cache.rooms_of(rows.slot, own)
+        self._own = slice(rows.positions.start, rows.positions.stop)
+        self.rotation = rotation.of(self._own)
+        self._written_G2ND = cache.rooms_of(rows.slot, self._own)
+
+    def positions(self) -> torch.Tensor:
+        return self._cache.positions_C[self._own]
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
         self._written_G2ND[attention].copy_(kv_NG2D.permute(1, 2, 0, 3))
@@ -69,7 +73,7 @@ class _Neighbours:
         slot, positions = self._rows
         first = positions.start % room
         if first + len(positions) > room:
-            return slot * room + self.positions_N % room
+            return slot * room + self.positions() % room
         return slice(slot * room + first, slot * room + first + len(positions))
 
 
@@ -80,10 +84,13 @@ class _Scattered:
         self._cache = cache
         slots = [slot for slot, positions in rows for _ in positions]
         places = [place for _, positions in rows for place in positions]
-        self._slots_N, self.positions_N = torch.tensor([slots, places], device=rotation.device)
-        self.rotation = rotation.at(self.positions_N)
-        self._written_NX = cache.places(self._slots_N, self.positions_N)
+        self._slots_N, self._positions_N = torch.tensor([slots, places], device=rotation.device)
+        self.rotation = rotation.at(self._positions_N)
+        self._written_NX = cache.places(self._slots_N, self._positions_N)
         self._read = _Read.of([slot for slot, _ in rows], rotation.device)
+
+    def positions(self) -> torch.Tensor:
+        return self._positions_N
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
         self._cache.vectors_of(attention).index_copy_(0, self._written_NX, kv_NG2D.flatten(0, 2))
@@ -92,7 +99,7 @@ class _Scattered:
         return self._read.from_(self._cache.of(attention), length)
 
     def among(self, room: int) -> torch.Tensor:
-        return self._slots_N * room + self.positions_N % room
+        return self._slots_N * room + self._positions_N % room
 
 
 class _Read(NamedTuple):

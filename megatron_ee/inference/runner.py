@@ -3,7 +3,7 @@
 Shapes: N rows, H hidden size, V the tokenizer's vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,13 +39,15 @@ class Runner:
         rows = None if self._by_tensor_ranks else vocab_size
         self._exits = {int(layer): _Head(stage, int(layer), rows, products) for layer in stage.exits}
 
-    def embed(self, tokens_N: torch.Tensor) -> torch.Tensor:
-        """Token ids (int64) to the hidden states [N, H] that enter layer 1."""
+    def embed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Token ids to the hidden states [N, H] that enter layer 1; of one token, where the table has it."""
         table = self.stage.embedding
         assert table is not None, "tokens enter at the first stage"
-        if self._by_tensor_ranks:
-            return table(tokens_N[None])[0]
-        return embedding(tokens_N, table.weight)
+        weight_VH: torch.Tensor = table.weight
+        if len(tokens) == 1 and not self._by_tensor_ranks:
+            return weight_VH.narrow(0, tokens[0], 1)
+        tokens_N = torch.tensor(tokens, device=weight_VH.device)
+        return table(tokens_N[None])[0] if self._by_tensor_ranks else embedding(tokens_N, weight_VH)
 
     def run(
         self, x_NH: torch.Tensor, launch: Attending, start: int, stop: int

@@ -64,7 +64,7 @@ def test_reliability_by_hand() -> None:
 def test_a_hugging_face_folder_is_left_as_it_is(tmp_path: Path) -> None:
     assert pictures_of(tmp_path / "run/checkpoints/step_00000001") == tmp_path / "run/pictures"
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="say where the figures go, --output FILE"):
+    with pytest.raises(UserError, match="say where the figures go: --output"):
         pictures_of(tmp_path)
 
 

@@ -69,10 +69,12 @@ def likeliest(logits_NV: torch.Tensor) -> torch.Tensor:
 
 
 def _likeliest_by_numpy(logits_NV: np.ndarray) -> torch.Tensor:
-    """Five times as fast as torch's argmax, which a token of a small model notices."""
+    """Several times as fast as torch's argmax, which a token of a small model notices; and a number that is looked at
+    alone, faster than an array of them."""
     tokens_N = logits_NV.argmax(-1)
-    peak_N = logits_NV[np.arange(len(tokens_N)), tokens_N]
-    tokens_N[~np.isfinite(peak_N)] = NO_TOKEN
+    for row, token in enumerate(tokens_N.tolist()):
+        if not math.isfinite(logits_NV.item(row, token)):
+            tokens_N[row] = NO_TOKEN
     return torch.from_numpy(tokens_N)
 
 
