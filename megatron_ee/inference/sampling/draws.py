@@ -60,7 +60,8 @@ class Draws:
         return self._history.counted(drafted)
 
     def uniform(self) -> float:
-        """The next random number of this request, in [0, 1): one for each token."""
+        """The next random number of this request, in [0, 1). A token takes one; where it is drafted it takes another,
+        and so does the question whether it is accepted."""
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
     @cached_property

@@ -141,3 +141,12 @@ def test_as_many_tokens_are_accepted_as_distributions_have_in_common() -> None:
         accepted = np.mean([len(own) == 2 for own in choices])
         common = float(torch.minimum(p_VV[FIRST].softmax(-1), q_VV[FIRST].softmax(-1)).sum())
         assert abs(accepted - common) <= 4 * np.sqrt(common * (1 - common) / 2000) + 1e-12
+
+
+def test_where_rounding_leaves_nothing_of_p_beyond_q_a_token_is_drawn_by_p(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token can then be rejected though the two are the same."""
+    monkeypatch.setattr(Draws, "uniform", lambda _: 1 - 2**-53)
+    same_VV = torch.zeros(VOCAB_SIZE, VOCAB_SIZE, dtype=torch.float64)
+    q_V = torch.full((VOCAB_SIZE,), 0.25 * (1 + 2**-50), dtype=torch.float64)
+    (choices,) = verify(same_VV[:2], [Drafted(draws(temperature=1.0), [0], [q_V], 2)])
+    assert [choice.token for choice in choices] == [VOCAB_SIZE - 1]
