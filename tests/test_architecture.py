@@ -137,6 +137,8 @@ WITHOUT_TORCH = [
     PACKAGE / "inference/opening.py",
     PACKAGE / "inference/request.py",
     PACKAGE / "inference/sampling/check.py",
+    *(PACKAGE / "inference/scheduling").rglob("*.py"),
+    *(PACKAGE / f"inference/speculation/{name}.py" for name in ("law", "pace")),
     PACKAGE / "inference/show.py",
     PACKAGE / "inference/text.py",
 ]
