@@ -16,12 +16,14 @@ class DraftCosts:
         head: the exit's head at one row.
         deep: one row through the other layers, and the final head.
         row: what each more row adds to `deep`.
+        several: what the first of these adds besides: products of several rows are other ones.
     """
 
     shallow: float
     head: float
     deep: float
     row: float = 0.0
+    several: float = 0.0
 
     @property
     def full(self) -> float:
@@ -30,7 +32,7 @@ class DraftCosts:
 
     def cycle(self, length: int) -> float:
         """A cycle that drafts so many tokens; of 0, a token at full depth."""
-        return length * (self.shallow + self.head) + self.full + length * self.row
+        return self.full + length * (self.shallow + self.head + self.row) + (self.several if length else 0.0)
 
 
 def tokens_per_cycle(acceptance: float, length: int) -> float:
