@@ -5,7 +5,7 @@ Shapes: V vocabulary.
 """
 
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from megatron_ee.config import ExitParams
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission
+from megatron_ee.inference.speculation.pace import MOST_DRAFTED
 from megatron_ee.parallel.mesh import Mesh
 
 FULL = ExitParams(mode="full")
@@ -220,14 +221,22 @@ def test_prompts_of_any_length_join_drafts_at_any_time(random_model: OpenedModel
     assert [tokens_of(text) for text in texts] == [tokens_of(text) for text in expected]
 
 
-def test_a_draft_has_no_more_tokens_than_may_wait(random_model: OpenedModel) -> None:
-    """Also where its length is not given: there is no room for more hidden states."""
-    asked, params = prompts(3), drafting(draft_exit=2, max_pending=2)
-    expected = texts_of(random_model, [request(prompt, FULL, max_new_tokens=24) for prompt in asked])
-    requests = [request(prompt, params, max_new_tokens=24) for prompt in asked]
-    texts = served(random_model, requests, 3, max_pending=2, prefill_chunk=1)
-    assert [tokens_of(text) for text in texts] == [tokens_of(text) for text in expected]
-    assert any(first.drafted and second.drafted for text in texts for first, second in pairwise(text))
+@pytest.mark.parametrize("max_pending", [1, 3, 256])
+def test_a_draft_has_no_more_tokens_than_may_wait(agreeing: OpenedModel, max_pending: int) -> None:
+    """Also where its length is not given, and all of it is always right: there is no room for more hidden states."""
+    params = drafting(max_pending=max_pending)
+    batch = Batch(agreeing, slots=2, capacity=60, max_pending=max_pending, prefill_chunk=1)
+    for first in (0, 2):
+        batch.add(request([first], params, max_new_tokens=55))
+    texts: list[list[int]] = [[], []]
+    most = 0
+    while not texts[0] or len(texts[0]) < 55:
+        emitted = batch.step()
+        for slot, emission in emitted:
+            texts[slot].append(emission.token)
+        most = max(most, *(sum(of == slot for of, _ in emitted) - 1 for slot in (0, 1)))
+    assert texts == [list(range(1, 56)), list(range(3, 58))]
+    assert most == min(max_pending, MOST_DRAFTED)
 
 
 def test_drafts_of_other_groups_are_not_taken_deeper_to_fill_rows(random_model: OpenedModel) -> None:
