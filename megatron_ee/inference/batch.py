@@ -146,7 +146,8 @@ class Batch:
         # where rows are looked at next, or meet some of their own sequence that a neighbour's launch took there
         looked_at = self._num_layers if is_part else sequence.next_stop(at, self._num_layers)
         stop = min(looked_at, ledger.next_waiting(slot, at))
-        return Front(slot, at, rows, stop, sequence.since, sequence.is_drafting, sequence.rule.kv_policy != "propagate")
+        owes, verifies = sequence.rule.kv_policy != "propagate", sequence.draft is not None and sequence.draft.is_over
+        return Front(slot, at, rows, stop, sequence.since, sequence.is_drafting, owes, verifies)
 
     def _ready(self, slot: int, start: int, stop: int) -> int:
         """Positions that may run along because there is room; what a draft leaves at its exit is verified there."""

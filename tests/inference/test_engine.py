@@ -30,7 +30,7 @@ MODES: list[dict[str, Any]] = [
     {"thresholds": {2: 0.06, 5: 0.02}, "kv_policy": "propagate"},
     {"exits": (5,), "threshold": 0.05, "measure": "margin"},
     {"mode": "speculative", "draft_exit": 2, "draft_length": 3},
-    {"mode": "speculative"},
+    {"mode": "speculative", "kv_policy": "fill"},
     {"mode": "sled"},
     {"mode": "dola", "dola": {"layers": (5,)}},
 ]

@@ -16,6 +16,7 @@ class Front(NamedTuple):
         since: the number of the launch that brought them there.
         drafts: it drafts there, and more of its draft follows.
         owes: layers that its tokens skip are made up for later.
+        verifies: what it has drafted comes there, or waits there, to be verified.
     """
 
     slot: int
@@ -25,6 +26,7 @@ class Front(NamedTuple):
     since: int
     drafts: bool = False
     owes: bool = True
+    verifies: bool = False
 
 
 @dataclass(frozen=True, slots=True)

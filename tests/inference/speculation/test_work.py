@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.decoding import opened, request
-from helpers.drafts import drafting, prompts, weaken
+from helpers.drafts import drafting, prompts, successors, table_model, weaken
 from helpers.models import whole_model
 
 from megatron_ee.config import ExitParams
@@ -113,3 +113,23 @@ def test_costs_are_what_a_cycle_reads(mesh: Mesh, head: str) -> None:
         assert replace(costs, row=0.0, several=0.0).cycle(3) == read + called
         assert costs.several == CALLS["cpu"] * (8 - layer) / 2
         assert 0 < costs.row < 0.2 * (costs.deep - costs.several)
+
+
+def test_drafts_are_verified_together_wherever_they_end(mesh: Mesh) -> None:
+    """One at its length, one at a stop token, one where the exit is not sure, beside a token at full depth: in one
+    launch, which is one round, whether the last token of a draft has still to enter or not."""
+    drafted_VV = 9 * successors()
+    drafted_VV[13] = 0.0
+    model = table_model(mesh, drafted_VV, successors())
+    sure = drafting(draft_length=4, draft_threshold=0.5, kv_policy="fill")
+    for order in ([0, 20, 10, 30], [10, 30, 20, 0], [20, 0, 10, 30]):
+        batch = Batch(model, slots=4, capacity=64)
+        for first in order:
+            params = FULL if first == 30 else sure
+            batch.add(request([first], params, max_new_tokens=50, stop_token_ids=(23,) if first == 20 else ()))
+        batch.step()
+        emitted, layers, heads = _step(model, batch)
+        assert Counter(order[slot] for slot, _ in emitted) == {0: 5, 20: 2, 10: 3, 30: 1}
+        assert layers.launches[2, 8] + layers.launches[0, 8] == 1
+        assert (layers.rounds, layers.turns) == (1, 4)
+        assert heads.projected[8] == 5 + 2 + 3 + 1

@@ -14,7 +14,10 @@ class Compaction:
 
 def those_on_their_way(fronts: Sequence[Front]) -> Sequence[Front]:
     """The shallowest of those that have begun, so that they join the deeper ones; or, if none has, all. Drafts come
-    before, so that they are verified together."""
+    before, and so do their last tokens if all the others have to be verified, so that this is done together."""
     fronts = [front for front in fronts if front.drafts] or fronts
     queues = by_depth(fronts)
-    return queues[min((depth for depth in queues if depth > 0), default=0)]
+    begun = [depth for depth in queues if depth > 0]
+    if all(front.verifies for depth in begun for front in queues[depth]):
+        begun = [] if any(front.verifies for front in queues.get(0, ())) else begun
+    return queues[min(begun, default=0)]
