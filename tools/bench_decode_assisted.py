@@ -3,7 +3,8 @@
 In transformers 5 the assistant is the model itself with fewer layers. It has a cache of its own, so that verification
 runs the first E layers again; it drafts as many tokens as its generation config names, in a nested `generate`; and it
 takes one sequence at a time. What it drafts by is the last norm at every depth. Exits here have norms of their own,
-which are put in its place, or it would seldom be right: with them it drafts the same tokens.
+which are put in its place, or it would seldom be right. It still says fewer tokens a cycle than the exits here do
+at the same length, and may make more passes than tokens it was asked for; both are counted and reported.
 """
 
 import copy
