@@ -39,10 +39,11 @@ def measured_costs(model: "OpenedModel", sizes: Sizes, measure: str) -> LaunchCo
         measure: what exits are asked for.
     """
     curves: dict[Part, list[tuple[int, float]]] = defaultdict(list)
+    launches = Launches(model, sizes)
     for sequences, each in shapes_of(sizes):
         rows = sequences * each
         rounds = sizes.cost_rounds if rows <= _FEW_ROWS else max(2, sizes.cost_rounds // 3)
-        for part, seconds in _costs_of(model, sizes, (sequences, each), measure, rounds).items():
+        for part, seconds in _costs_of(model, launches.of(sequences, each), measure, rounds).items():
             if each == 1 or part[0] in ("layers", "store"):  # an exit looks at one row a sequence
                 curves[part].append((rows, seconds))
 
@@ -61,31 +62,33 @@ def shapes_of(sizes: Sizes) -> list[tuple[int, int]]:
     return alone + [(sizes.sequences, each) for each in _EACH if each <= sizes.capacity]
 
 
-def launch_of(model: "OpenedModel", sizes: Sizes, shape: tuple[int, int]) -> "Launch":
-    """Rows at the end of sequences in the middle of their answers, in a cache of their own.
+class Launches:
+    """Launches of so many sequences in the middle of their answers, with keys and values that memory is read for."""
 
-    Args:
-        shape: (sequences, rows of each).
-    """
-    from megatron_ee.inference.kv_cache import KeyValueCache
-    from megatron_ee.inference.launch import Launch
-    from megatron_ee.inference.row_places import SequenceRows
-    from megatron_ee.model.rotary import Rotary, RotationTable
+    def __init__(self, model: "OpenedModel", sizes: Sizes) -> None:
+        from megatron_ee.inference.kv_cache import KeyValueCache
+        from megatron_ee.model.rotary import Rotary, RotationTable
 
-    stage, (sequences, each) = model.stage, shape
-    parameter = next(stage.parameters())
-    cache = KeyValueCache(stage, sizes.sequences, sizes.capacity)
-    rotary = Rotary(stage.model, parameter.device)
-    rotation = RotationTable(rotary, sizes.capacity, cache.group, parameter.dtype, parameter.device)
-    length = max(each, sizes.prompt_length + sizes.new_tokens // 2)
-    return Launch([SequenceRows(slot, range(length - each, length)) for slot in range(sequences)], cache, rotation)
+        stage = model.stage
+        parameter = next(stage.parameters())
+        self._sizes, self._cache = sizes, KeyValueCache(stage, sizes.sequences, sizes.capacity)
+        for attention in self._cache.windows:
+            self._cache.of(attention).normal_()
+        rotary, group = Rotary(stage.model, parameter.device), self._cache.group
+        self._rotation = RotationTable(rotary, sizes.capacity, group, parameter.dtype, parameter.device)
+
+    def of(self, sequences: int, each: int) -> "Launch":
+        """Their last rows."""
+        from megatron_ee.inference.launch import Launch
+        from megatron_ee.inference.row_places import SequenceRows
+
+        length = max(each, self._sizes.prompt_length + self._sizes.new_tokens // 2)
+        rows = [SequenceRows(slot, range(length - each, length)) for slot in range(sequences)]
+        return Launch(rows, self._cache, self._rotation)
 
 
-def _costs_of(
-    model: "OpenedModel", sizes: Sizes, shape: tuple[int, int], measure: str, rounds: int
-) -> dict[Part, float]:
+def _costs_of(model: "OpenedModel", launch: "Launch", measure: str, rounds: int) -> dict[Part, float]:
     seconds: dict[Part, list[float]] = defaultdict(list)
-    launch = launch_of(model, sizes, shape)
     with torch.inference_mode():
         for number in range(rounds + 1):
             for part, work in _parts(model, launch, measure):

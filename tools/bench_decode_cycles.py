@@ -5,50 +5,77 @@ depends on what ran before. It is the runner's work alone, without the bookkeepi
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
-from bench_decode_costs import launch_of
+from bench_decode_costs import Launches
 from bench_decode_law import CycleCosts, SpeculationCosts
 from bench_decode_setup import Sizes
 
 if TYPE_CHECKING:
+    from megatron_ee.inference.launch import Launch
     from megatron_ee.inference.opened import OpenedModel
 
 _TOGETHER = (1, 2, 4, 8, 16)
 _Part = tuple[str, int]
 """What it is, and its rows."""
 _Work = Callable[[], object]
+_Shape = tuple[int, int, int]
+"""The exit, the tokens of a draft, of which 0 is full depth, and the sequences."""
 
 
-def measured_cycles(
-    model: "OpenedModel", sizes: Sizes, exits: Iterable[int], lengths: Iterable[int]
-) -> SpeculationCosts:
-    """For so many sequences, in the middle of their answers.
+class CycleTimer:
+    """Times cycles of so many sequences, in the middle of their answers, whenever it is called: in turns with what they
+    are held against, so that a machine that is busy for a while is so for both.
 
     Args:
-        lengths: tokens of a draft; 0 is full depth.
+        lengths: tokens of a draft.
     """
-    with torch.inference_mode():
-        cycles = {layer: {length: _cycle_costs(model, sizes, layer, length) for length in lengths} for layer in exits}
-        return SpeculationCosts(_prompts(model, sizes), cycles)
+
+    def __init__(self, model: "OpenedModel", sizes: Sizes, exits: Sequence[int], lengths: Sequence[int]) -> None:
+        self._exits, self._lengths = exits, lengths
+        self._counts = [count for count in _TOGETHER if count <= sizes.sequences]
+        launches = Launches(model, sizes)
+        self._cycles = {shape: _cycle(model, launches, *shape) for shape in product(exits, lengths, self._counts)}
+        self._prompts = _prompts(model, launches.of(sizes.sequences, sizes.prompt_length))
+        self._seconds: dict[_Shape, dict[_Part, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._seconds_of_prompts: list[float] = []
+
+    @torch.inference_mode()
+    def __call__(self, number: int) -> float:
+        """Each twice, of which the second counts; of the first round none."""
+        started = time.process_time()
+        for shape, parts in self._cycles.items():
+            _once(parts)
+            for part, seconds in _once(parts).items() if number else ():
+                self._seconds[shape][part].append(seconds)
+        if number:
+            self._seconds_of_prompts.append(sum(_once(self._prompts).values()))
+        return time.process_time() - started
+
+    @property
+    def costs(self) -> SpeculationCosts:
+        """The medians."""
+        cycles = {layer: {length: self._cycle(layer, length) for length in self._lengths} for layer in self._exits}
+        return SpeculationCosts(statistics.median(self._seconds_of_prompts), cycles)
+
+    def _cycle(self, layer: int, length: int) -> CycleCosts:
+        curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for count in self._counts:
+            for (name, rows), seconds in self._seconds[layer, length, count].items():
+                curves[name].append((rows, statistics.median(seconds)))
+        nothing = [(1, 0.0)]
+        return CycleCosts(*(tuple(curves.get(name, nothing)) for name in ("shallow", "head", "deep", "final")))
 
 
-def _cycle_costs(model: "OpenedModel", sizes: Sizes, layer: int, length: int) -> CycleCosts:
-    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for sequences in (count for count in _TOGETHER if count <= sizes.sequences):
-        parts = _cycle(model, sizes, layer, length, sequences)
-        for (name, rows), seconds in _medians(parts, sizes.cost_rounds).items():
-            curves[name].append((rows, seconds))
-    nothing = [(1, 0.0)]
-    return CycleCosts(*(tuple(curves.get(name, nothing)) for name in ("shallow", "head", "deep", "final")))
-
-
-def _cycle(model: "OpenedModel", sizes: Sizes, layer: int, length: int, sequences: int) -> list[tuple[_Part, _Work]]:
+def _cycle(
+    model: "OpenedModel", launches: Launches, layer: int, length: int, sequences: int
+) -> list[tuple[_Part, _Work]]:
     runner, num_layers, verified = model.runner, model.stage.model.num_layers, sequences * (length + 1)
-    one, all_of_it = launch_of(model, sizes, (sequences, 1)), launch_of(model, sizes, (sequences, length + 1))
+    one, all_of_it = launches.of(sequences, 1), launches.of(sequences, length + 1)
     x_NH, x_RH = runner.embed(range(sequences)), runner.embed(range(verified))
     shallow = ("shallow", sequences), partial(runner.run, x_NH, one, 0, layer)
     head = ("head", sequences), partial(_tokens, model, x_NH, layer)
@@ -56,27 +83,21 @@ def _cycle(model: "OpenedModel", sizes: Sizes, layer: int, length: int, sequence
     return [*(shallow, head) * length, shallow, deep, (("final", verified), partial(_tokens, model, x_RH, num_layers))]
 
 
-def _prompts(model: "OpenedModel", sizes: Sizes) -> float:
-    runner, num_layers = model.runner, model.stage.model.num_layers
-    launch = launch_of(model, sizes, (sizes.sequences, sizes.prompt_length))
+def _prompts(model: "OpenedModel", launch: "Launch") -> list[tuple[_Part, _Work]]:
+    runner, num_layers, count = model.runner, model.stage.model.num_layers, len(launch.rows)
     x_NH = runner.embed(range(launch.num_rows))
     layers = ("layers", launch.num_rows), partial(runner.run, x_NH, launch, 0, num_layers)
-    head = ("head", sizes.sequences), partial(_tokens, model, x_NH[: sizes.sequences], num_layers)
-    return sum(_medians([layers, head], sizes.cost_rounds).values())
+    return [layers, (("head", count), partial(_tokens, model, x_NH[:count], num_layers))]
 
 
-def _medians(parts: Sequence[tuple[_Part, _Work]], rounds: int) -> dict[_Part, float]:
-    """CPU seconds of each part, its mean over a round; the first round is dropped."""
+def _once(parts: Sequence[tuple[_Part, _Work]]) -> dict[_Part, float]:
+    """CPU seconds of each part, its mean over its places in a cycle."""
     seconds: dict[_Part, list[float]] = defaultdict(list)
-    for number in range(rounds + 1):
-        of_round: dict[_Part, list[float]] = defaultdict(list)
-        for part, work in parts:
-            started = time.process_time()
-            work()
-            of_round[part].append(time.process_time() - started)
-        for part, places in of_round.items() if number else ():
-            seconds[part].append(statistics.mean(places))
-    return {part: statistics.median(of) for part, of in seconds.items()}
+    for part, work in parts:
+        started = time.process_time()
+        work()
+        seconds[part].append(time.process_time() - started)
+    return {part: statistics.mean(places) for part, places in seconds.items()}
 
 
 def _tokens(model: "OpenedModel", hidden_NH: torch.Tensor, layer: int) -> list[int]:

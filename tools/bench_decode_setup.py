@@ -46,7 +46,7 @@ class Sizes:
     thresholds: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.99)
     measures: tuple[tuple[str, float], ...] = (("margin", 0.8), ("entropy", 0.8), ("cosine", 0.9), ("gate", 0.7))
     draft_lengths: tuple[int, ...] = (1, 2, 3, 4, 6)
-    speculation_rounds: int = 12
+    speculation_rounds: int = 10
     assisted_rounds: int = 4
     assisted_tokens: int = 64
 
@@ -66,7 +66,7 @@ class Suite(NamedTuple):
 def suite() -> Suite:
     """Minutes."""
     alone, many = Sizes(1), Sizes(16, new_tokens=64, exit_rounds=6, cost_rounds=7, measures=())
-    speculating = replace(many, speculation_rounds=7, draft_lengths=(2, 4))
+    speculating = replace(many, speculation_rounds=6, draft_lengths=(2, 4))
     return Suite(
         full=(alone, Sizes(16, full_rounds=8)),
         exits=(alone, many),

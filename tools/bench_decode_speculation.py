@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench_decode_assisted import AssistedDecoding, norms_of
-from bench_decode_cycles import measured_cycles
+from bench_decode_cycles import CycleTimer
 from bench_decode_full import HuggingFaceDecoding, same_tokens
 from bench_decode_law import Answers, SpeculationCosts
 from bench_decode_setup import Decoding, Prompts, Sizes, context_of, full_depth
@@ -179,13 +179,13 @@ def speculation_cells(model: "OpenedModel", huggingface: Any, prompts: Prompts, 
     alone = sizes.sequences == 1
     exits = model.exits if alone else model.exits[:1]
     settings = [*_fixed(exits, sizes), *_adapting(exits)] if alone else _fixed(exits, sizes)
-    costs = measured_cycles(model, sizes, exits, range(_longest(sizes) + 1))
+    timer = CycleTimer(model, sizes, exits, range(_longest(sizes) + 1))
     full = Decoding(model, prompts, sizes, full_depth())
     decodings = [Speculating(model, prompts, sizes, _params(setting)) for setting in settings]
-    rounds = all_take_turns(sizes.speculation_rounds, full, [*decodings])
+    *rounds, _ = all_take_turns(sizes.speculation_rounds, full, [*decodings, timer])
     beside = _beside(model, huggingface, prompts, sizes) if alone else {}
     return [
-        Cell(decoding, full, of, costs, sizes, beside.get(setting))
+        Cell(decoding, full, of, timer.costs, sizes, beside.get(setting))
         for decoding, of, setting in zip(decodings, rounds, settings, strict=True)
     ]
 

@@ -52,11 +52,6 @@ class KeyValueCache:
         """The same as a list of vectors, [Y, D], for `places`."""
         return self._vectors_YD[attention]
 
-    def rooms_of(self, slot: int, positions: slice) -> Mapping[int, torch.Tensor]:
-        """Keys, then values, [G, 2, N, D], of neighbouring positions of a slot, by attention."""
-        own_AG2ND = self._rooms_APG2CD[:, slot, :, :, positions]
-        return dict(zip(self.windows, own_AG2ND.unbind(0), strict=True))
-
     def places(self, slots_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         """Where the keys and values of rows belong, among the vectors of an attention: [N * G * 2]."""
         return (self._first_PX.index_select(0, slots_N) + positions_N[:, None]).flatten()

@@ -104,7 +104,7 @@ class Launch:
         return begins_all and (window is None or window >= self._length)
 
     def _mask(self, window: Window, *, folded: int) -> torch.Tensor | None:
-        """What is added to scores, [B, 1, folded * Q, T]; None: every query sees everything."""
+        """What is added to scores, [B or 1, 1, folded * Q, T]; None: every query sees everything."""
         if window is not None and window >= self._length:
             window = None
         key = (window, folded)
@@ -113,8 +113,12 @@ class Launch:
         return self._masks[key]
 
     def _make_mask(self, window: Window, folded: int) -> torch.Tensor | None:
-        if window is None and self._most == 1 and all(positions.stop == self._length for _, positions in self.rows):
-            return None
+        like = self.places.rotation[0]
+        if window is None and self._padded is None and all(of.stop == self._length for _, of in self.rows):
+            if self._most == 1:
+                return None
+            hidden_QT = like.new_full((self._most, self._length), -torch.inf)
+            return hidden_QT.triu_(self._length - self._most + 1).repeat(folded, 1)[None, None]
         positions_N = self.places.positions()
         if self._padded is not None:
             positions_N = self._padded.spread(positions_N)
@@ -123,8 +127,7 @@ class Launch:
         sees_BQT = seen_T <= positions_BQ1
         if window is not None:
             sees_BQT &= seen_T > positions_BQ1 - window
-        mask_BQT = torch.zeros(sees_BQT.shape, dtype=self.places.rotation[0].dtype, device=positions_N.device)
-        mask_BQT.masked_fill_(~sees_BQT, -torch.inf)
+        mask_BQT = like.new_zeros(sees_BQT.shape).masked_fill_(~sees_BQT, -torch.inf)
         return mask_BQT.repeat(1, folded, 1)[:, None]
 
 

@@ -12,6 +12,8 @@ from megatron_ee.inference import large_pages
 
 _PACKED_ROWS = 16
 """The number of rows that a packed matrix is made for; it serves any."""
+_FEWEST_ROWS = 3
+"""oneDNN reads a packed matrix for two rows at half the speed that it has for three to six: two are sent twice."""
 
 
 class Product:
@@ -28,15 +30,21 @@ class Product:
 
     def __call__(self, x_NI: torch.Tensor) -> torch.Tensor:
         if self._packs and x_NI.shape[0] > 1:
-            packed = torch.ops.mkldnn._linear_pointwise(x_NI, self._packed, self._bias_O, "none", [], "")
-            return packed
+            return self._by_packed(x_NI)
         return linear(x_NI, self._weight_OI, self._bias_O)
 
     def added_to(self, residual_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
         """residual + x W^T; there is no bias."""
-        if self._packs and x_NI.shape[0] > 1:
-            return torch.ops.mkldnn._linear_pointwise.binary(x_NI, residual_NO, self._packed, None, "add")
-        return torch.addmm(residual_NO, x_NI, self._transposed_IO)
+        if not self._packs or x_NI.shape[0] == 1:
+            return torch.addmm(residual_NO, x_NI, self._transposed_IO)
+        if x_NI.shape[0] < _FEWEST_ROWS:
+            return residual_NO + self._by_packed(x_NI)
+        return torch.ops.mkldnn._linear_pointwise.binary(x_NI, residual_NO, self._packed, None, "add")
+
+    def _by_packed(self, x_NI: torch.Tensor) -> torch.Tensor:
+        if x_NI.shape[0] < _FEWEST_ROWS:
+            return self._by_packed(torch.cat((x_NI, x_NI)))[: x_NI.shape[0]]
+        return torch.ops.mkldnn._linear_pointwise(x_NI, self._packed, self._bias_O, "none", [], "")
 
     @cached_property
     def _packed(self) -> torch.Tensor:

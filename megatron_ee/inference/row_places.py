@@ -47,23 +47,23 @@ class RowPlaces(Protocol):
 
 
 def places_of(rows: Sequence[SequenceRows], cache: KeyValueCache, rotation: RotationTable) -> RowPlaces:
-    return _Neighbours(rows[0], cache, rotation) if len(rows) == 1 else _Scattered(rows, cache, rotation)
+    return Neighbours(rows[0], cache, rotation) if len(rows) == 1 else Scattered(rows, cache, rotation)
 
 
-class _Neighbours:
+class Neighbours:
     """Of one sequence: its rows follow each other wherever they are, and are found without a list of places."""
 
     def __init__(self, rows: SequenceRows, cache: KeyValueCache, rotation: RotationTable) -> None:
         self._rows, self._cache = rows, cache
         self._own = slice(rows.positions.start, rows.positions.stop)
         self.rotation = rotation.of(self._own)
-        self._written_G2ND = cache.rooms_of(rows.slot, self._own)
 
     def positions(self) -> torch.Tensor:
         return self._cache.positions_C[self._own]
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
-        self._written_G2ND[attention].copy_(kv_NG2D.permute(1, 2, 0, 3))
+        own_G2ND = self._cache.of(attention)[self._rows.slot, :, :, self._own]
+        own_G2ND.copy_(kv_NG2D.permute(1, 2, 0, 3))
 
     def read(self, attention: int, length: int) -> tuple[torch.Tensor, ...]:
         slot = self._rows.slot
@@ -77,7 +77,7 @@ class _Neighbours:
         return slice(slot * room + first, slot * room + first + len(positions))
 
 
-class _Scattered:
+class Scattered:
     """Of several sequences."""
 
     def __init__(self, rows: Sequence[SequenceRows], cache: KeyValueCache, rotation: RotationTable) -> None:

@@ -45,6 +45,13 @@ def test_tensors_of_an_arena_do_not_overlap_and_begin_as_zeros() -> None:
     assert large_pages.zeros((2, 3), torch.float16).shape == (2, 3)
 
 
+def test_memory_that_moves_holds_what_it_held() -> None:
+    numbers = torch.arange(3 << 20)
+    large_pages.move(numbers.data_ptr() + 64, numbers.nbytes - 64)
+    large_pages.move(0, 1)  # where nothing is, nothing moves
+    assert torch.equal(numbers, torch.arange(3 << 20))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 @pytest.mark.parametrize("packs", [True, False])
 def test_a_product_is_the_same_for_any_number_of_rows(rows: int, packs: bool) -> None:

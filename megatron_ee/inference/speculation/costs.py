@@ -1,4 +1,5 @@
-"""What drafting costs, estimated from what it reads: decoding few rows is bound by reading weights."""
+"""What drafting costs, estimated from what it reads: decoding few rows is bound by reading weights. The constants are
+what `make bench-decode` measures."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,17 +8,23 @@ from megatron_ee.inference.scheduling.costs import ROW_SHARES
 from megatron_ee.inference.speculation.law import DraftCosts
 from megatron_ee.model.stage import Stage
 
+CALLS = {"cpu": 5_000_000, "cuda": 0}
+"""What one row costs in a layer beside reading its weights: so many bytes could be read in the time that dozens of
+small calls take. Those of several rows take half as long again. Where layers are large it does not matter."""
+
 
 def draft_costs(stage: Stage, exits: Sequence[int]) -> Mapping[int, DraftCosts]:
     """Of each exit, in bytes."""
     weights, num_layers = weights_of(stage), stage.model.num_layers
-    row = ROW_SHARES[next(stage.parameters()).device.type]
+    device = next(stage.parameters()).device.type
+    row, calls = ROW_SHARES[device], CALLS[device]
     costs = {}
     for layer in exits:
         own = weights.features[layer]
         block = own if stage.head(layer).attends else 0  # it runs at every row, asked or not, for its keys and values
         shallow = sum(weights.layers[:layer]) + block
-        deep = sum(weights.layers[layer:]) + weights.features[num_layers] + weights.projections[num_layers]
         head = own - block + weights.projections[layer]
-        costs[layer] = DraftCosts(shallow, head, deep, row * deep)
+        deep = sum(weights.layers[layer:]) + weights.features[num_layers] + weights.projections[num_layers]
+        deep_calls = (num_layers - layer) * calls
+        costs[layer] = DraftCosts(shallow + layer * calls, head, deep + deep_calls, row * deep, deep_calls / 2)
     return costs

@@ -16,12 +16,14 @@ class DraftCosts:
         head: the exit's head at one row.
         deep: one row through the other layers, and the final head.
         row: what each more row adds to `deep`.
+        several: what the first of these adds besides: products of several rows are other ones.
     """
 
     shallow: float
     head: float
     deep: float
     row: float = 0.0
+    several: float = 0.0
 
     @property
     def full(self) -> float:
@@ -35,7 +37,7 @@ class DraftCosts:
 
     def cycle(self, length: int) -> float:
         """A cycle that drafts so many tokens; of 0, a token at full depth."""
-        return length * (self.shallow + self.head) + self.full + length * self.row
+        return self.full + length * (self.shallow + self.head + self.row) + (self.several if length else 0.0)
 
 
 def tokens_per_cycle(acceptance: float, length: int) -> float:
@@ -55,13 +57,16 @@ def gain(acceptance: float, length: int, costs: DraftCosts) -> float:
 def best_length(acceptance: float, costs: DraftCosts, most: int) -> tuple[float, int]:
     """The largest gain of drafts of up to `most` tokens, and the shortest draft that has it; (1, 0) if none gains.
 
-    Each further token brings less than the one before and costs the same, so what does not gain ends the search.
+    Beyond the first one, each further token brings less than the one before and costs the same, so that the first
+    length that gains less than the one before ends the search.
     """
-    best, tokens, full = (1.0, 0), 1.0, costs.full
+    best, before, tokens, full = (1.0, 0), 0.0, 1.0, costs.full
     for length in range(1, most + 1):
         tokens += acceptance**length
         gained = tokens * full / costs.cycle(length)
-        if gained <= best[0]:
+        if gained < before:
             break
-        best = gained, length
+        if gained > best[0]:
+            best = gained, length
+        before = gained
     return best

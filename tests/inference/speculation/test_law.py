@@ -15,6 +15,7 @@ COSTS = st.builds(
     head=st.floats(0.0, 10),
     deep=st.floats(0.1, 20),
     row=st.floats(0.0, 2),
+    several=st.sampled_from([0.0, 0.5, 3.0]),
 )
 
 
@@ -40,9 +41,9 @@ def test_tokens_of_a_cycle_are_those_expected_of_what_may_be_accepted(acceptance
 
 @given(SHARES, st.integers(0, 7), COSTS)
 def test_a_gain_is_tokens_over_costs_beside_full_depth(acceptance: float, length: int, costs: DraftCosts) -> None:
-    """A cycle as design.md writes it: d (c_1..E + h) + c_1..E + c_E+1..L(d + 1 rows, with the final head)."""
+    """d (c_1..E + h) + c_1..E + c_E+1..L(d + 1 rows, with the final head)."""
     drafting = length * (costs.shallow + costs.head)
-    verifying = costs.shallow + costs.deep + length * costs.row
+    verifying = costs.shallow + costs.deep + length * costs.row + (costs.several if length else 0)
     full = costs.shallow + costs.deep
     assert costs.cycle(length) == pytest.approx(drafting + verifying)
     expected = _expected_tokens(acceptance, length) / (drafting + verifying) * full

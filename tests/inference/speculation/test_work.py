@@ -15,7 +15,7 @@ from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission
 from megatron_ee.inference.savings import weights_of
-from megatron_ee.inference.speculation.costs import draft_costs
+from megatron_ee.inference.speculation.costs import CALLS, draft_costs
 from megatron_ee.inference.work import Work
 from megatron_ee.parallel.mesh import Mesh
 
@@ -98,7 +98,7 @@ def test_a_text_runs_each_position_once_but_for_what_is_taken_back(model: Opened
 
 @pytest.mark.parametrize("head", ["norm", "mlp", "block"])
 def test_costs_are_what_a_cycle_reads(mesh: Mesh, head: str) -> None:
-    """In bytes of weights: of what the work above counts, each launch once."""
+    """In bytes of weights: of what the work above counts, each launch once. Calls cost as much as so many bytes."""
     model = opened(whole_model(mesh, exits=[2, 5], head=head))
     weights = weights_of(model.stage)
     for layer, costs in draft_costs(model.stage, model.exits).items():
@@ -109,8 +109,10 @@ def test_costs_are_what_a_cycle_reads(mesh: Mesh, head: str) -> None:
         read = sum(count * sum(weights.layers[start:stop]) for (start, stop), count in layers.launches.items())
         read += sum(count * weights.projections[of] for of, count in heads.projections.items())
         read += sum(count * weights.features[of] for of, count in heads.features.items())
-        assert replace(costs, row=0.0).cycle(3) == read
-        assert 0 < costs.row < 0.2 * costs.deep
+        called = CALLS["cpu"] * sum(count * (stop - start) for (start, stop), count in layers.launches.items())
+        assert replace(costs, row=0.0, several=0.0).cycle(3) == read + called
+        assert costs.several == CALLS["cpu"] * (8 - layer) / 2
+        assert 0 < costs.row < 0.2 * (costs.deep - costs.several)
 
 
 def test_drafts_are_verified_together_wherever_they_end(mesh: Mesh) -> None:
