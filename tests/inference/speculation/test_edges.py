@@ -15,10 +15,12 @@ from helpers.drafts import OTHER, counting_model, drafting, prompts, successors,
 from helpers.tiny import tiny_config
 
 from megatron_ee import LLM, SamplingParams
-from megatron_ee.config import ExitParams
+from megatron_ee.config import ExitParams, SchedulingParams
 from megatron_ee.inference.batch import Batch
+from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission
+from megatron_ee.inference.scheduling.strategies.named import make_planner
 from megatron_ee.inference.speculation.pace import MOST_DRAFTED
 from megatron_ee.parallel.mesh import Mesh
 
@@ -239,13 +241,18 @@ def test_a_draft_has_no_more_tokens_than_may_wait(agreeing: OpenedModel, max_pen
     assert most == min(max_pending, MOST_DRAFTED)
 
 
-def test_drafts_of_other_groups_are_not_taken_deeper_to_fill_rows(random_model: OpenedModel) -> None:
-    """Sequences come in several launches where they have more rows than a chunk; a row that an early exit leaves free
-    is for what waits, not for what waits to be verified."""
-    asked = prompts(4, 1)
-    drafts = drafting(draft_exit=2, draft_length=3, kv_policy="fill")
-    modes = [ExitParams(threshold=0.0), FULL, drafts, drafts]
-    expected = texts_of(random_model, [request(prompt, FULL, max_new_tokens=24) for prompt in asked])
-    requests = [request(prompt, mode, max_new_tokens=24) for prompt, mode in zip(asked, modes, strict=True)]
-    texts = served(random_model, requests, 4, prefill_chunk=2)
-    assert [tokens_of(text) for text in texts[1:]] == [tokens_of(text) for text in expected[1:]]
+@pytest.mark.parametrize("strategy", ["lockstep", "compaction", "rebatch"])
+def test_what_waits_to_be_verified_fills_no_rows_of_others(random_model: OpenedModel, strategy: str) -> None:
+    """A row that an early exit leaves free is for what is owed, and launches here have no room for all drafts."""
+    params = SchedulingParams.model_validate({"strategy": strategy, "max_wait": 1, "launch_rows": 3})
+    early = [ExitParams(threshold=0.04), FULL, ExitParams(threshold=0.0)]
+    modes = [mode for of in early for mode in (of, drafting(draft_exit=2, draft_length=3, kv_policy="fill"))]
+    for seed in range(3):
+        requests = [request(prompt, mode) for prompt, mode in zip(prompts(6, seed), modes, strict=True)]
+        planner = make_planner(params, random_model.launch_costs, random_model.depths, residents=6, prefill_chunk=4)
+        engine = Engine(Batch(random_model, slots=6, capacity=32, prefill_chunk=4), planner)
+        texts: dict[int, list[int]] = {engine.add(of): [] for of in requests}
+        while not engine.is_idle:
+            for number, emission in engine.step():
+                texts[number].append(emission.token)
+        assert list(texts.values()) == [tokens_of(texts_of(random_model, [of])[0]) for of in requests]
