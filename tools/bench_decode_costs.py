@@ -13,8 +13,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from bench_decode_ideal import Curve, LaunchCosts
+from bench_decode_ideal import LaunchCosts
 from bench_decode_setup import Sizes
+
+from megatron_ee.inference.scheduling.costs import Curve
 
 if TYPE_CHECKING:
     from megatron_ee.inference.asked_exit import AskedExit

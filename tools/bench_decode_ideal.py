@@ -8,16 +8,13 @@ with L layers, E[l] the mean depth, eta a head's cost over a layer's, and phi th
 counts layers and heads alone, and no bookkeeping.
 """
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Segment = tuple[int, int]
-"""Layers `start + 1` to `stop`."""
-Curve = tuple[tuple[int, float], ...]
-"""(rows, seconds), by ascending rows; the first is 1."""
+from megatron_ee.inference.scheduling.costs import Curve, Segment, cost_of
+
 KvPolicy = Literal["recompute", "fill", "propagate"]
 _NOTHING: Curve = ((1, 0.0),)
 
@@ -45,12 +42,12 @@ class LaunchCosts:
     @property
     def layer(self) -> float:
         """Seconds of one row in one layer, on the average."""
-        return sum(seconds_of(curve, 1) for curve in self.segments.values()) / self.num_layers
+        return sum(cost_of(curve, 1) for curve in self.segments.values()) / self.num_layers
 
     @property
     def eta(self) -> float:
         """What it costs to ask an exit, over a layer; of one row, on the average over exits."""
-        return sum(seconds_of(curve, 1) for curve in self.asks.values()) / len(self.asks) / self.layer
+        return sum(cost_of(curve, 1) for curve in self.asks.values()) / len(self.asks) / self.layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +66,6 @@ class Need:
     @property
     def total(self) -> float:
         return self.layers + self.heads + self.missing_kv
-
-
-def seconds_of(curve: Curve, rows: int) -> float:
-    """Between measured numbers of rows and beyond them, on a straight line; no rows take no time."""
-    if rows == 0:
-        return 0.0
-    if len(curve) == 1:
-        return curve[0][1] * rows / curve[0][0]
-    place = min(max(bisect_left(curve, rows, key=lambda point: point[0]), 1), len(curve) - 1)
-    (few, low), (many, high) = curve[place - 1], curve[place]
-    return low + (high - low) * (rows - few) / (many - few)
 
 
 def need(depths: Sequence[Sequence[int]], prompts: Sequence[int], costs: LaunchCosts, kv_policy: KvPolicy) -> Need:
@@ -119,7 +105,7 @@ class _Replay:
         if propagates:
             before = sum(prompts) - len(prompts)
             self._prompts = [1] * len(prompts)
-            self.layers = sum(seconds_of(curve, before) for curve in costs.segments.values())
+            self.layers = sum(cost_of(curve, before) for curve in costs.segments.values())
 
     def step(self, step: int) -> None:
         """One token of every sequence that has so many."""
@@ -127,9 +113,9 @@ class _Replay:
         for start, stop in sorted(self._costs.segments):
             new = {number: rows for number, rows in new.items() if self._depths[number][step] >= stop}
             self._run(new, start, stop)
-            self.heads += seconds_of(self._costs.asks.get(stop, _NOTHING), len(new))
+            self.heads += cost_of(self._costs.asks.get(stop, _NOTHING), len(new))
             leaving = [number for number in new if self._depths[number][step] == stop]
-            self.heads += seconds_of(self._costs.speaks[stop], len(leaving))
+            self.heads += cost_of(self._costs.speaks[stop], len(leaving))
             for number in leaving:
                 if stop < self._costs.num_layers and step + 1 < len(self._depths[number]):
                     self._leave(number, new[number], stop)
@@ -141,13 +127,13 @@ class _Replay:
             waiting = self._waiting[number].pop(start, 0)
             self._waiting[number][stop] += waiting
             joining += waiting
-        alone = seconds_of(curve, rows)
+        alone = cost_of(curve, rows)
         self.layers += alone
-        self.missing_kv += seconds_of(curve, rows + joining) - alone
+        self.missing_kv += cost_of(curve, rows + joining) - alone
 
     def _leave(self, number: int, rows: int, layer: int) -> None:
         if not self._propagates:
             self._waiting[number][layer] += rows
             return
         above = [curve for (start, _), curve in self._costs.stores.items() if start >= layer]
-        self.missing_kv += sum(seconds_of(curve, rows) for curve in above)
+        self.missing_kv += sum(cost_of(curve, rows) for curve in above)

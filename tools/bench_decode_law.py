@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
-from bench_decode_ideal import Curve, seconds_of
+from megatron_ee.inference.scheduling.costs import Curve, cost_of
 
 if TYPE_CHECKING:
     from megatron_ee.inference.request import Emission
@@ -41,10 +41,10 @@ class CycleCosts:
         drafting = [sum(length > place for length in drafted) for place in range(max(drafted))]
         verified = sum(length + 1 for length in drafted)
         return (
-            sum(seconds_of(self.shallow, rows) + seconds_of(self.head, rows) for rows in drafting)
-            + seconds_of(self.shallow, len(drafted))
-            + seconds_of(self.deep, verified)
-            + seconds_of(self.final, verified)
+            sum(cost_of(self.shallow, rows) + cost_of(self.head, rows) for rows in drafting)
+            + cost_of(self.shallow, len(drafted))
+            + cost_of(self.deep, verified)
+            + cost_of(self.final, verified)
         )
 
 

@@ -40,7 +40,7 @@ def costs_of(ideal: Any, *, per_row: float = 0.0, head: float = 3.0, store: floa
 
 def test_seconds_are_on_straight_lines_between_what_was_measured(ideal: Any) -> None:
     curve = ((1, 2.0), (2, 3.0), (4, 3.5), (8, 7.5))
-    assert [ideal.seconds_of(curve, rows) for rows in (0, 1, 2, 3, 4, 6, 8, 10)] == [0, 2, 3, 3.25, 3.5, 5.5, 7.5, 9.5]
+    assert [ideal.cost_of(curve, rows) for rows in (0, 1, 2, 3, 4, 6, 8, 10)] == [0, 2, 3, 3.25, 3.5, 5.5, 7.5, 9.5]
 
 
 def test_one_sequence_whose_missing_keys_cost_nothing_obeys_the_law(ideal: Any) -> None:
