@@ -85,19 +85,27 @@ def savings_of(work: Work, weights: Weights, *, num_tokens: int) -> Savings:
 
 
 def weights_of(stage: "Stage") -> Weights:
-    """Of a whole model on one stage; with tensor parallelism, of this rank's share."""
-    layers = [_bytes(stage.layers[str(number)]) for number in range(1, stage.model.num_layers + 1)]
+    """Of a whole model on one stage; with tensor parallelism, of all ranks together, so that what is decided by it does
+    not depend on their number."""
+    ranks, numbers = stage.tp_group.size(), range(1, stage.model.num_layers + 1)
+
+    def size(module: Any) -> int:
+        return sum(_bytes(parameter, ranks) for parameter in module.parameters())
+
     exits = sorted(int(layer) for layer in stage.exits)
-    norm = _bytes(stage.norm) if stage.norm is not None else 0
+    norm = size(stage.norm) if stage.norm is not None else 0
     gates_and_projections = {
-        layer: sum(_bytes(part) for part in (stage.head(layer).gate, stage.head(layer).output) if part is not None)
+        layer: sum(size(part) for part in (stage.head(layer).gate, stage.head(layer).output) if part is not None)
         for layer in exits
     }
+    layers: list[Any] = [stage.layers[str(number)] for number in numbers]
+    qkv = [size(layer.self_attention.linear_qkv) for layer in layers]
+    queries = stage.config.num_attention_heads // stage.config.num_query_groups
     return Weights(
-        tuple(layers),
-        tuple(_keys_and_values(stage, number) for number in range(1, stage.model.num_layers + 1)),
-        {layer: _bytes(stage.head(layer)) - gates_and_projections[layer] + norm for layer in exits},
-        {layer: stage.projection_weight(layer).nbytes for layer in exits},
+        tuple(map(size, layers)),
+        tuple(of * 2 // (queries + 2) for of in qkv),  # a key and a value for each group of queries
+        {layer: size(stage.head(layer)) - gates_and_projections[layer] + norm for layer in exits},
+        {layer: _bytes(stage.projection_weight(layer), ranks) for layer in exits},
     )
 
 
@@ -109,12 +117,6 @@ def _of_heads(counts: Mapping[int, int], sizes: Mapping[int, int]) -> int:
     return sum(count * sizes[layer] for layer, count in counts.items())
 
 
-def _bytes(module: Any) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def _keys_and_values(stage: "Stage", number: int) -> int:
-    """A key and a value for each group of queries."""
-    layer: Any = stage.layers[str(number)]
-    queries = stage.config.num_attention_heads // stage.config.num_query_groups
-    return _bytes(layer.self_attention.linear_qkv) * 2 // (queries + 2)
+def _bytes(parameter: Any, ranks: int) -> int:
+    """Of a matrix all shares; a norm is the same on all ranks."""
+    return int(parameter.nbytes) * (ranks if getattr(parameter, "tensor_model_parallel", False) else 1)

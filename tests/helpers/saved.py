@@ -47,10 +47,11 @@ def save_random_run(
         dtype=DTYPES[config.training.precision],
     )
     initialize(stage, 0)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
             if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
     description = Description(
         config.model, config.exits, config.training.precision, "bytes", VOCAB_SIZE, Progress(7, 28)
     )

@@ -63,6 +63,7 @@ def _decode(step: Path, config: Config) -> dict[str, Any]:
         "confidences": [[emission.confidence for emission in text] for text in texts],
         "cache": {number: cache.of(number).numpy().copy() for number in ATTENTIONS},
         "heads": cache.heads,
+        "costs": (model.draft_costs, model.launch_costs),
     }
 
 
@@ -81,6 +82,7 @@ def test_two_ranks_decode_what_one_does(tmp_path: Path, mesh: Mesh, ranks: RankP
     ], "something is to be drafted"
     assert any(layer for of in alone["drafts"] for layer, _ in of), "and something accepted"
     for rank in split:
+        assert rank["costs"] == alone["costs"], "they decide where a request drafts"
         assert rank["texts"] == alone["texts"]
         assert rank["drafts"] == alone["drafts"]
         for ours, theirs in zip(rank["confidences"], alone["confidences"], strict=True):
