@@ -47,7 +47,12 @@ data:
 """,
 }
 
-SLOW = ("recipes", "huggingface", "operations")  # many runs and programs, which other tests call without starting them
+SLOW = (
+    "recipes",
+    "huggingface",
+    "operations",
+    "decoding",
+)  # many runs and programs, which other tests call without starting them
 
 SBATCH = """#!/bin/sh
 echo "$@" >> submitted

@@ -74,6 +74,7 @@ def test_the_run_folder_holds_the_record(run: Path) -> None:
     assert (run / "checkpoints/latest/format.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(config: Path, run: Path) -> None:
     before = (run / "metrics.jsonl").read_text()
     done = _run(str(ROOT / "scripts/train.sh"), str(config))

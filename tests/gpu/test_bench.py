@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOOL = Path(__file__).parents[2] / "tools/bench_gpu.py"
 DECODING = [
     f"decode_{name}_batch_{batch}"
@@ -21,6 +23,7 @@ def _bench(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
+@pytest.mark.slow
 def test_a_small_run_on_the_cpu_writes_every_field(tmp_path: Path) -> None:
     output = tmp_path / "bench/gpu.json"
     done = _bench("--device", "cpu", "--small", "--output", output)

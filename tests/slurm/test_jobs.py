@@ -62,6 +62,7 @@ def test_a_job_trains_two_ranks_to_the_end(undisturbed_job: Job, undisturbed: Lo
     assert [of["iteration"] for of in undisturbed][-1] == 60
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_saves_and_is_not_queued_again(runs: Any) -> None:
     job = runs.submit_and_wait_for_iteration("cancelled")
     runs.cluster.call("scancel", job.number)

@@ -41,7 +41,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("answers", "[0, 10]"), ("raises", "rank 1: there is no room"), ("dies", "rank 1 died")]
+    ("how", "said"),
+    [
+        ("answers", "[0, 10]"),
+        pytest.param("raises", "rank 1: there is no room", marks=pytest.mark.slow),
+        pytest.param("dies", "rank 1 died", marks=pytest.mark.slow),
+    ],
 )
 def test_every_rank_answers_or_a_failure_ends_all(tmp_path: Path, how: str, said: str) -> None:
     program = tmp_path / "program.py"

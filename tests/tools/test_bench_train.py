@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOOL = Path(__file__).parents[2] / "tools/bench_train.py"
 FIELDS = {"measure", "value", "goal", "better", "spread", "aa", "context"}
 MODELS = ("ee_llm_1.3b", "llama_2_7b", "llama_3_8b", "llama_3.2_1b", "gpt2_small")
@@ -16,6 +18,7 @@ def _bench(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_every_measure_and_field(tmp_path: Path) -> None:
     output = tmp_path / "bench/train.json"
     done = _bench("--output", output)

@@ -110,6 +110,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(
     assert again.outcome(2)["reason"] == "complete"
 
 
+@pytest.mark.slow
 def test_a_killed_torchrun_leaves_no_ranks_behind(start_run: Callable[..., Any]) -> None:
     run = start_run("orphans")
     run.wait_for_iteration(7)
@@ -155,6 +156,7 @@ def test_ctrl_c_reaches_all_processes_and_saves_once(start_run: Callable[..., An
     assert run.outcome(1)["iteration"] >= 7
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_all_at_once(start_run: Callable[..., Any]) -> None:
     run = start_run("ctrl-c-twice", "training.train_iters=100000", own_group=True)
     run.wait_for_iteration(7)
