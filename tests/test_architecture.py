@@ -21,7 +21,7 @@ LEVELS = [
     ["data", "model"],
     ["huggingface"],
     ["parallel"],
-    ["config", "tokenizer", "device", "environment", "log", "plugins"],
+    ["config", "tokenizer", "device", "environment", "interrupts", "log", "plugins"],
     ["errors"],
 ]
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from megatron_ee.checkpoint.description import Description, write_description
 from megatron_ee.checkpoint.folders import PLAIN_VALUES_FILE, link_latest, step_folder
 from megatron_ee.checkpoint.writing import BackgroundWriting, Item, Unread, write_metadata
+from megatron_ee.interrupts import interrupts_deferred
 from megatron_ee.model.precision import DTYPES
 
 _CHUNK_BYTES = 2**25  # each of the writer's threads has one such chunk in memory, and torch.save a copy
@@ -61,12 +62,15 @@ def write_streamed(
     items = [item for parameter in parameters for item in _items(parameter, dtype, stopped)]
     common = BytesIO()
     torch.save({}, common)
-    writing = BackgroundWriting(folder, "__0_", items, {PLAIN_VALUES_FILE: common.getvalue(), **files})
+    writing = None
     try:
+        with interrupts_deferred():  # or threads could be at work that nobody knows of
+            writing = BackgroundWriting(folder, "__0_", items, {PLAIN_VALUES_FILE: common.getvalue(), **files})
         _wait(writing)
     finally:
         stopped.set()  # nobody writes into a folder that is being removed
-        _wait(writing)
+        if writing is not None:
+            _wait(writing)
     metadata = Metadata(state_dict_metadata=dict(_storage(items)))
     checksums = write_metadata(folder, metadata, [writing.result()])
     write_description(folder, replace(description, files=checksums, has_optimizer=False))

@@ -3,7 +3,6 @@
 import functools
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from megatron_ee.data.indexed import token_type
 from megatron_ee.data.sources import Record, UnusableError, text_of
 from megatron_ee.errors import UserError
+from megatron_ee.interrupts import interrupts_deferred
 from megatron_ee.tokenizer import Tokenizer, open_tokenizer
 
 BATCH_BYTES = 1 << 20
@@ -91,7 +91,8 @@ def encode_in_order(
     pending: deque[Future[Encoded]] = deque()
     try:
         for batch in batches:
-            pending.append(pool.submit(_encode_in_worker, batch, source, json_key))
+            with interrupts_deferred():  # here the workers are started
+                pending.append(pool.submit(_encode_in_worker, batch, source, json_key))
             if len(pending) > 2 * num_workers:  # bounds memory, and leaves every worker its next batch
                 yield pending.popleft().result()
         while pending:
@@ -133,8 +134,7 @@ def _opened(source: str) -> Tokenizer:
 
 
 def _follow_parent() -> None:
-    """An interrupt is for the parent, which ends its workers; a worker whose parent was killed would wait forever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker whose parent was killed would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

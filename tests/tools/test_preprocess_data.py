@@ -104,6 +104,17 @@ def test_an_interrupt_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_an_interrupt_is_one_message_while_the_workers_are_still_starting(tmp_path: Path) -> None:
+    command = ["env", "--default-signal=INT", *_command(*_slow_job(tmp_path))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children = psutil.Process(process.pid).children
+    _wait_until(lambda: any("spawn_main" in " ".join(child.cmdline()) for child in children()))
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "interrupted; nothing was written\n")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_a_kill_in_the_middle_leaves_nothing_that_loads_and_the_next_start_cleans_up(tmp_path: Path) -> None:
     arguments, folder = _slow_job(tmp_path), tmp_path / "new"
     process = _start(folder, *arguments)

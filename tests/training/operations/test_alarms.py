@@ -1,6 +1,7 @@
 """Alarms: leaps of the loss and slow ranks are named, and nothing else is."""
 
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,12 @@ def test_a_slow_rank_is_named_once(folder: Path, ranks: RankPool) -> None:
         folder,
         name="slow",
         parallel={"data": 2},
-        training={"train_iters": 24},
+        training={"train_iters": 28},
         logging={"interval": 4},
         faults={"straggler_ratio": 2.0, "spike_deviations": 0},
     )
     main, other = ranks.run(2, _train, config, "time")
     assert other == []
     (warning,) = [said for said in main if "as long at its work" in said]
-    assert warning.startswith(("iteration 16: rank 1 on ", "iteration 20: rank 1 on "))
+    at = re.match(r"iteration (\d+): rank 1 on ", warning)
+    assert at and int(at[1]) in (16, 20, 24), warning  # later where the machine itself holds rank 0 up
