@@ -32,15 +32,24 @@ class SegmentCosts:
     Attributes:
         segments: of rows through the layers between neighbouring exits.
         heads: exit, or the number of layers -> of its head, by the rows that are looked at.
+        stores: of keys and values that are made without running a segment's layers, by their rows.
+        step: of a launch, whatever is in it: planning and bookkeeping.
+        token: of each token that is said, beyond its head.
     """
 
     segments: Mapping[Segment, Curve]
     heads: Mapping[int, Curve] = field(default_factory=dict)
+    stores: Mapping[Segment, Curve] = field(default_factory=dict)
+    step: float = 0.0
+    token: float = 0.0
 
     def of(self, start: int, stop: int, rows: float) -> float:
         """Of a launch through several segments."""
-        inside = (curve for (first, last), curve in self.segments.items() if start <= first and last <= stop)
-        return sum(cost_of(curve, rows) for curve in inside)
+        return _within(self.segments, start, stop, rows)
+
+    def of_store(self, start: int, stop: int, rows: float) -> float:
+        """Of keys and values alone, of several segments."""
+        return _within(self.stores, start, stop, rows)
 
     def of_head(self, layer: int, rows: float) -> float:
         return cost_of(self.heads[layer], rows) if layer in self.heads else 0.0
@@ -55,6 +64,10 @@ def estimated_costs(layers: Sequence[float], exits: Sequence[int], row: float) -
     """
     borders = (0, *exits, len(layers))
     return SegmentCosts({(start, stop): _line(sum(layers[start:stop]), row) for start, stop in pairwise(borders)})
+
+
+def _within(curves: Mapping[Segment, Curve], start: int, stop: int, rows: float) -> float:
+    return sum(cost_of(curve, rows) for (first, last), curve in curves.items() if start <= first and last <= stop)
 
 
 def _line(first: float, row: float) -> Curve:
