@@ -20,7 +20,7 @@ Kind = Literal["code", "prose", "numbers", "bytes"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 HELD_OUT = 0.04
-"""The share of the corpus's last documents: fewer than training leaves for validation."""
+"""The share of the corpus's last documents: fewer than training leaves for tests."""
 CHARACTERS, SHORT, LONG = Lengths(120, most=600), Lengths(16, most=64), Lengths(96, most=256)
 _LONG_ENOUGH = 200
 """Characters of a docstring that is prose."""

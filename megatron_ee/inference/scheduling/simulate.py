@@ -1,6 +1,6 @@
 """The engine without a model: the same planner over the same ledger, with depths that are given and costs for time."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -10,6 +10,7 @@ from megatron_ee.inference.ledger import DepthLedger
 from megatron_ee.inference.scheduling.costs import Segment, SegmentCosts
 from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
 from megatron_ee.inference.scheduling.planner import Planner
+from megatron_ee.inference.scheduling.slots import SlotCounter, SlotUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +25,6 @@ class SimulatedRequest:
     prompt: int
     depths: tuple[int, ...]
     arrival: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class SlotUse:
-    """Of one segment, over a whole run.
-
-    Attributes:
-        launches: how many.
-        real: rows of tokens on their way.
-        filled: rows that ran along because there was room.
-    """
-
-    launches: int = 0
-    real: int = 0
-    filled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +45,8 @@ class SimulatedRun:
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(map(len, self.times)) / self.seconds
-
-    @property
-    def first_token_seconds(self) -> list[float]:
-        """From a request's arrival to its first token."""
-        return [times[0] - of.arrival for of, times in zip(self.requests, self.times, strict=True)]
-
-    @property
-    def token_seconds(self) -> list[float]:
-        """Between the tokens of a request."""
-        return [after - before for times in self.times for before, after in pairwise(times)]
-
-    @property
-    def request_seconds(self) -> list[float]:
-        """From a request's arrival to its last token."""
-        return [times[-1] - of.arrival for of, times in zip(self.requests, self.times, strict=True)]
+        """0 without requests."""
+        return sum(map(len, self.times)) / self.seconds if self.seconds else 0.0
 
 
 @dataclass(slots=True)
@@ -120,7 +92,7 @@ class EngineSimulator:
     def run(self, requests: Sequence[SimulatedRequest]) -> SimulatedRun:
         """Serve all of them, first come, first served."""
         self._ledger = DepthLedger(self._depths)
-        self._use: dict[Segment, Counter[str]] = {}
+        self._slots = SlotCounter(self._planner.launch_rows)
         self._now, self._launch = min((of.arrival for of in requests), default=0.0), 0
         started = self._now
         order = sorted(range(len(requests)), key=lambda index: (requests[index].arrival, index))
@@ -134,8 +106,8 @@ class EngineSimulator:
                 continue
             for of in self._step():
                 times[of.index] = of.times
-        use = {segment: SlotUse(**counts) for segment, counts in sorted(self._use.items())}
-        return SimulatedRun(requests, self._now - started, [times[index] for index in range(len(requests))], use)
+        said = [times[index] for index in range(len(requests))]
+        return SimulatedRun(requests, self._now - started, said, self._slots.use)
 
     def _admit(self, waiting: deque[_Sequence]) -> None:
         free = [slot for slot in range(self._residents) if slot not in self._by_slot]
@@ -182,8 +154,7 @@ class EngineSimulator:
             self._ledger.advance(slot, plan.start, plan.stop, count)
         self._now += self._costs.of(plan.start, plan.stop, plan.num_rows)
         self._now += self._costs.of_head(plan.stop, len(plan.counts))
-        use = self._use.setdefault((plan.start, plan.stop), Counter(launches=0, real=0, filled=0))
-        use.update(launches=1, real=sum(plan.counts.values()), filled=sum(plan.fills.values()))
+        self._slots.count(plan)
 
     def _look(self, slot: int, plan: LaunchPlan) -> _Sequence | None:
         """A sequence at the end of a launch; returned if its text ends there."""
