@@ -1,9 +1,16 @@
 """What launches cost, measured or estimated: seconds, or any other unit, by segment and number of rows."""
 
+import json
+import math
+import os
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.errors import FieldError
 
 Segment = tuple[int, int]
 """Layers `start + 1` to `stop`."""
@@ -64,6 +71,83 @@ def estimated_costs(layers: Sequence[float], exits: Sequence[int], row: float) -
     """
     borders = (0, *exits, len(layers))
     return SegmentCosts({(start, stop): _line(sum(layers[start:stop]), row) for start, stop in pairwise(borders)})
+
+
+def write_costs(path: Path, costs: SegmentCosts) -> None:
+    """Of costs in seconds, as JSON, so that the file is whole or absent."""
+    content = {
+        "unit": "seconds",
+        "segments": [[start, stop, curve] for (start, stop), curve in sorted(costs.segments.items())],
+        "heads": [[layer, curve] for layer, curve in sorted(costs.heads.items())],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def read_costs(path: Path) -> SegmentCosts:
+    """What `write_costs` wrote.
+
+    Raises:
+        FieldError: the file or a field of it is wrong, which is named: no JSON, another unit, rows that don't ascend,
+            costs below 0, segments that don't begin where the one before ends, a head where none of them ends.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FieldError(str(path), f"cannot be read as JSON: {error}") from error
+    fields = content if isinstance(content, dict) else {}
+    if fields.get("unit") != "seconds":
+        raise FieldError(f"{path}: unit", f"{fields.get('unit')!r}, not 'seconds'")
+    segments: dict[Segment, Curve] = {}
+    stop = 0
+    for where, (first, last, curve) in _entries(fields, "segments", 3, path):
+        if not _is_whole(first) or not _is_whole(last) or first != stop or last <= first:
+            raise FieldError(where, f"{first!r} to {last!r} is no segment that begins after layer {stop}")
+        segments[first, last], stop = _curve(curve, where), last
+    if not segments:
+        raise FieldError(f"{path}: segments", "there is none")
+    heads: dict[int, Curve] = {}
+    for where, (layer, curve) in _entries(fields, "heads", 2, path):
+        if not _is_whole(layer) or layer in heads or layer not in {last for _, last in segments}:
+            raise FieldError(where, f"no segment ends after layer {layer!r}, or its head is there already")
+        heads[layer] = _curve(curve, where)
+    return SegmentCosts(segments, heads)
+
+
+def _entries(fields: Mapping[str, Any], name: str, size: int, path: Path) -> Iterable[tuple[str, list[Any]]]:
+    """Each with what messages call it."""
+    entries = fields.get(name)
+    if not isinstance(entries, list):
+        raise FieldError(f"{path}: {name}", "is no list")
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, list) or len(entry) != size:
+            raise FieldError(f"{path}: {name}[{number}]", f"is no list of {size}")
+        yield f"{path}: {name}[{number}]", entry
+
+
+def _curve(points: Any, where: str) -> Curve:
+    if not isinstance(points, list) or not points:
+        raise FieldError(where, "has no list of [rows, cost]")
+    before = 0.0
+    for point in points:
+        if not isinstance(point, list) or len(point) != 2 or not all(map(_is_number, point)):
+            raise FieldError(where, f"{point!r} is no [rows, cost]")
+        if point[0] <= before:
+            raise FieldError(where, f"{point[0]:g} rows come after {before:g}: rows ascend, from above 0")
+        if point[1] < 0:
+            raise FieldError(where, f"a cost of {point[1]:g} is below 0")
+        before = point[0]
+    return tuple((rows, cost) for rows, cost in points)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _within(curves: Mapping[Segment, Curve], start: int, stop: int, rows: float) -> float:

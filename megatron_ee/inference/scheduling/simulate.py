@@ -1,6 +1,6 @@
 """The engine without a model: the same planner over the same ledger, with depths that are given and costs for time."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -10,6 +10,7 @@ from megatron_ee.inference.ledger import DepthLedger
 from megatron_ee.inference.scheduling.costs import Segment, SegmentCosts
 from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
 from megatron_ee.inference.scheduling.planner import Planner
+from megatron_ee.inference.scheduling.slots import SlotCounter, SlotUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,27 +27,6 @@ class SimulatedRequest:
     depths: tuple[int, ...]
     arrival: float = 0.0
     exits: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SlotUse:
-    """Of one segment, over a whole run.
-
-    Attributes:
-        launches: how many.
-        real: rows of tokens on their way.
-        filled: rows that ran along because there was room.
-        caught_up: rows of launches of their own, since too many waited.
-    """
-
-    launches: int = 0
-    real: int = 0
-    filled: int = 0
-    caught_up: int = 0
-
-    @property
-    def rows(self) -> int:
-        return self.real + self.filled + self.caught_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +47,8 @@ class SimulatedRun:
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(map(len, self.times)) / self.seconds
-
-    @property
-    def first_token_seconds(self) -> list[float]:
-        """From a request's arrival to its first token."""
-        return [times[0] - of.arrival for of, times in zip(self.requests, self.times, strict=True)]
-
-    @property
-    def token_seconds(self) -> list[float]:
-        """Between the tokens of a request."""
-        return [after - before for times in self.times for before, after in pairwise(times)]
-
-    @property
-    def request_seconds(self) -> list[float]:
-        """From a request's arrival to its last token."""
-        return [times[-1] - of.arrival for of, times in zip(self.requests, self.times, strict=True)]
+        """0 without requests."""
+        return sum(map(len, self.times)) / self.seconds if self.seconds else 0.0
 
 
 @dataclass(slots=True)
@@ -137,7 +103,7 @@ class EngineSimulator:
     def run(self, requests: Sequence[SimulatedRequest]) -> SimulatedRun:
         """Serve all of them, first come, first served."""
         self._ledger = DepthLedger((0, *self._exits, self._num_layers))
-        self._use: dict[Segment, Counter[str]] = {}
+        self._slots = SlotCounter(self._planner.launch_rows)
         self._now, self._launch = min((of.arrival for of in requests), default=0.0), 0
         started = self._now
         order = sorted(range(len(requests)), key=lambda index: (requests[index].arrival, index))
@@ -151,8 +117,8 @@ class EngineSimulator:
                 continue
             for of in self._step():
                 times[of.index] = of.times
-        use = {segment: SlotUse(**counts) for segment, counts in sorted(self._use.items())}
-        return SimulatedRun(requests, self._now - started, [times[index] for index in range(len(requests))], use)
+        said = [times[index] for index in range(len(requests))]
+        return SimulatedRun(requests, self._now - started, said, self._slots.use)
 
     def _sequence(self, index: int, request: SimulatedRequest) -> _Sequence:
         return _Sequence(index, request, request.prompt, self._exits if request.exits is None else request.exits)
@@ -206,14 +172,8 @@ class EngineSimulator:
         for slot, count in plan.fills.items():
             self._ledger.advance(slot, plan.start, plan.stop, count)
         looked = sum(self._is_looked_at(slot, plan.stop) for slot in plan.counts)
-        self._now += self._costs.of_head(plan.stop, looked)
-        self._spend(plan.start, plan.stop, real=sum(plan.counts.values()), filled=sum(plan.fills.values()))
-
-    def _spend(self, start: int, stop: int, **rows: int) -> None:
-        """One launch of such rows."""
-        self._now += self._costs.of(start, stop, sum(rows.values()))
-        use = self._use.setdefault((start, stop), Counter(launches=0, real=0, filled=0, caught_up=0))
-        use.update(launches=1, **rows)
+        self._now += self._costs.of(plan.start, plan.stop, plan.num_rows) + self._costs.of_head(plan.stop, looked)
+        self._slots.count(plan)
 
     def _is_looked_at(self, slot: int, depth: int) -> bool:
         of = self._by_slot[slot]
@@ -249,4 +209,5 @@ class EngineSimulator:
             if rows := sum(counts.values()):
                 for slot, count in counts.items():
                     self._ledger.advance(slot, start, stop, count)
-                self._spend(start, stop, caught_up=rows)
+                self._now += self._costs.of(start, stop, rows)
+                self._slots.catch_up(start, stop, rows)

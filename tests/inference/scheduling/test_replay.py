@@ -122,8 +122,8 @@ def test_launches_and_times_are_those_of_the_engine(
     assert of_simulator.plans == real.plans
     assert run.times == times
     work: Work = engine.batch.walk.work
-    assert {segment: use.launches for segment, use in run.use.items()} == work.launches
-    assert {segment: use.rows for segment, use in run.use.items()} == work.rows
+    assert {segment: use.launches + use.catch_ups for segment, use in run.use.items()} == work.launches
+    assert {segment: use.real + use.filled + use.caught_up for segment, use in run.use.items()} == work.rows
     caught_up = sum(use.caught_up for use in run.use.values())
     assert caught_up > 0 if (max_pending, policy) == (3, "recompute") else caught_up == 0 or policy == "fill"
     filled = sum(use.filled for use in run.use.values())
