@@ -40,9 +40,9 @@ class ServeSizes:
     prefill_chunk: int = 512
     threshold: float = 0.4
     alone: int = 0
-    characters: Lengths = Lengths(60, most=160)
-    short: Lengths = Lengths(10, most=24)
-    long: Lengths = Lengths(40, most=80)
+    characters: Lengths = Lengths(50, most=120)
+    short: Lengths = Lengths(8, most=16)
+    long: Lengths = Lengths(32, most=64)
 
     @property
     def name(self) -> str:
@@ -52,9 +52,9 @@ class ServeSizes:
 def suite() -> list[ServeSizes]:
     """Minutes."""
     return [
-        ServeSizes(16, requests=48, rounds=8, alone=24),
-        ServeSizes(64, requests=128, rounds=5),
-        ServeSizes(16, requests=48, rounds=3, load=0.7),
+        ServeSizes(16, requests=40, rounds=7, alone=24),
+        ServeSizes(64, requests=128, rounds=4),
+        ServeSizes(16, requests=40, rounds=2, load=0.7),
     ]
 
 
