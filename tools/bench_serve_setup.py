@@ -104,8 +104,13 @@ class Load:
     @cached_property
     def prompts(self) -> list[list[tuple[MixedPrompt, tuple[int, ...]]]]:
         sizes = self.sizes
-        lengths = {"characters": sizes.characters, "short": sizes.short, "long": sizes.long}
-        drawn = mixed_prompts(sizes.requests * sizes.rounds, seed=sizes.residents, **lengths)
+        drawn = mixed_prompts(
+            sizes.requests * sizes.rounds,
+            seed=sizes.residents,
+            characters=sizes.characters,
+            short=sizes.short,
+            long=sizes.long,
+        )
         encoded = [(of, tuple(self.model.tokenizer.encode(of.prompt)[: sizes.characters.most])) for of in drawn]
         return [encoded[start : start + sizes.requests] for start in range(0, len(encoded), sizes.requests)]
 
