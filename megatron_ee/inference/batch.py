@@ -7,6 +7,7 @@ import torch
 
 from megatron_ee.inference.asked_exit import AskedExit
 from megatron_ee.inference.beginning import begin
+from megatron_ee.inference.blocks import Blocks
 from megatron_ee.inference.depth_walk import Arrival, DepthWalk
 from megatron_ee.inference.exit_decisions import ExitDecisions
 from megatron_ee.inference.opened import OpenedModel
@@ -35,15 +36,26 @@ class Batch:
         capacity: longest sequence, prompt and answer, in positions.
         max_pending: the largest that a request may name.
         prefill_chunk: positions of prompts that run through the model at once.
+        blocks: of keys and values; None: enough for the longest sequences in all slots.
     """
 
     def __init__(
-        self, model: OpenedModel, *, slots: int, capacity: int, max_pending: int = 256, prefill_chunk: int = 512
+        self,
+        model: OpenedModel,
+        *,
+        slots: int,
+        capacity: int,
+        max_pending: int = 256,
+        prefill_chunk: int = 512,
+        blocks: Blocks | None = None,
     ) -> None:
-        self._model, self._capacity, self._max_pending, self._chunk = model, capacity, max_pending, prefill_chunk
+        self._model, self._max_pending, self._chunk = model, max_pending, prefill_chunk
+        self._capacity = capacity if blocks is None else min(capacity, blocks.num_positions)
         self._num_layers = model.stage.model.num_layers
         room = max_pending + 1 + prefill_chunk
-        self.walk = DepthWalk(model.runner, model.exits, slots=slots, capacity=capacity, room=room)
+        self.walk = DepthWalk(
+            model.runner, model.exits, slots=slots, capacity=self._capacity, room=room, blocks=blocks
+        )
         self.decisions = ExitDecisions(model)
         self._step = Planner(Compaction(), launch_rows=slots, prefill_chunk=prefill_chunk)
         self._launch = 0
@@ -125,8 +137,7 @@ class Batch:
     def remove(self, slot: int) -> None:
         """Forget a sequence, finished or not; its slot is free."""
         del self._sequences[slot]
-        self.walk.take_back(slot, 0)
-        self.walk.ledger.close(slot)
+        self.walk.close(slot)
         self._free = sorted((*self._free, slot))
 
     def _begin(self, request: Request) -> DecodingSequence:
