@@ -1,7 +1,7 @@
 """Which blocks of a cache each sequence has: it takes them as it grows, in any order, and gives all of them back.
 
-Plain Python but for a table, which devices copy. Whoever finds its blocks one after the other is read without a copy, so
-blocks that follow are preferred: a slot begins at a place of its own, and goes on as long as nobody is in its way.
+Plain Python but for a table, which devices copy. A sequence whose blocks follow each other is read without a copy, so
+these are preferred: a slot begins at a place of its own, and goes on as long as nobody is in its way.
 """
 
 from collections.abc import Sequence

@@ -62,8 +62,7 @@ class DepthWalk:
             self._graphs = SegmentGraphs(runner, self.cache, self._rotation, capture, capacity=capacity)
 
     def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> "Arrival":
-        """Append tokens to sequences, by slot, and run them up to `stop`. Room that has not been reserved for them has to
-        be free."""
+        """Append tokens to sequences, by slot, and run them up to `stop`. There have to be blocks for them."""
         for slot, new in tokens.items():
             has_room = self.blocks.reserve(slot, self.ledger.length(slot) + len(new))
             assert has_room, f"no blocks are left for slot {slot}"

@@ -1,7 +1,7 @@
 """Keys and values of a batch's sequences, for every layer and for exit heads that attend.
 
-Shapes: A attentions, P slots, M places, which are positions of blocks, G key-value heads of this rank, D head dimension,
-T positions, N rows, B sequences, X blocks of a sequence, Y all vectors of an attention.
+Shapes: A attentions, M places, which are positions of blocks, G key-value heads of this rank, D head dimension, T
+positions, N rows, B sequences, X blocks of a sequence, Y all vectors of an attention.
 """
 
 from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ class KeyValueCache:
         """Keys and values, each [B, G, T, D], of places [B * T] wherever they are: a copy."""
         room_G2MD = self.of(attention)[0]
         picked_G2XD = room_G2MD.index_select(2, places_X)
-        return picked_G2XD.unflatten(2, (-1, length)).permute(2, 0, 1, 3, 4).unbind(2)
+        return picked_G2XD.view(self.heads, 2, -1, length, picked_G2XD.shape[-1]).permute(2, 0, 1, 3, 4).unbind(2)
 
     def clear(self, slot: int, positions: range) -> None:
         """Zeros again at positions of a slot that are forgotten: what overflowed there would be NaN in what comes

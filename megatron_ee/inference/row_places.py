@@ -119,11 +119,11 @@ class _Spaced(NamedTuple):
 
     first: int
     spacing: int
-    count: int
+    num_sequences: int
     length: int
 
     def of(self, cache: KeyValueCache, attention: int) -> tuple[torch.Tensor, ...]:
-        return cache.spaced(attention, self.first, self.spacing, self.count, self.length)
+        return cache.spaced(attention, self.first, self.spacing, self.num_sequences, self.length)
 
 
 class _Picked(NamedTuple):

@@ -47,7 +47,7 @@ def test_any_order_of_growing_and_leaving(data: st.DataObject) -> None:
                 lengths[slot] = max(lengths[slot], wanted)
                 assert blocks.num_free == free - missing
             else:
-                assert missing > free == blocks.num_free, "it is refused only where there is too little, and changes nothing"
+                assert missing > free == blocks.num_free, "only where there is too little, and nothing has changed"
         assert blocks.room(slot) >= lengths[slot]
         assert_consistent(blocks)
     for slot in range(slots):

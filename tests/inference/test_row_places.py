@@ -106,7 +106,7 @@ def test_sequences_are_read_the_same_wherever_their_blocks_are(stage: Stage, slo
                     cache.of(3)[0, :, part, where] = torch.randn(shape, generator=generator, dtype=torch.float64)
         places = Scattered([SequenceRows(slot, range(length)) for slot in slots], cache, rotation_of(stage, cache))
         read.append(places.read(3, length))
-        for part_BGTD, number in product(read[-1], range(len(slots))):
+        for part_BGTD in read[-1]:
             assert part_BGTD.shape == (len(slots), cache.heads, length, stage.config.kv_channels)
         for number, slot in enumerate(slots):
             for part_BGTD, own_GTD in zip(read[-1], cache.read(3, slot, length), strict=True):
