@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving_advice import Advice, Cell, Heard, Saying, advise, cells_of, fragment, lines_of, verdict
+from serving_advice import Advice, advise, fragment, lines_of, verdict
 from serving_costs import Machine, machine_from_file, machine_of
+from serving_heard import Cell, Heard, Saying, cells_of
 from serving_load import arrival_times
 from serving_runs import Setting
 

@@ -21,8 +21,9 @@ TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import simulate_serving  # noqa: E402
-from serving_advice import Advice, Gain, Heard, Saying, advise, cells_of, fragment, verdict  # noqa: E402
+from serving_advice import Advice, Gain, advise, fragment, verdict  # noqa: E402
 from serving_costs import Machine  # noqa: E402
+from serving_heard import Heard, Saying, cells_of  # noqa: E402
 from serving_recommend import hear  # noqa: E402
 from serving_runs import STRATEGIES, Setting  # noqa: E402
 

@@ -115,7 +115,8 @@ def read_costs(path: Path) -> SegmentCosts:
         if not _is_whole(start) or not _is_whole(stop) or (start, stop) not in segments or (start, stop) in stores:
             raise FieldError(where, f"{start!r} to {stop!r} is no segment, or its store is there already")
         stores[start, stop] = _curve(curve, where)
-    return SegmentCosts(segments, heads, stores, *(_cost(fields.get(name, 0.0), name, path) for name in ("step", "token")))
+    step, token = (_cost(fields.get(name, 0.0), name, path) for name in ("step", "token"))
+    return SegmentCosts(segments, heads, stores, step, token)
 
 
 def _segments(fields: Mapping[str, Any], path: Path) -> dict[Segment, Curve]:
