@@ -68,12 +68,16 @@ class Launches:
     """Launches of so many sequences in the middle of their answers, with keys and values that memory is read for."""
 
     def __init__(self, model: "OpenedModel", sizes: Sizes) -> None:
+        from megatron_ee.inference.blocks import BLOCK, Blocks
         from megatron_ee.inference.kv_cache import KeyValueCache
         from megatron_ee.model.rotary import Rotary, RotationTable
 
         stage = model.stage
         parameter = next(stage.parameters())
-        self._sizes, self._cache = sizes, KeyValueCache(stage, sizes.sequences, sizes.capacity)
+        blocks = Blocks(sizes.sequences, sizes.sequences * -(-sizes.capacity // BLOCK) * BLOCK)
+        for slot in range(sizes.sequences):
+            blocks.reserve(slot, sizes.capacity)
+        self._sizes, self._cache = sizes, KeyValueCache(stage, blocks)
         for attention in self._cache.windows:
             self._cache.of(attention).normal_()
         rotary, group = Rotary(stage.model, parameter.device), self._cache.group

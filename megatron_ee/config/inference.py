@@ -180,6 +180,20 @@ class SchedulingParams(Section):
     max_wait: PositiveInt = Field(16, description="launches after which a row that waits goes on, whoever goes with it")
 
 
+class KvCacheConfig(Section):
+    """Memory for keys and values, which sequences take in blocks."""
+
+    positions: PositiveInt | None = Field(
+        None, description="of all sequences together; null: so many that `max_batch_size` of the longest fit"
+    )
+    block_size: PositiveInt = Field(16, description="positions of a block")
+    admission: Literal["answer", "prompt"] = Field(
+        "answer",
+        description="what has to fit before a request is taken in. answer: its prompt and its longest answer; prompt: "
+        "its prompt; where memory runs out later, the requests that came last make way, and are computed again",
+    )
+
+
 class InferenceConfig(Section):
     """How text is generated when a request does not say otherwise."""
 
@@ -187,6 +201,7 @@ class InferenceConfig(Section):
     exit: ExitParams = ExitParams()
     max_batch_size: PositiveInt = Field(16, description="sequences decoded together")
     scheduling: SchedulingParams = SchedulingParams()
+    kv_cache: KvCacheConfig = KvCacheConfig()
     prefill_chunk: PositiveInt = Field(512, description="positions of a prompt that run through the model at once")
     pack_weights: bool = Field(
         True, description="on a CPU in fp32, a second copy of the matrices, laid out for several rows: twice the memory"

@@ -1,12 +1,12 @@
 """A batch of sequences that decode together, each token as deep as it needs to go."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from megatron_ee.inference.asked_exit import AskedExit
 from megatron_ee.inference.beginning import begin
+from megatron_ee.inference.blocks import Blocks
 from megatron_ee.inference.depth_walk import Arrival, DepthWalk
 from megatron_ee.inference.exit_decisions import ExitDecisions
 from megatron_ee.inference.opened import OpenedModel
@@ -35,15 +35,24 @@ class Batch:
         capacity: longest sequence, prompt and answer, in positions.
         max_pending: the largest that a request may name.
         prefill_chunk: positions of prompts that run through the model at once.
+        blocks: of keys and values; None: enough for the longest sequences in all slots.
     """
 
     def __init__(
-        self, model: OpenedModel, *, slots: int, capacity: int, max_pending: int = 256, prefill_chunk: int = 512
+        self,
+        model: OpenedModel,
+        *,
+        slots: int,
+        capacity: int,
+        max_pending: int = 256,
+        prefill_chunk: int = 512,
+        blocks: Blocks | None = None,
     ) -> None:
-        self._model, self._capacity, self._max_pending, self._chunk = model, capacity, max_pending, prefill_chunk
+        self._model, self._max_pending, self._chunk = model, max_pending, prefill_chunk
+        self._capacity = capacity if blocks is None else min(capacity, blocks.num_positions)
         self._num_layers = model.stage.model.num_layers
         room = max_pending + 1 + prefill_chunk
-        self.walk = DepthWalk(model.runner, model.exits, slots=slots, capacity=capacity, room=room)
+        self.walk = DepthWalk(model.runner, model.exits, slots=slots, capacity=self._capacity, room=room, blocks=blocks)
         self.decisions = ExitDecisions(model)
         self._step = Planner(Compaction(), launch_rows=slots, prefill_chunk=prefill_chunk)
         self._launch = 0
@@ -54,26 +63,59 @@ class Batch:
     def free_slots(self) -> int:
         return len(self._free)
 
-    def check(self, request: Request) -> None:
-        """
+    def begin(self, request: Request) -> DecodingSequence:
+        """What may join.
+
         Raises:
-            FieldError: it cannot be taken in; see `begin`.
+            FieldError: it never could; see `beginning.begin`.
         """
-        self._begin(request)
+        return begin(self._model, request, capacity=self._capacity, max_pending=self._max_pending)
 
     def add(self, request: Request) -> int:
-        """Take in a request; returns its slot.
+        """Take in a request, which there has to be room for; returns its slot.
 
         Raises:
-            FieldError: it cannot be taken in; see `begin`.
+            FieldError: see `begin`.
         """
-        sequence = self._begin(request)
-        slot = self._free.pop(0)
-        blocks = [layer for layer in sequence.rule.asked if self._model.runner.attends(layer)]
-        self.walk.ledger.open(slot, blocks=blocks)
+        slot = self.join(self.begin(request))
+        assert slot is not None, "there is no room"
+        return slot
+
+    def join(self, sequence: DecodingSequence, *, whole: bool = True, spare: int = 0) -> int | None:
+        """Take in a sequence that is new, or has been paused; returns its slot. None: there is no free one, or not
+        enough blocks.
+
+        Args:
+            whole: its blocks are there up to the end of its longest answer; else `reserve` has to be asked.
+            spare: positions that have to stay free.
+        """
+        if not self._free:
+            return None
+        slot, blocks = self._free[0], self.walk.blocks
+        positions = sequence.most_positions if whole else sequence.next_positions
+        if blocks.missing(slot, positions) + spare > blocks.num_free:
+            return None
+        blocks.reserve(slot, positions)
+        self._free.pop(0)
+        attending = [layer for layer in sequence.rule.asked if self._model.runner.attends(layer)]
+        self.walk.ledger.open(slot, blocks=attending)
         sequence.since = self._launch
         self._sequences[slot] = sequence
         return slot
+
+    def reserve(self, slot: int) -> bool:
+        """See that a sequence has blocks for its next token. False: there are too few."""
+        return self.walk.blocks.reserve(slot, self._sequences[slot].next_positions)
+
+    def may_pause(self, slot: int) -> bool:
+        return self._sequences[slot].may_start_over
+
+    def pause(self, slot: int) -> DecodingSequence:
+        """Let a sequence go that may join again. What it has said is kept; what the model knows of it is not."""
+        sequence = self._sequences[slot]
+        sequence.start_over()
+        self.remove(slot)
+        return sequence
 
     def fronts(self) -> list[Front]:
         """Where each sequence is whose text goes on."""
@@ -88,13 +130,9 @@ class Batch:
         return planner.plan(fronts, self._launch, fillers, self._ready)
 
     @torch.inference_mode()
-    def launch(self, plan: LaunchPlan) -> list[tuple[int, Emission]]:
+    def launch(self, plan: LaunchPlan) -> list[tuple[int, Emission | None]]:
         """Run it. Returns what is said with it, by slot: a token, or several, in order, of those that speculate. After
-        one with `finish` there are no more.
-
-        Raises:
-            NoTokenError: there is none to choose in some slots, which it names; the batch is of no use any more.
-        """
+        one with `finish` there are no more; after None neither: there is no token to choose."""
         self._launch += 1
         self._count(plan)
         arrival = self._run(plan)
@@ -104,16 +142,22 @@ class Batch:
             emitted = self._at_exit(arrival, list(plan.counts))
         else:
             emitted = self._at_the_end(arrival, list(plan.counts))
-        self._go_on(dict(emitted), plan.stop)
+        self._go_on({slot for slot, _ in emitted}, plan.stop)
         return emitted
 
     def step(self) -> list[tuple[int, Emission]]:
-        """One token of every sequence whose text goes on, or several of those that speculate; see `launch`."""
+        """One token of every sequence whose text goes on, or several of those that speculate; see `launch`.
+
+        Raises:
+            NoTokenError: there is none to choose in some slots, which it names.
+        """
         emitted: list[tuple[int, Emission]] = []
         said: set[int] = set()
         while fronts := [front for front in self.fronts() if front.slot not in said]:
             of_launch = self.launch(self.plan(self._step, fronts))
-            emitted += of_launch
+            if silent := [slot for slot, emission in of_launch if emission is None]:
+                raise NoTokenError(silent)
+            emitted += [(slot, emission) for slot, emission in of_launch if emission is not None]
             said |= {slot for slot, _ in of_launch}
         return emitted
 
@@ -125,15 +169,11 @@ class Batch:
     def remove(self, slot: int) -> None:
         """Forget a sequence, finished or not; its slot is free."""
         del self._sequences[slot]
-        self.walk.take_back(slot, 0)
-        self.walk.ledger.close(slot)
+        self.walk.close(slot)
         self._free = sorted((*self._free, slot))
 
-    def _begin(self, request: Request) -> DecodingSequence:
-        return begin(self._model, request, capacity=self._capacity, max_pending=self._max_pending)
-
     def _going(self) -> list[tuple[int, DecodingSequence]]:
-        return [(slot, sequence) for slot, sequence in self._sequences.items() if sequence.finish is None]
+        return [(slot, of) for slot, of in self._sequences.items() if of.finish is None and not of.is_silent]
 
     def _front(self, slot: int, sequence: DecodingSequence) -> Front:
         """Its prompt comes in chunks. All but the last one run through all layers, and so does all but the last token
@@ -168,8 +208,9 @@ class Batch:
             work.turns += joining
             work.rounds += joining == len(entering)
             return
-        drafting = sum(of.is_drafting for of in entering)
-        parts = sum(plan.counts[slot] < len(of.unfed) for slot, of in zip(plan.counts, entering, strict=True))
+        is_part = [count < len(of.unfed) for count, of in zip(plan.counts.values(), entering, strict=True)]
+        parts = sum(is_part)
+        drafting = sum(of.is_drafting and not part for of, part in zip(entering, is_part, strict=True))
         turns = len(entering) - drafting - parts
         work.turns += turns
         work.rounds += turns > 0
@@ -177,7 +218,7 @@ class Batch:
         work.drafted += drafting
         work.prefills += parts == len(entering)
 
-    def _at_exit(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
+    def _at_exit(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission | None]]:
         """Exits draft, are heard, or let out: the tokens of those sequences that leave."""
         layer = arrival.layer
         slots = [slot for slot in slots if not self._sequences[slot].unfed]  # a part of a prompt goes on
@@ -204,7 +245,7 @@ class Batch:
             logits_NV = asked.logits if sequence.request.exit.hears_heads else asked.output_logits
             sequence.passed[arrival.layer] = logits_NV[row]
 
-    def _at_the_end(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission]]:
+    def _at_the_end(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission | None]]:
         """What full depth says: a token of each sequence, or of its draft what is right, and a token."""
         for slot in slots:
             if self._sequences[slot].unfed:  # a part of a prompt makes way for the next
@@ -226,16 +267,17 @@ class Batch:
             emitted += [(slot, emission) for emission in text]
         return emitted
 
-    def _speak(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission]]:
+    def _speak(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission | None]]:
         """A token for each sequence, of which the exit has a row each."""
         slots = list(confidences)
-        with _named(slots):
-            emissions = speak(asked, [self._sequences[slot] for slot in slots], list(confidences.values()))
+        emissions = speak(asked, [self._sequences[slot] for slot in slots], list(confidences.values()))
+        for slot, emission in zip(slots, emissions, strict=True):
+            self._sequences[slot].is_silent = emission is None
         return list(zip(slots, emissions, strict=True))
 
-    def _go_on(self, last: Mapping[int, Emission], layer: int) -> None:
+    def _go_on(self, spoken: Collection[int], layer: int) -> None:
         """What sequences that have said something need before their next token."""
-        going = [(slot, self._sequences[slot]) for slot in last if self._sequences[slot].finish is None]
+        going = [(slot, of) for slot, of in self._going() if slot in spoken]
         for _, sequence in going:
             sequence.begin_draft()
         if layer == self._num_layers:
@@ -244,12 +286,3 @@ class Batch:
             self.walk.propagate(leaving, layer)
         if crowded := [slot for slot, of in going if self.walk.ledger.pending(slot) > of.rule.max_pending]:
             self.walk.catch_up(crowded)
-
-
-@contextmanager
-def _named(slots: Sequence[int]) -> Iterator[None]:
-    """Names what is wrong by slots, not by rows."""
-    try:
-        yield
-    except NoTokenError as error:
-        raise NoTokenError([slots[row] for row in error.rows]) from error

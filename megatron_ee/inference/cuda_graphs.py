@@ -2,9 +2,9 @@
 
 A graph repeats kernels on the very tensors that it was recorded with, so inputs are copied to where it reads them, and
 sizes are rounded up to a few buckets: rows to a power of two, positions attended to likewise. A row that is padding
-writes its keys and values to a position that no sequence has and no bucket reaches.
+writes its keys and values to a place that nobody reads.
 
-Shapes: N rows, P slots, H hidden size.
+Shapes: N rows, P slots, B blocks of a sequence, H hidden size.
 """
 
 from collections import Counter
@@ -71,15 +71,18 @@ class SegmentGraphs:
     enough, by a graph.
 
     Args:
-        cache: its last position is no sequence's.
+        capacity: positions of a sequence at most.
     """
 
-    def __init__(self, runner: Runner, cache: KeyValueCache, rotation: RotationTable, capture: Capture) -> None:
+    def __init__(
+        self, runner: Runner, cache: KeyValueCache, rotation: RotationTable, capture: Capture, *, capacity: int
+    ) -> None:
         self._runner, self._cache, self._rotation, self._capture = runner, cache, rotation, capture
-        self._scratch = cache.capacity - 1
+        self._capacity, slots = capacity, cache.blocks.slots
         parameter = next(runner.stage.parameters())
-        self._x_PH = parameter.new_zeros(cache.slots, runner.stage.model.hidden_size)
-        self._places_3P = torch.zeros(3, cache.slots, dtype=torch.int64, device=parameter.device)
+        self._x_PH = parameter.new_zeros(slots, runner.stage.model.hidden_size)
+        self._places_2P = torch.zeros(2, slots, dtype=torch.int64, device=parameter.device)
+        self._blocks_PB = torch.zeros_like(cache.blocks_of(range(slots), capacity), device=parameter.device)
         self._counts: Counter[_Bucket] = Counter()
         self._graphs: dict[_Bucket, _Graph] = {}
 
@@ -97,7 +100,7 @@ class SegmentGraphs:
         if bucket not in self._graphs and (self._counts[bucket] < PLAIN_LAUNCHES or self.num_graphs == MOST_GRAPHS):
             self._counts[bucket] += 1
             return self._runner.run(x_NH, launch, start, stop)
-        self._enter(x_NH, launch.rows, bucket.extent.rows)
+        self._enter(x_NH, launch.rows, bucket.extent)
         if bucket not in self._graphs:
             self._graphs[bucket] = self._record(bucket)
         graph = self._graphs[bucket]
@@ -108,23 +111,38 @@ class SegmentGraphs:
 
     def _extent(self, rows: Sequence[SequenceRows]) -> Extent:
         longest = max(positions.stop for _, positions in rows)
+        length = min(max(SHORTEST, _power_of_two(longest)), self._capacity)
+        blocks = self._cache.blocks
+        begins = all(blocks.start(slot) == number * blocks.spacing for number, (slot, _) in enumerate(rows))
         return Extent(
-            rows=min(_power_of_two(len(rows)), self._cache.slots),
-            length=min(max(SHORTEST, _power_of_two(longest)), self._scratch),
-            are_neighbours=all(slot == number for number, (slot, _) in enumerate(rows)),
+            rows=min(_power_of_two(len(rows)), blocks.slots),
+            length=length,
+            are_spaced=begins and all(blocks.reaches(slot, length) for slot, _ in rows),
         )
 
-    def _enter(self, x_NH: torch.Tensor, rows: Sequence[SequenceRows], size: int) -> None:
-        """Copy inputs to where graphs read them. Padding holds what was there: nobody reads what comes of it."""
-        slots, positions = [slot for slot, _ in rows], [of.start for _, of in rows]
-        nothing = [0] * (size - len(rows))
-        written = positions + [self._scratch] * len(nothing)
-        self._places_3P[:, :size].copy_(torch.tensor([slots + nothing, positions + nothing, written]))
+    def _enter(self, x_NH: torch.Tensor, rows: Sequence[SequenceRows], extent: Extent) -> None:
+        """Copy inputs to where graphs read them. Padding is the first row again, and its results go nowhere."""
+        padding = [rows[0]] * (extent.rows - len(rows))
+        slots = [slot for slot, _ in (*rows, *padding)]
+        positions = [of.start for _, of in (*rows, *padding)]
+        written = [place for slot, of in rows for place in self._cache.blocks.places(slot, of)]
+        written += [self._cache.nowhere] * len(padding)
+        self._places_2P[:, : extent.rows].copy_(torch.tensor([positions, written]))
+        if not extent.are_spaced:
+            blocks_NB = self._cache.blocks_of(slots, extent.length)
+            self._blocks_PB[: extent.rows, : blocks_NB.shape[1]].copy_(blocks_NB)
         self._x_PH[: len(rows)].copy_(x_NH)
 
     def _record(self, bucket: "_Bucket") -> "_Graph":
         size, taps = bucket.extent.rows, dict[int, torch.Tensor]()
-        rows = StaticRows(bucket.extent, self._places_3P[:, :size], self._cache, self._rotation)
+        num_blocks = -(-bucket.extent.length // self._cache.blocks.size)
+        rows = StaticRows(
+            bucket.extent,
+            self._places_2P[:, :size],
+            self._blocks_PB[:size, :num_blocks],
+            self._cache,
+            self._rotation,
+        )
 
         def work() -> Sequence[torch.Tensor]:
             rows.begin()

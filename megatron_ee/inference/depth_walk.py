@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.blocks import BLOCK, Blocks
 from megatron_ee.inference.cuda_graphs import SegmentGraphs, capture_on
 from megatron_ee.inference.kv_cache import KeyValueCache
 from megatron_ee.inference.launch import Launch
@@ -28,9 +29,19 @@ class DepthWalk:
         slots: sequences at most.
         capacity: positions of a sequence at most.
         room: positions of a sequence that may be at one exit at a time.
+        blocks: that keys and values have; None: enough for the longest sequences in all slots.
     """
 
-    def __init__(self, runner: Runner, exits: Sequence[int], *, slots: int, capacity: int, room: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        exits: Sequence[int],
+        *,
+        slots: int,
+        capacity: int,
+        room: int,
+        blocks: Blocks | None = None,
+    ) -> None:
         stage = runner.stage
         self._runner, self._num_layers = runner, stage.model.num_layers
         parameter = next(stage.parameters())
@@ -38,17 +49,23 @@ class DepthWalk:
         self._blocks = [layer for layer in (*exits, self._num_layers) if runner.attends(layer)]
         self.ledger = DepthLedger((0, *exits, self._num_layers))
         capture = capture_on(parameter.device, stage.tp_group)
-        self.cache = KeyValueCache(stage, slots, capacity if capture is None else capacity + 1)
+        self.blocks = blocks or Blocks(slots, slots * -(-capacity // BLOCK) * BLOCK)
+        self.cache = KeyValueCache(stage, self.blocks)
         rotary = Rotary(stage.model, parameter.device)
         self._rotation = RotationTable(rotary, capacity, self.cache.group, parameter.dtype, parameter.device)
         self._states = WaitingStates(slots, min(room, capacity), stage.model.hidden_size, parameter)
         self.work = Work()
         self._recent: Launch | None = None
         self._came: Arrival | None = None  # the newest: often all of it goes on, just as it is
-        self._graphs = None if capture is None else SegmentGraphs(runner, self.cache, self._rotation, capture)
+        self._graphs = None
+        if capture is not None:
+            self._graphs = SegmentGraphs(runner, self.cache, self._rotation, capture, capacity=capacity)
 
     def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> "Arrival":
-        """Append tokens to sequences, by slot, and run them up to `stop`."""
+        """Append tokens to sequences, by slot, and run them up to `stop`. There have to be blocks for them."""
+        for slot, new in tokens.items():
+            has_room = self.blocks.reserve(slot, self.ledger.length(slot) + len(new))
+            assert has_room, f"no blocks are left for slot {slot}"
         rows = [SequenceRows(slot, self.ledger.append(slot, len(new))) for slot, new in tokens.items()]
         entering = [token for new in tokens.values() for token in new]
         return self._run(self._launch(rows), self._runner.embed(entering), 0, stop)
@@ -76,6 +93,13 @@ class DepthWalk:
         if positions := self.ledger.truncate(slot, length):
             self.cache.clear(slot, positions)
         return len(positions)
+
+    def close(self, slot: int) -> None:
+        """Forget a sequence; its blocks are free."""
+        self.take_back(slot, 0)
+        self.ledger.close(slot)
+        self.blocks.release(slot)
+        self._recent = self._came = None  # the same positions of another sequence are somewhere else
 
     def propagate(self, slots: Sequence[int], start: int) -> None:
         """Give all layers above `start` the keys and values of the states that wait there, as they are. Not exact."""

@@ -1,94 +1,154 @@
 """Serves requests that come at any time: takes in, launches, gives back."""
 
-from collections import deque
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from megatron_ee.inference.batch import Batch
-from megatron_ee.inference.request import Emission, Request
+from megatron_ee.inference.request import Emission, Failure, Request
 from megatron_ee.inference.sampling import NoTokenError
+from megatron_ee.inference.scheduling.fronts import Front
 from megatron_ee.inference.scheduling.planner import Planner
+from megatron_ee.inference.sequences import DecodingSequence
 
 
-@dataclass(slots=True)
-class _Waiting:
+@dataclass(slots=True, order=True)
+class _Task:
+    """A request on its way; those that come first in order are served first, and never make way for later ones."""
+
+    priority: int
     number: int
-    request: Request
+    sequence: DecodingSequence = field(compare=False)
+    deadline: float | None = field(compare=False)
+    slot: int | None = field(default=None, compare=False)
 
 
 class Engine:
-    """Requests wait until a place is free, first come, first served. No token depends on who else is there, on the
-    order of arrival or on the strategy.
+    """Requests wait until there is room, first come, first served. No token depends on who else is there, on the order
+    of arrival, on the strategy, or on how often a request had to make way.
+
+    Nothing in here looks at a clock: the engines of several ranks that are told the same do the same.
 
     Attributes:
         batch: its places; its ledger, cache and count of work are open to look at.
+        num_paused: how often a request had to make way for another.
 
     Args:
         batch: empty.
         planner: says what runs next.
+        whole: a request is taken in when there are blocks for its longest answer; otherwise when there are some for its
+            prompt, and where they run out later, the ones that came last make way and start over.
     """
 
-    def __init__(self, batch: Batch, planner: Planner) -> None:
-        self.batch, self._planner = batch, planner
-        self._waiting: deque[_Waiting] = deque()
-        self._number_of: dict[int, int] = {}
-        self._slot_of: dict[int, int] = {}
+    def __init__(self, batch: Batch, planner: Planner, *, whole: bool = True) -> None:
+        self.batch, self._planner, self._whole = batch, planner, whole
+        self.num_paused = 0
+        self._tasks: dict[int, _Task] = {}
+        self._waiting: list[_Task] = []
+        self._inside: dict[int, _Task] = {}
         self._next = 0
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._waiting and not self._slot_of
+        return not self._tasks
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request, *, priority: int = 0, deadline: float | None = None) -> int:
         """Take in a request. Returns its number.
 
+        Args:
+            priority: those with a lower one are served first.
+            deadline: on the clock of `step`: it fails if it has not ended by then.
+
         Raises:
-            FieldError: see `Batch.check`.
+            FieldError: see `Batch.begin`.
         """
-        self.batch.check(request)
-        number, self._next = self._next, self._next + 1
-        self._waiting.append(_Waiting(number, request))
-        return number
+        task = _Task(priority, self._next, self.batch.begin(request), deadline)
+        self._next += 1
+        self._tasks[task.number] = task
+        insort(self._waiting, task)
+        return task.number
 
     def abort(self, number: int) -> None:
         """Forget a request, wherever it is; nothing more is said of it. One that has ended or is unknown is none."""
-        self._waiting = deque(of for of in self._waiting if of.number != number)
-        if number in self._slot_of:
-            self._release(number)
+        if (task := self._tasks.pop(number, None)) is None:
+            return
+        if task.slot is None:
+            self._waiting.remove(task)
+        else:
+            del self._inside[task.slot]
+            self.batch.remove(task.slot)
 
-    def step(self) -> list[tuple[int, Emission]]:
+    def step(self, now: float = 0.0) -> list[tuple[int, Emission | Failure]]:
         """Run one launch. Returns what is said with it: of a request, by its number, a token or several. After one with
-        `finish` there are no more.
+        `finish`, or a failure, there are no more.
 
-        Raises:
-            NoTokenError: there is none to choose in some requests, which it names.
+        Args:
+            now: for deadlines, on any clock that goes forward.
         """
+        said = self._end_late(now)
         self._admit()
-        fronts = self.batch.fronts()
-        if not fronts:
-            return []
-        plan = self.batch.plan(self._planner, fronts)
-        try:
-            said = self.batch.launch(plan)
-        except NoTokenError as error:
-            raise NoTokenError([self._number_of[slot] for slot in error.rows]) from error
-        emitted = [(self._number_of[slot], emission) for slot, emission in said]
-        for number, emission in emitted:
-            if emission.finish is not None:
-                self._release(number)
-        return emitted
+        if fronts := self._fronts():
+            spoken = self.batch.launch(self.batch.plan(self._planner, fronts))
+            said += [(self._inside[slot].number, emission or _SILENT) for slot, emission in spoken]
+        for number, of in said:
+            if isinstance(of, Failure) or of.finish is not None:
+                self.abort(number)
+        return said
+
+    def _end_late(self, now: float) -> list[tuple[int, Emission | Failure]]:
+        late = [of.number for of in self._tasks.values() if of.deadline is not None and of.deadline <= now]
+        for number in late:
+            self.abort(number)
+        return [(number, _LATE) for number in late]
 
     def _admit(self) -> None:
-        while self._waiting and self.batch.free_slots:
-            of = self._waiting.popleft()
-            slot = self.batch.add(of.request)
-            self._number_of[slot], self._slot_of[of.number] = of.number, slot
+        """Strictly in order: who needs little does not overtake who needs much."""
+        while self._waiting:
+            task = self._waiting[0]
+            whole = self._whole or not task.sequence.may_start_over
+            spare = 0 if self._whole else len(self._inside) * self.batch.walk.blocks.size  # so that they can go on
+            task.slot = self.batch.join(task.sequence, whole=whole, spare=spare)
+            if task.slot is None:
+                return
+            self._inside[task.slot] = self._waiting.pop(0)
 
-    def _release(self, number: int) -> None:
-        slot = self._slot_of.pop(number)
-        del self._number_of[slot]
-        self.batch.remove(slot)
+    def _fronts(self) -> Sequence[Front]:
+        """Of all that have room for their next token."""
+        fronts = self.batch.fronts()
+        if self._whole:
+            return fronts
+        entering = sorted((self._inside[front.slot], front.slot) for front in fronts if front.at == 0)
+        stuck = {slot for task, slot in entering if task.slot is not None and not self._make_room(task, slot)}
+        return [front for front in self.batch.fronts() if front.slot not in stuck]
+
+    def _make_room(self, task: _Task, slot: int) -> bool:
+        """For its next token, by later ones that make way. One that nobody makes way for waits; the first of all never
+        waits for long: those that are under way end, or come to where they can be paused."""
+        while not self.batch.reserve(slot):
+            later = [of for of in self._inside.values() if of > task and self.batch.may_pause(_slot_of(of))]
+            if not later:
+                return False
+            self._pause(max(later))
+        return True
+
+    def _pause(self, task: _Task) -> None:
+        slot = _slot_of(task)
+        self.batch.pause(slot)
+        del self._inside[slot]
+        task.slot = None
+        insort(self._waiting, task)
+        self.num_paused += 1
+
+
+_LATE = Failure("it has not ended by its deadline")
+_SILENT = Failure(f"no token can be chosen: {NoTokenError.reason}")
+
+
+def _slot_of(task: _Task) -> int:
+    assert task.slot is not None
+    return task.slot

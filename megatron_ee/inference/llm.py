@@ -14,7 +14,7 @@ from megatron_ee.inference.asking import Asking, Prompt
 from megatron_ee.inference.completion import Completion, Piece, completions
 from megatron_ee.inference.growing_text import GrowingText
 from megatron_ee.inference.opening import open_decoding_config
-from megatron_ee.inference.request import Emission, Request
+from megatron_ee.inference.request import Failure, Request
 from megatron_ee.inference.scheduling.strategies.named import make_planner
 from megatron_ee.inference.work import Work
 from megatron_ee.log import quiet_dependencies
@@ -122,28 +122,35 @@ class LLM:
 
     def _make_engine(self, requests: Sequence[Request]) -> "Engine":
         from megatron_ee.inference.batch import Batch
+        from megatron_ee.inference.blocks import Blocks
         from megatron_ee.inference.engine import Engine
 
         positions, settings, model = self.model.max_positions, self.config.inference, self.model
         lengths = [len(request.prompt) + request.sampling.max_new_tokens for request in requests]
         residents, chunk = min(len(requests), settings.max_batch_size), settings.prefill_chunk
+        blocks = None
+        if (most := settings.kv_cache.positions) is not None:
+            blocks = Blocks(residents, most, settings.kv_cache.block_size)
         batch = Batch(
             model,
             slots=residents,
             capacity=max(lengths) if positions is None else min(max(lengths), positions),
             max_pending=max(request.exit.max_pending for request in requests),
             prefill_chunk=chunk,
+            blocks=blocks,
         )
         planner = make_planner(
             settings.scheduling, model.launch_costs, model.depths, residents=residents, prefill_chunk=chunk
         )
-        return Engine(batch, planner)
+        return Engine(batch, planner, whole=settings.kv_cache.admission == "answer")
 
     def _run(self, engine: "Engine", requests: Sequence[Request]) -> Iterator[Piece]:
         texts = {index: GrowingText(index, request, self.model.tokenizer) for index, request in enumerate(requests)}
         try:
             while texts:
-                for index, emission in _step(engine):
+                for index, emission in engine.step():
+                    if isinstance(emission, Failure):
+                        raise UserError(f"prompts.{index}: {emission.reason}")
                     if index not in texts:
                         continue  # of several tokens an earlier one has ended the text, by a stop string
                     piece = texts[index].take(emission)
@@ -163,16 +170,6 @@ def open_model(folder: Path, config: Config) -> "OpenedModel":
     from megatron_ee.inference.loading import load_model  # imports megatron-core, which needs a chosen device
 
     return load_model(folder, config, device)
-
-
-def _step(engine: "Engine") -> list[tuple[int, Emission]]:
-    from megatron_ee.inference.sampling import NoTokenError
-
-    try:
-        return engine.step()
-    except NoTokenError as error:
-        names = ", ".join(f"prompts.{index}" for index in error.rows)
-        raise UserError(f"{names}: no token can be chosen: {error.reason}") from error
 
 
 def _add(engine: "Engine", index: int, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""What goes into decoding and what comes out: the two types that all callers share."""
+"""What goes into decoding and what comes out: the types that all callers share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,3 +77,14 @@ class Emission:
     def drafted(self) -> bool:
         """Whether an exit proposed it."""
         return self.draft_exit is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A text that ends before its end.
+
+    Attributes:
+        reason: for its reader: what went wrong.
+    """
+
+    reason: str

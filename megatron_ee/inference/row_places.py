@@ -1,7 +1,7 @@
 """Where the rows of a launch are: in the cache, among rotations, and among states that wait.
 
-Shapes: N rows, B sequences, T positions attended to, P slots, C capacity, G key-value heads, X what a rotation turns of
-each of them, D head dimension.
+Shapes: N rows, B sequences, T positions attended to, M places in the cache, G key-value heads, X what a rotation turns
+of each of them, D head dimension.
 """
 
 from collections.abc import Sequence
@@ -51,23 +51,32 @@ def places_of(rows: Sequence[SequenceRows], cache: KeyValueCache, rotation: Rota
 
 
 class Neighbours:
-    """Of one sequence: its rows follow each other wherever they are, and are found without a list of places."""
+    """Of one sequence: its rows follow each other, mostly in the cache too, and are found without a list of places."""
 
     def __init__(self, rows: SequenceRows, cache: KeyValueCache, rotation: RotationTable) -> None:
         self._rows, self._cache = rows, cache
         self._own = slice(rows.positions.start, rows.positions.stop)
+        self._start = cache.blocks.start(rows.slot)
+        self._written = cache.where(rows.slot, rows.positions)
         self.rotation = rotation.of(self._own)
+        self._read: slice | torch.Tensor = slice(0)
+        self._length = 0
 
     def positions(self) -> torch.Tensor:
-        return self._cache.positions_C[self._own]
+        return self._cache.positions_M[self._own]
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
-        own_G2ND = self._cache.of(attention)[self._rows.slot, :, :, self._own]
-        own_G2ND.copy_(kv_NG2D.permute(1, 2, 0, 3))
+        kv_1G2ND = kv_NG2D.permute(1, 2, 0, 3)[None]
+        room_1G2MD = self._cache.of(attention)
+        if isinstance(self._written, slice):
+            room_1G2MD[:, :, :, self._written].copy_(kv_1G2ND)
+        else:
+            room_1G2MD.index_copy_(3, self._written, kv_1G2ND)
 
     def read(self, attention: int, length: int) -> tuple[torch.Tensor, ...]:
-        slot = self._rows.slot
-        return self._cache.of(attention)[slot : slot + 1, :, :, :length].unbind(2)
+        if length != self._length:
+            self._read, self._length = self._cache.where(self._rows.slot, range(length)), length
+        return self._cache.of(attention)[:, :, :, self._read].unbind(2)
 
     def among(self, room: int) -> slice | torch.Tensor:
         slot, positions = self._rows
@@ -81,13 +90,14 @@ class Scattered:
     """Of several sequences."""
 
     def __init__(self, rows: Sequence[SequenceRows], cache: KeyValueCache, rotation: RotationTable) -> None:
-        self._cache = cache
+        self._cache, self._sequences = cache, [slot for slot, _ in rows]
         slots = [slot for slot, positions in rows for _ in positions]
-        places = [place for _, positions in rows for place in positions]
-        self._slots_N, self._positions_N = torch.tensor([slots, places], device=rotation.device)
+        positions = [position for _, of in rows for position in of]
+        places = [place for slot, of in rows for place in cache.blocks.places(slot, of)]
+        self._slots_N, self._positions_N, places_N = torch.tensor([slots, positions, places], device=rotation.device)
         self.rotation = rotation.at(self._positions_N)
-        self._written_NX = cache.places(self._slots_N, self._positions_N)
-        self._read = _Read.of([slot for slot, _ in rows], rotation.device)
+        self._written_NX = cache.vectors_at(places_N)
+        self._read: _Spaced | _Picked | None = None
 
     def positions(self) -> torch.Tensor:
         return self._positions_N
@@ -96,27 +106,39 @@ class Scattered:
         self._cache.vectors_of(attention).index_copy_(0, self._written_NX, kv_NG2D.flatten(0, 2))
 
     def read(self, attention: int, length: int) -> tuple[torch.Tensor, ...]:
-        return self._read.from_(self._cache.of(attention), length)
+        if self._read is None or self._read.length != length:
+            self._read = _reading(self._cache, self._sequences, length)
+        return self._read.of(self._cache, attention)
 
     def among(self, room: int) -> torch.Tensor:
         return self._slots_N * room + self._positions_N % room
 
 
-class _Read(NamedTuple):
-    """Which slots of the cache a launch reads: neighbours without a copy, others by a copy."""
+class _Spaced(NamedTuple):
+    """Sequences at equal distances, with nobody else between them."""
 
     first: int
-    stop: int
-    picked_B: torch.Tensor | None
+    spacing: int
+    num_sequences: int
+    length: int
 
-    @classmethod
-    def of(cls, slots: Sequence[int], device: torch.device) -> "_Read":
-        if list(slots) == list(range(slots[0], slots[0] + len(slots))):
-            return cls(slots[0], slots[-1] + 1, None)
-        return cls(0, 0, torch.tensor(slots, device=device))
+    def of(self, cache: KeyValueCache, attention: int) -> tuple[torch.Tensor, ...]:
+        return cache.spaced(attention, self.first, self.spacing, self.num_sequences, self.length)
 
-    def from_(self, room_PG2CD: torch.Tensor, length: int) -> tuple[torch.Tensor, ...]:
-        """Keys and values, each [B, G, T, D]."""
-        if self.picked_B is None:
-            return room_PG2CD[self.first : self.stop, :, :, :length].unbind(2)
-        return room_PG2CD[:, :, :, :length].index_select(0, self.picked_B).unbind(2)
+
+class _Picked(NamedTuple):
+    places_X: torch.Tensor
+    length: int
+
+    def of(self, cache: KeyValueCache, attention: int) -> tuple[torch.Tensor, ...]:
+        return cache.picked(attention, self.places_X, self.length)
+
+
+def _reading(cache: KeyValueCache, slots: Sequence[int], length: int) -> _Spaced | _Picked:
+    spacing = cache.blocks.spacing_of(slots, length)
+    if spacing is not None:
+        first = cache.blocks.start(slots[0])
+        assert first is not None
+        return _Spaced(first, spacing, len(slots), length)
+    blocks_BX = cache.blocks_of(slots, length).to(cache.positions_M.device)
+    return _Picked(cache.places_of(blocks_BX, length), length)

@@ -24,6 +24,7 @@ class DecodingSequence:
         draft: of the tokens that are on their way, where it drafts.
         at: layers that its rows on their way have run; 0 where tokens enter next.
         since: the launch that brought them there.
+        is_silent: there is no token to choose for it, and never will be.
     """
 
     request: Request
@@ -39,6 +40,7 @@ class DecodingSequence:
     at: int = 0
     since: int = 0
     finish: FinishReason | None = None
+    is_silent: bool = False
 
     def next_stop(self, start: int, num_layers: int) -> int:
         """Where rows that have run `start` layers are looked at next."""
@@ -63,6 +65,29 @@ class DecodingSequence:
     def num_positions(self) -> int:
         """That its tokens have in the model: all but the newest token's."""
         return len(self.request.prompt) + len(self.draws.answer) - 1
+
+    @property
+    def next_positions(self) -> int:
+        """Positions that there have to be before its next token: those of a whole draft, if it drafts."""
+        drafted = 0 if self.draft is None else self.draft.length
+        return len(self.request.prompt) + len(self.draws.answer) + drafted
+
+    @property
+    def most_positions(self) -> int:
+        """Positions that it may ever have."""
+        return len(self.request.prompt) + self.limit - 1
+
+    @property
+    def may_start_over(self) -> bool:
+        """Whether all that the model knows of it would be the same again: nothing of it is an approximation by what
+        happened to it, and nothing is under way."""
+        is_between_tokens = self.at == 0 and (self.draft is None or not self.draft.tokens)
+        return is_between_tokens and self.rule.kv_policy != "propagate"
+
+    def start_over(self) -> None:
+        """Its prompt, and all that it has said, are to enter the model again."""
+        assert self.may_start_over
+        self.unfed = [*self.request.prompt, *self.draws.answer]
 
     def begin_draft(self) -> None:
         """Before its next token, if it speculates: never more than what may be said before full depth adds a token."""

@@ -16,19 +16,20 @@ from megatron_ee.inference.sequences import DecodingSequence
 from megatron_ee.inference.speculation.draft import Draft
 
 
-def speak(asked: AskedExit, sequences: Sequence[DecodingSequence], confidences: Sequence[float]) -> list[Emission]:
-    """A token of each sequence; where exits are heard, of the logits that they correct.
+def speak(
+    asked: AskedExit, sequences: Sequence[DecodingSequence], confidences: Sequence[float]
+) -> list[Emission | None]:
+    """A token of each sequence; where exits are heard, of the logits that they correct. None: there is none to choose.
 
     Args:
         asked: a row of each.
-
-    Raises:
-        NoTokenError: there is none to choose in some rows.
     """
     logits_NV = _corrected(asked, sequences)
     choices = choose(logits_NV, [sequence.draws for sequence in sequences])
     return [
-        _say(sequence, choice, asked.layer, confidence, logits_NV[row] if sequence.wants_passed else None)
+        None
+        if choice is None
+        else _say(sequence, choice, asked.layer, confidence, logits_NV[row] if sequence.wants_passed else None)
         for row, (sequence, choice, confidence) in enumerate(zip(sequences, choices, confidences, strict=True))
     ]
 

@@ -1,8 +1,8 @@
 """Single rows of sequences, of which all that attention needs is computed from tensors that stay where they are: work
 on them can be recorded once and repeated. `Launch` says what they compute.
 
-Shapes: N rows, some of which may be padding; P slots, C capacity, T positions attended to, G key-value heads, R query
-heads of each of these, X the R queries, a key and a value, D head dimension.
+Shapes: N rows, some of which may be padding; T positions attended to, B blocks that hold as many, G key-value heads, R
+query heads of each of these, X the R queries, a key and a value, D head dimension.
 """
 
 from typing import NamedTuple
@@ -21,51 +21,62 @@ class Extent(NamedTuple):
     Attributes:
         rows: N.
         length: T.
-        are_neighbours: whether row n is slot n, so that the cache is read where it is; others read a copy.
+        are_spaced: whether row n begins at n times the cache's spacing, so that it is read where it is; others read a
+            copy.
     """
 
     rows: int
     length: int
-    are_neighbours: bool
+    are_spaced: bool
 
 
 class StaticRows:
     """
     Args:
-        places_3N: int64: each row's slot, its position, and the position at which its keys and values are written,
-            which is elsewhere for padding. It may change between `begin` and `begin`.
+        places_2N: int64: each row's position, and the place at which its keys and values are written. It may change
+            between `begin` and `begin`, as may the blocks.
+        blocks_NB: int64: those of each row's sequence.
     """
 
-    def __init__(self, extent: Extent, places_3N: torch.Tensor, cache: KeyValueCache, rotation: RotationTable) -> None:
-        self._extent, self._places_3N, self._cache, self._rotation = extent, places_3N, cache, rotation
+    def __init__(
+        self,
+        extent: Extent,
+        places_2N: torch.Tensor,
+        blocks_NB: torch.Tensor,
+        cache: KeyValueCache,
+        rotation: RotationTable,
+    ) -> None:
+        self._extent, self._places_2N, self._blocks_NB = extent, places_2N, blocks_NB
+        self._cache, self._rotation = cache, rotation
 
     def begin(self) -> None:
         """Compute what all layers share."""
-        slots_N, positions_N, written_N = self._places_3N.unbind()
-        self._slots_N = slots_N
+        positions_N, written_N = self._places_2N.unbind()
         self._cosine, self._sine = self._rotation.at(positions_N)
-        self._written_NX = self._cache.places(slots_N, written_N)
+        self._written_NX = self._cache.vectors_at(written_N)
+        if not self._extent.are_spaced:
+            self._read_X = self._cache.places_of(self._blocks_NB, self._extent.length)
         windows = {self._narrow(window) for window in self._cache.windows.values()}
         self._masks = {window: self._mask(window, positions_N) for window in windows}
 
     def attend(self, attention: int, qkv_NGXD: torch.Tensor, scale: float) -> torch.Tensor:
         """As `Launch.attend`."""
         turned_NGXD = turn(qkv_NGXD, self._cosine, self._sine)
-        room_PG2CD, head_dim = self._cache.of(attention), qkv_NGXD.shape[-1]
-        kv_NXD = turned_NGXD[:, :, -2:].reshape(-1, head_dim)
-        room_PG2CD.view(-1, head_dim).index_copy_(0, self._written_NX, kv_NXD)
-        keys_NGTD, values_NGTD = self._read(room_PG2CD).unbind(2)
+        kv_XD = turned_NGXD[:, :, -2:].reshape(-1, qkv_NGXD.shape[-1])
+        self._cache.vectors_of(attention).index_copy_(0, self._written_NX, kv_XD)
+        keys_NGTD, values_NGTD = self._read(attention)
         mask = self._masks[self._narrow(self._cache.windows[attention])]
         context_NGRD = scaled_dot_product_attention(
             turned_NGXD[:, :, :-2], keys_NGTD, values_NGTD, attn_mask=mask, scale=scale
         )
         return context_NGRD.reshape(len(context_NGRD), -1)
 
-    def _read(self, room_PG2CD: torch.Tensor) -> torch.Tensor:
-        """[N, G, 2, T, D]"""
-        if self._extent.are_neighbours:
-            return room_PG2CD[: self._extent.rows, :, :, : self._extent.length]
-        return room_PG2CD[:, :, :, : self._extent.length].index_select(0, self._slots_N)
+    def _read(self, attention: int) -> tuple[torch.Tensor, ...]:
+        """Keys and values, each [N, G, T, D]."""
+        rows, length, are_spaced = self._extent
+        if are_spaced:
+            return self._cache.spaced(attention, 0, self._cache.blocks.spacing, rows, length)
+        return self._cache.picked(attention, self._read_X, length)
 
     def _narrow(self, window: Window) -> Window:
         return window if window is not None and window < self._extent.length else None

@@ -186,7 +186,7 @@ def decoded_through_graphs(name: DeviceName) -> dict[str, Any]:
     return {
         "same": texts == plain_texts,
         "depths": sorted({layer for text in texts for _, layer in text}),
-        "distance": max(_distance(ours_PG2CD[:, :, :, :96], theirs_PG2CD) for ours_PG2CD, theirs_PG2CD in both),
+        "distance": max(_distance(ours[..., :-1, :], theirs[..., :-1, :]) for ours, theirs in both),
         "graphs": 0 if graphs is None else graphs.num_graphs,
     }
 

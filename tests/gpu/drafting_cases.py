@@ -48,7 +48,10 @@ def drafted(name: DeviceName) -> dict[str, Any]:
         behind = max(behind, float((logits_SV.amax(-1) - logits_SV[torch.arange(len(tokens)), tokens]).max()))
     graphs = batch.walk._graphs
     ends = [len(prompt) + 23 for prompt in asked]
-    left = [batch.walk.cache.of(1)[slot, :, :, end:47].count_nonzero() for slot, end in enumerate(ends)]
+    left = [
+        sum(part_GTD[:, end:].count_nonzero() for part_GTD in batch.walk.cache.read(1, slot, 47))
+        for slot, end in enumerate(ends)
+    ]
     return {
         "same": [tokens_of(text) for text in texts] == [tokens_of(text) for text in plain_texts],
         "behind": behind,

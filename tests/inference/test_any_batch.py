@@ -198,7 +198,8 @@ def test_what_overflowed_in_a_slot_does_not_reach_the_next_sequence(mesh: Mesh, 
     for _ in range(2):
         batch.step()
     for number in batch.walk.cache.windows:
-        batch.walk.cache.of(number)[slot, :, :, : batch.walk.ledger.length(slot)] = torch.nan
+        for part_GTD in batch.walk.cache.read(number, slot, batch.walk.ledger.length(slot)):
+            part_GTD.fill_(torch.nan)
     batch.remove(slot)
     assert batch.add(next_) == slot
     text = [emission for _ in range(6) for of, emission in batch.step() if of == slot]

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from megatron_ee.config import ExitParams, SchedulingParams
 from megatron_ee.inference.batch import Batch
+from megatron_ee.inference.blocks import Blocks
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.opened import OpenedModel
-from megatron_ee.inference.request import Emission, Request
+from megatron_ee.inference.request import Emission, Failure, Request
 from megatron_ee.inference.scheduling.strategies.named import make_planner
 from megatron_ee.parallel.mesh import Mesh
 
@@ -44,19 +45,29 @@ def model(request: pytest.FixtureRequest, mesh: Mesh) -> OpenedModel:
     return opened(stage)
 
 
-def engine_of(model: OpenedModel, strategy: str, *, residents: int, chunk: int = 8, **scheduling: Any) -> Engine:
+def engine_of(
+    model: OpenedModel,
+    strategy: str,
+    *,
+    residents: int,
+    chunk: int = 8,
+    blocks: Blocks | None = None,
+    whole: bool = True,
+    **scheduling: Any,
+) -> Engine:
     params = SchedulingParams.model_validate({"strategy": strategy, **scheduling})
     planner = make_planner(params, model.launch_costs, model.depths, residents=residents, prefill_chunk=chunk)
-    return Engine(Batch(model, slots=residents, capacity=CAPACITY, prefill_chunk=chunk), planner)
+    batch = Batch(model, slots=residents, capacity=CAPACITY, prefill_chunk=chunk, blocks=blocks)
+    return Engine(batch, planner, whole=whole)
 
 
-def requests_of(seed: int, count: int) -> list[Request]:
+def requests_of(seed: int, count: int, *, longest: int = 12) -> list[Request]:
     numbers = random.Random(seed)
     return [
         request(
             [numbers.randrange(VOCAB_SIZE) for _ in range(numbers.choice([1, 3, 5, 20]))],
             ExitParams.model_validate(numbers.choice(MODES)),
-            max_new_tokens=numbers.randint(1, 12),
+            max_new_tokens=numbers.randint(1, longest),
             seed=numbers.randrange(1000),
             **numbers.choice(SAMPLING),
         )
@@ -73,8 +84,20 @@ def assert_nothing_is_left(engine: Engine, residents: int) -> None:
     assert engine.is_idle and engine.num_waiting == 0
     assert engine.batch.free_slots == residents
     assert engine.batch.fronts() == []
+    assert walk.blocks.num_free == walk.blocks.num_positions
+    assert all(not walk.blocks.of(slot) for slot in range(residents))
     for attention in walk.cache.windows:
         assert not walk.cache.of(attention).any(), "keys and values of nobody"
+
+
+def assert_blocks_and_ledger_agree(engine: Engine) -> None:
+    """At most one owner for each block; of every sequence all positions that have run have a place."""
+    walk, inside = engine.batch.walk, {front.slot for front in engine.batch.fronts()}
+    taken = [block for slot in range(walk.blocks.slots) for block in walk.blocks.of(slot)]
+    assert len(taken) == len(set(taken)) == walk.blocks.num_blocks - walk.blocks.num_free // walk.blocks.size
+    for slot in inside:
+        assert walk.ledger.length(slot) <= walk.blocks.room(slot)
+    assert all(not walk.blocks.of(slot) for slot in range(walk.blocks.slots) if slot not in inside)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -84,6 +107,7 @@ def test_any_load_by_any_strategy_is_each_request_alone(model: OpenedModel, data
         data.draw(st.integers(0, 10**6), label="seed"), data.draw(st.integers(1, 9), label="requests")
     )
     residents = data.draw(st.integers(1, 6), label="residents")
+    longest = max(len(of.prompt) + of.sampling.max_new_tokens - 1 for of in requests)
     engine = engine_of(
         model,
         data.draw(st.sampled_from(STRATEGIES), label="strategy"),
@@ -91,19 +115,28 @@ def test_any_load_by_any_strategy_is_each_request_alone(model: OpenedModel, data
         chunk=data.draw(st.sampled_from([1, 3, 8, 64]), label="prefill_chunk"),
         launch_rows=data.draw(st.integers(1, residents), label="launch_rows"),
         max_wait=data.draw(st.sampled_from([1, 3, 1000]), label="max_wait"),
+        blocks=Blocks(
+            residents,
+            data.draw(st.integers(longest, 3 * longest), label="positions"),
+            data.draw(st.sampled_from([1, 3, 16]), label="block_size"),
+        ),
+        whole=data.draw(st.booleans(), label="whole"),
     )
+    priorities = [data.draw(st.integers(0, 2)) for _ in requests]
     arrivals = sorted(data.draw(st.integers(0, 30)) for _ in requests)
     aborts = data.draw(st.dictionaries(st.integers(0, len(requests) - 1), st.integers(0, 40)), label="aborts")
     texts: dict[int, list[Emission]] = {}
     step = 0
     while len(texts) < len(requests) or not engine.is_idle:
         while len(texts) < len(requests) and arrivals[len(texts)] <= step:
-            texts[engine.add(requests[len(texts)])] = []
+            texts[engine.add(requests[len(texts)], priority=priorities[len(texts)])] = []
         for number, when in aborts.items():
             if when == step:
                 engine.abort(number)
         for number, emission in engine.step():
+            assert isinstance(emission, Emission)
             texts[number].append(emission)
+        assert_blocks_and_ledger_agree(engine)
         step += 1
         assert step < 3000, "somebody waits for ever"
     assert_nothing_is_left(engine, residents)
@@ -140,3 +173,100 @@ def test_what_is_wrong_with_a_request_is_said_when_it_comes(model: OpenedModel) 
         engine.add(request([1] * 60, ExitParams(), max_new_tokens=9))
     assert engine.is_idle
     engine.abort(5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_who_makes_way_says_the_same_in_the_end(model: OpenedModel, strategy: str) -> None:
+    """Memory for two or three of them: many are paused in the middle, drafts and samples among them."""
+    requests = requests_of(11, 16, longest=30)
+    engine = engine_of(model, strategy, residents=8, blocks=Blocks(8, 60, 1), whole=False)
+    numbers = [engine.add(of) for of in requests]
+    texts: dict[int, list[Emission]] = {number: [] for number in numbers}
+    while not engine.is_idle:
+        for number, emission in engine.step():
+            assert isinstance(emission, Emission)
+            texts[number].append(emission)
+        assert_blocks_and_ledger_agree(engine)
+    assert engine.num_paused > 5
+    assert_nothing_is_left(engine, 8)
+    for number, of in zip(numbers, requests, strict=True):
+        (alone,) = texts_of(model, [of])
+        assert said(texts[number]) == said(alone), of
+
+
+def test_the_first_are_never_paused(model: OpenedModel) -> None:
+    """By priority, then by arrival: whoever comes before all others ends as if it were alone."""
+    params = ExitParams(mode="full")
+    engine = engine_of(model, "compaction", residents=4, blocks=Blocks(4, 32, 4), whole=False)
+    late = [engine.add(request([1, 2, 3], params, max_new_tokens=20), priority=1) for _ in range(3)]
+    engine.step()
+    urgent = engine.add(request([4, 5], params, max_new_tokens=20))
+    ends: list[int] = []
+    steps = 0
+    while not engine.is_idle:
+        ends += [number for number, of in engine.step() if isinstance(of, Emission) and of.finish]
+        steps += 1
+        if urgent in ends and steps < 100:
+            assert steps <= 21, "one launch to enter and one a token"
+            steps = 100
+    assert ends == [urgent, *late]
+    assert engine.num_paused > 0
+
+
+def test_nobody_is_taken_in_whose_longest_answer_may_not_fit(model: OpenedModel) -> None:
+    engine = engine_of(model, "compaction", residents=4, blocks=Blocks(4, 32, 4))
+    for _ in range(4):
+        engine.add(request([1, 2, 3, 4], ExitParams(mode="full"), max_new_tokens=12))
+    while not engine.is_idle:
+        engine.step()
+        assert engine.batch.free_slots >= 2, "two of them take 16 positions each"
+    assert engine.num_paused == 0
+    with pytest.raises(ValueError, match="4 \\+ 30 new tokens do not fit into 32 positions"):
+        engine.add(request([1, 2, 3, 4], ExitParams(mode="full"), max_new_tokens=30))
+
+
+def test_a_deadline_ends_a_request_wherever_it_is_and_nobody_else(model: OpenedModel) -> None:
+    engine = engine_of(model, "rebatch", residents=2)
+    of = request([1, 2], ExitParams(mode="full"), max_new_tokens=12)
+    inside, other, waiting = engine.add(of, deadline=4.0), engine.add(of), engine.add(of, deadline=5.0)
+    texts: dict[int, list[Emission | Failure]] = {inside: [], other: [], waiting: []}
+    now = 0.0
+    while not engine.is_idle:
+        for number, said_now in engine.step(now):
+            texts[number].append(said_now)
+        now += 1.0
+    for number in (inside, waiting):
+        *tokens, last = texts[number]
+        assert isinstance(last, Failure) and "deadline" in last.reason
+        assert len(tokens) == (4 if number == inside else 1), "its place was free at 4"
+    assert [of.token for of in texts[other] if isinstance(of, Emission)] == [
+        of.token for of in texts_of(model, [of])[0]
+    ]
+    assert_nothing_is_left(engine, 2)
+
+
+def test_who_has_no_token_to_choose_fails_alone(mesh: Mesh) -> None:
+    stage = whole_model(mesh, exits=[2, 5], dtype=torch.float64, model={"tie_embeddings": False})
+    with torch.no_grad():
+        assert stage.embedding is not None
+        stage.embedding.weight[7] = torch.nan
+    model = opened(stage)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "logit_bias": {7: -100.0}}
+    good = [request([4, 5, 6], ExitParams(mode="full"), seed=number, **settings) for number in range(3)]
+    engine = engine_of(model, "compaction", residents=4)
+    numbers = [engine.add(of) for of in good]
+    bad = engine.add(request([4, 7], ExitParams(mode="full")))
+    texts: dict[int, list[Emission]] = {number: [] for number in numbers}
+    failed: list[int] = []
+    while not engine.is_idle:
+        for number, of in engine.step():
+            if isinstance(of, Failure):
+                assert "no token can be chosen" in of.reason
+                failed.append(number)
+            else:
+                texts[number].append(of)
+    assert failed == [bad]
+    for number, wanted in zip(numbers, good, strict=True):
+        (alone,) = texts_of(model, [wanted])
+        assert said(texts[number]) == said(alone)
+    assert_nothing_is_left(engine, 4)

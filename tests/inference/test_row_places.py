@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.models import whole_model
 
+from megatron_ee.inference.blocks import Blocks
 from megatron_ee.inference.kv_cache import KeyValueCache
 from megatron_ee.inference.row_places import Neighbours, RowPlaces, Scattered, SequenceRows, places_of
 from megatron_ee.model.rotary import Rotary, RotationTable
@@ -20,10 +21,25 @@ def stage(mesh: Mesh) -> Stage:
     return whole_model(mesh, exits=[2, 5], dtype=torch.float64)
 
 
-def both(stage: Stage, rows: SequenceRows) -> list[tuple[KeyValueCache, RowPlaces]]:
+ORDERS = {
+    "one after the other": {0: [0, 1, 2], 1: [3, 4, 5], 2: [6, 7, 8]},
+    "in pieces": {0: [8, 1, 4], 1: [0, 2, 6], 2: [3, 7, 5]},
+}
+
+
+def cache_of(stage: Stage, order: str = "one after the other") -> KeyValueCache:
+    """Of three sequences, which have blocks of four positions."""
+    blocks = Blocks(3, 3 * CAPACITY, 4)
+    for slot, own in ORDERS[order].items():
+        for block in own:
+            blocks._take(slot, block)
+    return KeyValueCache(stage, blocks)
+
+
+def both(stage: Stage, rows: SequenceRows, order: str) -> list[tuple[KeyValueCache, RowPlaces]]:
     found: list[tuple[KeyValueCache, RowPlaces]] = []
     for kind in (lambda *of: Neighbours(rows, *of), lambda *of: Scattered([rows], *of)):
-        cache = KeyValueCache(stage, 3, CAPACITY)
+        cache = cache_of(stage, order)
         found.append((cache, kind(cache, rotation_of(stage, cache))))
     return found
 
@@ -33,10 +49,11 @@ def rotation_of(stage: Stage, cache: KeyValueCache) -> RotationTable:
     return RotationTable(Rotary(stage.model, device), CAPACITY, cache.group, torch.float64, device)
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("slot", [0, 2])
 @pytest.mark.parametrize("positions", [range(1), range(5), range(7, 8), range(7, 12)], ids=str)
-def test_slices_and_lists_of_places_are_the_same(stage: Stage, slot: int, positions: range) -> None:
-    (cache, ours), (expected_cache, expected) = both(stage, SequenceRows(slot, positions))
+def test_slices_and_lists_of_places_are_the_same(stage: Stage, slot: int, positions: range, order: str) -> None:
+    (cache, ours), (expected_cache, expected) = both(stage, SequenceRows(slot, positions), order)
     assert torch.equal(ours.positions(), expected.positions())
     assert ours.positions().tolist() == list(positions)
     for part, other in zip(ours.rotation, expected.rotation, strict=True):
@@ -60,12 +77,54 @@ def test_slices_and_lists_of_places_are_the_same(stage: Stage, slot: int, positi
 def test_states_wait_where_those_of_a_room_before_them_did(stage: Stage, room: int, positions: range) -> None:
     """In one piece, or in two where the room ends between them."""
     list_of_all = torch.arange(3 * room)
-    for _, places in both(stage, SequenceRows(2, positions)):
+    for _, places in both(stage, SequenceRows(2, positions), "in pieces"):
         assert list_of_all[places.among(room)].tolist() == [2 * room + position % room for position in positions]
 
 
 def test_one_sequence_is_found_by_slices_and_several_by_lists(stage: Stage) -> None:
-    cache = KeyValueCache(stage, 3, CAPACITY)
+    cache = cache_of(stage)
     rows = [SequenceRows(0, range(2, 4)), SequenceRows(2, range(5, 6))]
     assert isinstance(places_of(rows[:1], cache, rotation_of(stage, cache)), Neighbours)
     assert isinstance(places_of(rows, cache, rotation_of(stage, cache)), Scattered)
+
+
+@pytest.mark.parametrize("slots", [[0, 1], [0, 1, 2], [1, 2], [0, 2], [2, 0, 1]], ids=str)
+@pytest.mark.parametrize("length", [3, 9, CAPACITY])
+def test_sequences_are_read_the_same_wherever_their_blocks_are(stage: Stage, slots: list[int], length: int) -> None:
+    """Where they begin at equal distances, without a copy; nobody sees what is another's."""
+    read: list[tuple[torch.Tensor, ...]] = []
+    for order in ORDERS:
+        cache = cache_of(stage, order)
+        for slot in range(3):
+            generator = torch.Generator().manual_seed(slot)
+            for part_GTD in cache.read(3, slot, CAPACITY):
+                if isinstance(cache.where(slot, range(CAPACITY)), slice):
+                    part_GTD.copy_(torch.randn(part_GTD.shape, generator=generator, dtype=part_GTD.dtype))
+            if not isinstance(where := cache.where(slot, range(CAPACITY)), slice):
+                for part in range(2):
+                    shape = (cache.heads, CAPACITY, stage.config.kv_channels)
+                    cache.of(3)[0, :, part, where] = torch.randn(shape, generator=generator, dtype=torch.float64)
+        places = Scattered([SequenceRows(slot, range(length)) for slot in slots], cache, rotation_of(stage, cache))
+        read.append(places.read(3, length))
+        for part_BGTD in read[-1]:
+            assert part_BGTD.shape == (len(slots), cache.heads, length, stage.config.kv_channels)
+        for number, slot in enumerate(slots):
+            for part_BGTD, own_GTD in zip(read[-1], cache.read(3, slot, length), strict=True):
+                assert torch.equal(part_BGTD[number], own_GTD)
+    for ours_BGTD, theirs_BGTD in zip(*read, strict=True):
+        assert torch.equal(ours_BGTD, theirs_BGTD)
+
+
+def test_beyond_its_end_a_sequence_reads_zeros_and_nothing_of_anybody_else(stage: Stage) -> None:
+    """What is no number in a neighbour would be none in the sum that leaves it out."""
+    blocks = Blocks(3, 3 * CAPACITY, 4)
+    for slot, block in ((0, 0), (1, 3), (2, 1), (2, 2)):
+        blocks._take(slot, block)
+    cache = KeyValueCache(stage, blocks)
+    for part in cache.read(3, 2, 8):
+        part.fill_(torch.nan)
+    places = Scattered([SequenceRows(0, range(3)), SequenceRows(1, range(4))], cache, rotation_of(stage, cache))
+    assert blocks.spacing_of([0, 1], 4) == 12
+    assert blocks.spacing_of([0, 1], 5) is None
+    for part_BGTD in places.read(3, 7):
+        assert not part_BGTD.any()

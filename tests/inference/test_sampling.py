@@ -154,23 +154,22 @@ def test_of_equals_the_lowest_id(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("settings", [{}, {"presence_penalty": 1.0}, {"temperature": 1.0, "top_k": 2, "top_p": 0.9}])
-def test_what_allows_no_choice_is_an_error_that_names_the_row(
+def test_a_row_that_allows_no_choice_has_none_and_its_neighbours_have(
     dtype: torch.dtype, bad: float, settings: dict[str, Any]
 ) -> None:
     logits = torch.zeros(3, 8, dtype=dtype)
     logits[1, 2:] = bad
     logits[1, :2] = bad if bad < 0 else 1
     of = draws(answer=(3,), **settings)
-    with pytest.raises(NoTokenError, match=r"^no token can be chosen in row 1 of the batch: ") as caught:
-        choose(logits, [draws(), of, of])
-    assert caught.value.rows == (1,)
+    before, silent, after = choose(logits, [draws(), of, draws(logprobs=1)])
+    assert before is not None and silent is None and after is not None
+    assert choose(logits, [draws(), draws(logprobs=2, **settings), of])[1] is None
     assert probabilities(logits, [Row(of)] * 3).isnan().tolist() == [[False] * 8, [True] * 8, [False] * 8]
 
 
-def test_a_ban_on_all_tokens_is_an_error() -> None:
+def test_a_ban_on_all_tokens_leaves_none() -> None:
     of = draws(min_new_tokens=1, stop_token_ids=(0, 1))
-    with pytest.raises(NoTokenError):
-        choose(torch.zeros(1, 2), [of])
+    assert choose(torch.zeros(1, 2), [of]) == [None]
 
 
 def test_stop_tokens_of_the_model_beyond_the_vocabulary_ban_nothing_else() -> None:

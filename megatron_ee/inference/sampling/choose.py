@@ -11,7 +11,7 @@ import torch
 from megatron_ee.inference.request import Logprobs
 from megatron_ee.inference.sampling.adjust import adjusted
 from megatron_ee.inference.sampling.distribution import sampled_probabilities
-from megatron_ee.inference.sampling.draw import drawn, likeliest, listed
+from megatron_ee.inference.sampling.draw import NO_TOKEN, drawn, likeliest
 from megatron_ee.inference.sampling.draws import Draws, Row
 from megatron_ee.inference.sampling.logprobs import logprobs_of
 from megatron_ee.inference.sampling.rows import pick
@@ -23,18 +23,19 @@ class Choice:
     logprobs: Logprobs | None = None
 
 
-def choose(logits_NV: torch.Tensor, draws: Sequence[Draws]) -> list[Choice]:
-    """A token for each row, and its log-probabilities where the request wants them.
-
-    Raises:
-        NoTokenError: a row's logits are NaN, infinite or all ruled out.
-    """
+def choose(logits_NV: torch.Tensor, draws: Sequence[Draws]) -> list[Choice | None]:
+    """A token for each row, and its log-probabilities where the request wants them. None: a row's logits are NaN,
+    infinite or all ruled out."""
     assert len(logits_NV) == len(draws)
     if all(of.is_plain for of in draws):
-        return [Choice(token) for token in listed(likeliest(logits_NV))]
+        return [_choice(token) for token in likeliest(logits_NV).tolist()]
     tokens = _tokens(logits_NV, draws)
     logprobs = _logprobs(logits_NV, tokens, draws)
-    return [Choice(token, logprobs.get(number)) for number, token in enumerate(tokens)]
+    return [_choice(token, logprobs.get(number)) for number, token in enumerate(tokens)]
+
+
+def _choice(token: int, logprobs: Logprobs | None = None) -> Choice | None:
+    return None if token == NO_TOKEN else Choice(token, logprobs)
 
 
 def _tokens(logits_NV: torch.Tensor, draws: Sequence[Draws]) -> list[int]:
@@ -45,7 +46,7 @@ def _tokens(logits_NV: torch.Tensor, draws: Sequence[Draws]) -> list[int]:
         kinds.setdefault(kind, []).append(number)
     found = [kind(pick(logits_NV, numbers), [draws[number] for number in numbers]) for kind, numbers in kinds.items()]
     numbers = [number for of_kind in kinds.values() for number in of_kind]
-    return listed(torch.cat(found), numbers)
+    return [token for _, token in sorted(zip(numbers, torch.cat(found).tolist(), strict=True))]
 
 
 def _as_they_are(logits_MV: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
@@ -65,7 +66,11 @@ def _logprobs(logits_NV: torch.Tensor, tokens: Sequence[int], draws: Sequence[Dr
     """By the number of the row, of those that want them."""
     found: dict[int, Logprobs] = {}
     for top in {of.params.logprobs for of in draws if of.params.logprobs is not None}:
-        numbers = [number for number, of in enumerate(draws) if of.params.logprobs == top]
+        numbers = [
+            number
+            for number, (token, of) in enumerate(zip(tokens, draws, strict=True))
+            if of.params.logprobs == top and token != NO_TOKEN
+        ]
         of_numbers = logprobs_of(pick(logits_NV, numbers), [tokens[number] for number in numbers], top)
         found.update(zip(numbers, of_numbers, strict=True))
     return found

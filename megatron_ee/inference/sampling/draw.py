@@ -47,7 +47,10 @@ def draw(p_NV: torch.Tensor, u_N: torch.Tensor) -> list[int]:
     Raises:
         NoTokenError: a row is NaN, infinite or zero.
     """
-    return listed(drawn(p_NV, u_N))
+    tokens: list[int] = drawn(p_NV, u_N).tolist()
+    if NO_TOKEN in tokens:
+        raise NoTokenError([row for row, token in enumerate(tokens) if token == NO_TOKEN])
+    return tokens
 
 
 def drawn(p_NV: torch.Tensor, u_N: torch.Tensor) -> torch.Tensor:
@@ -76,20 +79,3 @@ def _likeliest_by_numpy(logits_NV: np.ndarray) -> torch.Tensor:
         if not math.isfinite(logits_NV.item(row, token)):
             tokens_N[row] = NO_TOKEN
     return torch.from_numpy(tokens_N)
-
-
-def listed(tokens_N: torch.Tensor, rows: Sequence[int] | None = None) -> list[int]:
-    """Copied to the host, once.
-
-    Args:
-        rows: where each token belongs; in order where not given.
-
-    Raises:
-        NoTokenError: there is none somewhere.
-    """
-    tokens: list[int] = tokens_N.tolist()
-    if rows is not None:
-        tokens = [token for _, token in sorted(zip(rows, tokens, strict=True))]
-    if NO_TOKEN in tokens:
-        raise NoTokenError([row for row, token in enumerate(tokens) if token == NO_TOKEN])
-    return tokens

@@ -21,17 +21,28 @@ def reach_of(depths: Sequence[int], exits: Sequence[int], num_layers: int) -> Ma
 
 
 def most_tokens_per_second(
-    reach: Mapping[tuple[int, int], float], costs: SegmentCosts, *, launch_rows: int, kv_policy: KvPolicy
+    reach: Mapping[tuple[int, int], float],
+    costs: SegmentCosts,
+    *,
+    launch_rows: int,
+    kv_policy: KvPolicy,
+    prompt_rows: float = 0.0,
 ) -> float:
     """Of launches that are always full: L / sum_k q_k c_k(n_k), with L launch rows. Exact policies make up for skipped
-    layers in the launches of those that go deeper: n_k = L / q_k; propagating does not: n_k = L. Where rows cost
-    nothing this is X0 / D, full depth's throughput over the mean depth share D = sum q_k a_k / sum a_k. Prompts take no
-    time here; what a text owes at its end, which is never made up for, is counted."""
-    cost = 0.0
+    layers in the launches of those that go deeper: n_k = L / q_k; propagating makes their keys and values alone: n_k =
+    L. Prompts run in the same launches. Where rows cost nothing this is X0 / D, full depth's throughput over the mean
+    depth share D = sum q_k a_k / sum a_k. What a text owes at its end, which is never made up for, is counted.
+
+    Args:
+        prompt_rows: of prompts, for each new token, without the last one of each prompt.
+    """
+    cost = launch_rows * costs.token
     for (start, stop), share in reach.items():
         if share:
-            rows = launch_rows if kv_policy == "propagate" else launch_rows / share
-            cost += share * (costs.of(start, stop, rows) + costs.of_head(stop, launch_rows))
+            rows = launch_rows * (prompt_rows / share + (1 if kv_policy == "propagate" else 1 / share))
+            cost += share * (costs.of(start, stop, rows) + costs.of_head(stop, launch_rows) + costs.step)
+        if kv_policy == "propagate":
+            cost += (1 - share) * costs.of_store(start, stop, launch_rows)
     return launch_rows / cost if cost else 0.0
 
 

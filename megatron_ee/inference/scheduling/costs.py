@@ -79,6 +79,9 @@ def write_costs(path: Path, costs: SegmentCosts) -> None:
         "unit": "seconds",
         "segments": [[start, stop, curve] for (start, stop), curve in sorted(costs.segments.items())],
         "heads": [[layer, curve] for layer, curve in sorted(costs.heads.items())],
+        "stores": [[start, stop, curve] for (start, stop), curve in sorted(costs.stores.items())],
+        "step": costs.step,
+        "token": costs.token,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -87,11 +90,12 @@ def write_costs(path: Path, costs: SegmentCosts) -> None:
 
 
 def read_costs(path: Path) -> SegmentCosts:
-    """What `write_costs` wrote.
+    """What `write_costs` wrote; stores, step and token may be left out.
 
     Raises:
         FieldError: the file or a field of it is wrong, which is named: no JSON, another unit, rows that don't ascend,
-            costs below 0, segments that don't begin where the one before ends, a head where none of them ends.
+            costs below 0, segments that don't begin where the one before ends, a head where none of them ends, a store
+            of no segment.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -100,6 +104,22 @@ def read_costs(path: Path) -> SegmentCosts:
     fields = content if isinstance(content, dict) else {}
     if fields.get("unit") != "seconds":
         raise FieldError(f"{path}: unit", f"{fields.get('unit')!r}, not 'seconds'")
+    segments = _segments(fields, path)
+    heads: dict[int, Curve] = {}
+    for where, (layer, curve) in _entries(fields, "heads", 2, path):
+        if not _is_whole(layer) or layer in heads or layer not in {last for _, last in segments}:
+            raise FieldError(where, f"no segment ends after layer {layer!r}, or its head is there already")
+        heads[layer] = _curve(curve, where)
+    stores: dict[Segment, Curve] = {}
+    for where, (start, stop, curve) in _entries({"stores": [], **fields}, "stores", 3, path):
+        if not _is_whole(start) or not _is_whole(stop) or (start, stop) not in segments or (start, stop) in stores:
+            raise FieldError(where, f"{start!r} to {stop!r} is no segment, or its store is there already")
+        stores[start, stop] = _curve(curve, where)
+    step, token = (_cost(fields.get(name, 0.0), name, path) for name in ("step", "token"))
+    return SegmentCosts(segments, heads, stores, step, token)
+
+
+def _segments(fields: Mapping[str, Any], path: Path) -> dict[Segment, Curve]:
     segments: dict[Segment, Curve] = {}
     stop = 0
     for where, (first, last, curve) in _entries(fields, "segments", 3, path):
@@ -108,12 +128,13 @@ def read_costs(path: Path) -> SegmentCosts:
         segments[first, last], stop = _curve(curve, where), last
     if not segments:
         raise FieldError(f"{path}: segments", "there is none")
-    heads: dict[int, Curve] = {}
-    for where, (layer, curve) in _entries(fields, "heads", 2, path):
-        if not _is_whole(layer) or layer in heads or layer not in {last for _, last in segments}:
-            raise FieldError(where, f"no segment ends after layer {layer!r}, or its head is there already")
-        heads[layer] = _curve(curve, where)
-    return SegmentCosts(segments, heads)
+    return segments
+
+
+def _cost(value: Any, name: str, path: Path) -> float:
+    if not _is_number(value) or value < 0:
+        raise FieldError(f"{path}: {name}", f"{value!r} is no cost of 0 or more")
+    return float(value)
 
 
 def _entries(fields: Mapping[str, Any], name: str, size: int, path: Path) -> Iterable[tuple[str, list[Any]]]:

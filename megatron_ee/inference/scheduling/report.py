@@ -96,6 +96,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "layers": [start + 1, stop],
                 "launches": of.launches,
                 "rows_a_launch": of.rows_a_launch,
+                "catch_ups": of.catch_ups,
                 **dict(zip(("real", "filled", "empty"), of.shares, strict=True)),
             }
             for (start, stop), of in report.use.items()

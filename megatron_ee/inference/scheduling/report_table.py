@@ -60,6 +60,8 @@ def _slot_lines(columns: Sequence[Report]) -> Iterator[str]:
         yield _line(f"layers {start + 1} to {stop}: launches", launches)
         shares = ["-" if use is None else " ".join(f"{share:4.0%}" for share in use.shares) for use in uses]
         yield _line("    slots: real filled empty", shares)
+        if any(use is not None and use.catch_ups for use in uses):
+            yield _line("    to catch up", ["-" if use is None else f"{use.catch_ups}" for use in uses])
 
 
 def _scaled(of: Callable[[Report], Percentiles], index: int, factor: float) -> Callable[[Report], float | None]:

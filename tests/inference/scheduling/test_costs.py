@@ -10,7 +10,11 @@ from megatron_ee.errors import FieldError
 from megatron_ee.inference.scheduling.costs import SegmentCosts, cost_of, estimated_costs, read_costs, write_costs
 
 COSTS = SegmentCosts(
-    {(0, 2): ((1, 0.5), (4, 0.75)), (2, 8): ((1, 1.5), (4, 1.5), (16, 3.5))}, {2: ((1, 0.25),), 8: ((1, 0.125),)}
+    {(0, 2): ((1, 0.5), (4, 0.75)), (2, 8): ((1, 1.5), (4, 1.5), (16, 3.5))},
+    {2: ((1, 0.25),), 8: ((1, 0.125),)},
+    {(2, 8): ((1, 0.5),)},
+    step=0.01,
+    token=0.001,
 )
 
 
@@ -32,6 +36,10 @@ def test_costs_come_back_from_their_file(tmp_path: Path) -> None:
     write_costs(tmp_path / "new/costs.json", COSTS)
     assert read_costs(tmp_path / "new/costs.json") == COSTS
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["costs.json"]
+    content = json.loads((tmp_path / "new/costs.json").read_text())
+    few = {name: content[name] for name in ("unit", "segments", "heads")}
+    (tmp_path / "few.json").write_text(json.dumps(few))
+    assert read_costs(tmp_path / "few.json") == SegmentCosts(COSTS.segments, COSTS.heads)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +60,9 @@ def test_costs_come_back_from_their_file(tmp_path: Path) -> None:
         ({"segments": [[0, 8, [[4, 1], [2, 1]]]]}, r"segments\[0\]: 2 rows come after 4"),
         ({"heads": [[5, [[1, 1]]]]}, r"heads\[0\]: no segment ends after layer 5"),
         ({"heads": [[2, [[1, 1]]], [2, [[1, 1]]]]}, r"heads\[1\]: .* is there already"),
+        ({"stores": [[0, 8, [[1, 1]]]]}, r"stores\[0\]: 0 to 8 is no segment"),
+        ({"step": -1}, "step: -1 is no cost of 0 or more"),
+        ({"token": "x"}, "token: 'x' is no cost"),
         ({"heads": [[2, [[1, float("inf")]]]]}, r"heads\[0\]: \[1, inf\] is no"),
     ],
 )

@@ -91,6 +91,9 @@ def test_exact_policies_owe_what_propagating_does_not() -> None:
     reach = {(0, 4): 1.0, (4, 8): 0.5}
     bounds = [most_tokens_per_second(reach, ROWS, launch_rows=11, kv_policy=of) for of in ("recompute", "propagate")]
     assert bounds == pytest.approx([11 / (1.5 + 0.2 + 0.5 * (1 + 21 / 20)), 11 / (1.5 + 0.2 + 0.5 * 1.5)])
+    more = SegmentCosts(ROWS.segments, stores={(4, 8): ((1, 0.1), (11, 0.3))}, step=0.05, token=0.01)
+    bound = most_tokens_per_second(reach, more, launch_rows=11, kv_policy="propagate", prompt_rows=1.0)
+    assert bound == pytest.approx(11 / (0.11 + 2.05 + 0.05 + 0.5 * (1 + 32 / 20 + 0.05) + 0.5 * 0.3))
 
 
 def test_the_simulator_counts_the_slots_that_it_fills() -> None:
