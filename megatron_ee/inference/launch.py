@@ -9,6 +9,7 @@ each of these, D head dimension, H hidden size.
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,6 +21,8 @@ from megatron_ee.model.rotary import RotationTable, turn
 
 _FOLDED_ROWS = 64
 """Up to so many queries a key-value head, its query heads are folded into its rows, with a mask for each of them."""
+_MOST_PADDED = 1.5
+"""Queries of a launch over its rows, beyond which sequences with few rows and with many attend apart."""
 
 
 class Launch:
@@ -38,6 +41,9 @@ class Launch:
         self.places = places_of(rows, cache, rotation)
         self._padded = None if len(set(counts)) == 1 else _Padding(counts, self._most, rotation.device)
         self._masks: dict[tuple[Window, int], torch.Tensor | None] = {}
+        self._groups: list[_Group] = []
+        if len(rows) * self._most > _MOST_PADDED * self.num_rows:
+            self._groups = _groups(rows, cache, rotation)
 
     def last_rows_of(self, counts: Mapping[int, int]) -> list[int]:
         """Where so many last rows of sequences are, by slot."""
@@ -48,13 +54,23 @@ class Launch:
         """Rotary positions, the cache, and attention. X is R queries, a key and a value. Returns [N, G * R * D]."""
         turned_NGXD = turn(qkv_NGXD, *self.places.rotation)
         self.places.write(attention, turned_NGXD[:, :, -2:])
-        keys_BGTD, values_BGTD = self.places.read(attention, self._length)
-        return self._attend(turned_NGXD[:, :, :-2], keys_BGTD, values_BGTD, self._windows[attention], scale)
+        query_NGRD = turned_NGXD[:, :, :-2]
+        if not self._groups:
+            return self._read_and_attend(attention, query_NGRD, scale)
+        context_NH = query_NGRD.new_empty(self.num_rows, query_NGRD[0].numel())
+        for launch, rows_N in self._groups:
+            own_NH = launch._read_and_attend(attention, query_NGRD.index_select(0, rows_N), scale)
+            context_NH.index_copy_(0, rows_N, own_NH)
+        return context_NH
 
     def store(self, attention: int, kv_NG2D: torch.Tensor) -> None:
         """Rotary positions and the cache, for rows that do not attend."""
         cosine, sine = self.places.rotation
         self.places.write(attention, turn(kv_NG2D, cosine[:, :, -2:], sine[:, :, -2:]))
+
+    def _read_and_attend(self, attention: int, query_NGRD: torch.Tensor, scale: float) -> torch.Tensor:
+        keys_BGTD, values_BGTD = self.places.read(attention, self._length)
+        return self._attend(query_NGRD, keys_BGTD, values_BGTD, self._windows[attention], scale)
 
     def _attend(
         self,
@@ -147,3 +163,34 @@ class _Padding:
 
     def gather(self, x_BQ: torch.Tensor) -> torch.Tensor:
         return x_BQ.index_select(0, self._places_N)
+
+
+class _Group(NamedTuple):
+    """Sequences of a launch with similar numbers of rows.
+
+    Attributes:
+        launch: of them alone.
+        rows_N: where its rows are among all.
+    """
+
+    launch: Launch
+    rows_N: torch.Tensor
+
+
+def _groups(rows: Sequence[SequenceRows], cache: KeyValueCache, rotation: RotationTable) -> list[_Group]:
+    """1 row, 2, 3 to 8, 9 to 32, and so on."""
+    firsts = accumulate((len(of) for _, of in rows), initial=0)
+    by_size: dict[int, list[tuple[SequenceRows, range]]] = {}
+    for of, first in zip(rows, firsts, strict=False):
+        count = len(of.positions)
+        size = (count - 1).bit_length() // 2 + (count > 1)
+        by_size.setdefault(size, []).append((of, range(first, first + count)))
+    if len(by_size) == 1:
+        return []
+    return [
+        _Group(
+            Launch([of for of, _ in group], cache, rotation),
+            torch.tensor([row for _, places in group for row in places], device=rotation.device),
+        )
+        for _, group in sorted(by_size.items())
+    ]
