@@ -28,11 +28,16 @@ def write_corpus(prefix: Path, tokenizer: Tokenizer) -> None:
         write_indexed(prefix, documents(), tokenizer)
 
 
-def documents() -> Iterator[str]:
-    """The source files, in an order that is fixed but mixes the packages (a split takes documents in order)."""
+def documents(*, last: float = 1.0) -> Iterator[str]:
+    """The source files, in an order that is fixed but mixes the packages (a split takes documents in order).
+
+    Args:
+        last: no more than this share of them, those at the end.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in root.rglob("*.py") if not _NOT_THE_LIBRARY & set(path.relative_to(root).parts)]
-    for path in sorted(paths, key=lambda path: hashlib.sha256(str(path.relative_to(root)).encode()).digest()):
+    paths.sort(key=lambda path: hashlib.sha256(str(path.relative_to(root)).encode()).digest())
+    for path in paths[len(paths) - int(last * len(paths)) :]:
         text = path.read_bytes().decode(errors="replace")
         if text.strip():
             yield text

@@ -15,10 +15,13 @@ class Planner:
         launch_rows: tokens that fill a launch; what there is more of runs later. Rows of earlier tokens that a token
             takes along need no room: they have to run, and no launch is as cheap for them.
         prefill_chunk: rows of prompts that run together.
+
+    Attributes:
+        launch_rows: as given.
     """
 
     def __init__(self, strategy: Strategy, *, launch_rows: int, prefill_chunk: int) -> None:
-        self._strategy, self._launch_rows, self._chunk = strategy, launch_rows, prefill_chunk
+        self._strategy, self.launch_rows, self._chunk = strategy, launch_rows, prefill_chunk
 
     @property
     def carries(self) -> bool:
@@ -36,7 +39,7 @@ class Planner:
         start, stop = taken[0].at, min(front.stop for front in taken)
         counts = {front.slot: front.rows for front in sorted(taken)}  # neighbours' keys are read without a copy
         on_their_way = {front.slot for front in fronts if front.at or front.slot in counts}
-        room = None if self._strategy.carries else self._launch_rows - len(counts)
+        room = None if self._strategy.carries else self.launch_rows - len(counts)
         fills = _fills([slot for slot in fillers if slot not in on_their_way], start, stop, ready, room)
         return LaunchPlan(start, stop, counts, fills)
 
@@ -46,7 +49,7 @@ class Planner:
         tokens = prompts = 0
         for front in fronts:
             is_prompt = front.at == 0 and front.rows > 1
-            fits = prompts + front.rows <= self._chunk if is_prompt else tokens < self._launch_rows
+            fits = prompts + front.rows <= self._chunk if is_prompt else tokens < self.launch_rows
             if not taken or fits:
                 taken.append(front)
                 tokens, prompts = (tokens, prompts + front.rows) if is_prompt else (tokens + 1, prompts)

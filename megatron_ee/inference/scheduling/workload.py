@@ -101,7 +101,10 @@ def read_load(path: Path) -> list[SimulatedRequest]:
         try:
             fields = json.loads(line)
             request = SimulatedRequest(
-                int(fields["prompt"]), tuple(map(int, fields["depths"])), float(fields["arrival"])
+                int(fields["prompt"]),
+                tuple(map(int, fields["depths"])),
+                float(fields["arrival"]),
+                None if fields.get("exits") is None else tuple(map(int, fields["exits"])),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise FieldError(f"{path}:{number}", f"is no request: {error!r}") from error

@@ -45,6 +45,7 @@ def test_a_load_is_replayed_from_its_file(tmp_path: Path) -> None:
     times = list(arrivals("poisson", 20, 1.0, random.Random(1)))
     load = drawn_load(20, Lengths(12), Lengths(30), Depths(SHARES), times, seed=3)
     assert load == drawn_load(20, Lengths(12), Lengths(30), Depths(SHARES), times, seed=3)
+    load.append(SimulatedRequest(3, (5, 8), 2.0, exits=(5,)))
     write_load(tmp_path / "load.jsonl", load)
     assert read_load(tmp_path / "load.jsonl") == load
 
