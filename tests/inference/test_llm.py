@@ -91,6 +91,20 @@ def test_a_free_slot_is_filled_at_once(folder: Path, mesh: Mesh) -> None:
     assert llm.work.launches == {(0, 4): 8}
 
 
+@pytest.mark.parametrize("admission", ["answer", "prompt"])
+def test_memory_for_few_positions_makes_prompts_wait_and_changes_no_text(
+    llm: LLM, folder: Path, mesh: Mesh, admission: str
+) -> None:
+    settings = ["positions=40", "block_size=4", f"admission={admission}"]
+    small = _open(folder, *(f"inference.kv_cache.{setting}" for setting in settings))
+    sampling = SamplingParams(max_new_tokens=20, temperature=0.7)
+    prompts = [[1, 2, 3, number] for number in range(6)]
+    ours, expected = (of.generate(prompts, sampling) for of in (small, llm))
+    assert [completion.tokens for completion in ours] == [completion.tokens for completion in expected]
+    with pytest.raises(FieldError, match=r"prompts\.1: 4 \+ 38 new tokens do not fit into 40 positions"):
+        small.generate([[1], [1, 2, 3, 4]], SamplingParams(max_new_tokens=38))
+
+
 def test_each_prompt_has_settings_of_its_own(llm: LLM) -> None:
     sampling = [_sampling(max_new_tokens=3), _sampling(), _sampling(max_new_tokens=1), _sampling()]
     texts = llm.generate(PROMPTS, sampling, [FULL, FIRST, FIRST, FULL])

@@ -91,3 +91,22 @@ def test_a_queue_that_fills_a_launch_runs() -> None:
     new = [Front(slot, 0, 1, 2, 9) for slot in range(4, 12)]
     assert planner_of("rebatch").plan([*deep, *new], 10, [], lambda *_: 0).start == 2
     assert planner_of("rebatch").plan([*deep[:3], *new], 10, [], lambda *_: 0).start == 0
+
+
+@pytest.mark.parametrize("all_went_deeper", [False, True])
+def test_one_token_begins_alone_only_where_few_went_deeper_before(all_went_deeper: bool) -> None:
+    rebatch = planner_of("rebatch")
+
+    def depth_of_the_next(counts: dict[int, int], launch: int) -> int:
+        fronts = [
+            Front(depth + slot, depth, 1, DEPTHS[DEPTHS.index(depth) + 1], launch, owes=False)
+            for depth, count in counts.items()
+            for slot in range(0, 100 * count, 100)
+        ]
+        return rebatch.plan(fronts, launch, [], lambda *_: 0).start
+
+    for launch in range(20):
+        for depth in (0, 2, 5) if all_went_deeper else (0,):
+            assert depth_of_the_next({depth: 4}, launch) == depth
+    assert depth_of_the_next({0: 4}, 30) == 0
+    assert depth_of_the_next({2: 3, 0: 1}, 30) == (2 if all_went_deeper else 0)

@@ -38,11 +38,12 @@ def test_where_rows_cost_nothing_compaction_is_lockstep() -> None:
 
 @pytest.mark.parametrize("policy", ["recompute", "propagate"])
 def test_rebatching_has_the_best_number_of_shallow_launches(policy: str) -> None:
-    """max over t of [(1 - (1-q)^t) / q] (a1 + a2) / (t a1 + a2), 1.133 here at t = 2; less where texts end."""
+    """max over t of [(1 - (1-q)^t) / q] (a1 + a2) / (t a1 + a2), 1.133 here at t = 2. Less where texts end, and a
+    little more where t depends on how many have left."""
     best = max((1 - (1 - DEEPER) ** t) / DEEPER * 2 / (t + 1) for t in range(1, 9))
     gain = run("rebatch", 16, 16, policy=policy).tokens_per_second / run("lockstep", 16, 16).tokens_per_second
     assert best == pytest.approx(1.133, abs=1e-3)
-    assert 0.97 * best < gain < 1.01 * best
+    assert 0.97 * best < gain < 1.03 * best
 
 
 def test_with_more_sequences_than_a_launch_takes_it_reaches_the_ideal() -> None:

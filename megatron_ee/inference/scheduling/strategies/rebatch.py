@@ -4,11 +4,12 @@ A queue runs on when it fills a launch, when one of it has waited too long, or w
 that could begin anew, R that have begun since all queues were last empty, at cost C, and F(R) what it costs to take all
 that waits to its end, beginning anew pays while
 
-    S / (c(S) + F(R + S) - F(R))  >=  R / (C + F(R))
+    S / (c(S) + F(R + S) - F(R))  >=  1.1 R / (C + F(R))
 
-that is, while tokens begin faster than a whole cycle makes them. F counts rows that have left but whose skipped layers
-are still owed: they run along. Where rows cost nothing that is the best number of shallow launches t in
-[(1 - (1-q)^t) / q] (a1 + a2) / (t a1 + a2). Where it is 1, all are taken on at once: as with compaction.
+that is, while tokens begin clearly faster than a whole cycle makes them. F expects as many of the new tokens at each
+depth as went there before, and counts rows that have left but whose skipped layers are still owed: they run along.
+Where rows cost nothing that is about the best number of shallow launches t in [(1 - (1-q)^t) / q] (a1 + a2) / (t a1 +
+a2). Where it is 1, all are taken on at once: as with compaction.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,11 @@ from itertools import pairwise
 
 from megatron_ee.inference.scheduling.costs import SegmentCosts
 from megatron_ee.inference.scheduling.fronts import Front, by_depth
+
+_MARGIN = 1.1
+"""How much faster they have to begin: costs are estimates, and to wait for nothing costs launches."""
+_REMEMBERED = 1024
+"""Tokens after which the counts of those that went deeper are halved."""
 
 
 class Rebatch:
@@ -32,6 +38,7 @@ class Rebatch:
     def __init__(self, costs: SegmentCosts, depths: Sequence[int], *, launch_rows: int, max_wait: int) -> None:
         self._costs, self._depths = costs, tuple(depths)
         self._launch_rows, self._max_wait = launch_rows, max_wait
+        self._tokens = dict.fromkeys(self._depths[:-1], 1.0)
         self._begin_cycle()
 
     def choose(self, fronts: Sequence[Front], launch: int) -> Sequence[Front]:
@@ -40,6 +47,7 @@ class Rebatch:
         taken = chosen[: self._launch_rows]
         at = taken[0].at
         self._spent += self._costs.of(at, min(front.stop for front in taken), sum(front.rows for front in taken))
+        self._count(at, len(taken))
         if at == 0:
             self._begun += len(taken)
             self._owed += sum(front.rows for front in taken if front.owes)
@@ -71,15 +79,29 @@ class Rebatch:
             return False
         new = queues[0][: self._launch_rows]
         owed = sum(front.rows for front in new if front.owes)
-        to_the_end = self._to_the_end(queues, self._owed)
+        to_the_end = self._to_the_end(queues, 0, self._owed)
         cost = self._costs.of(0, min(front.stop for front in new), len(new))
-        cost += self._to_the_end(queues, self._owed + owed) - to_the_end
-        return len(new) * (self._spent + to_the_end) >= self._begun * cost
+        cost += self._to_the_end(queues, len(new), self._owed + owed) - to_the_end
+        return len(new) * (self._spent + to_the_end) >= _MARGIN * self._begun * cost
 
-    def _to_the_end(self, queues: Mapping[int, list[Front]], owed: int) -> float:
-        """The cost of taking all that waits through all layers, the shallower ones joining the deeper."""
-        cost, rows = 0.0, 0
-        for start, stop in pairwise(self._depths[1:]):
+    def _to_the_end(self, queues: Mapping[int, list[Front]], new: int, owed: int) -> float:
+        """The cost of taking all that waits through all layers, the shallower ones joining the deeper, and what new
+        tokens will have there: so many of each go on as did before."""
+        cost = 0.0
+        rows = new * self._share(0, self._depths[1]) if len(self._depths) > 2 else 0.0
+        for before, (start, stop) in zip(self._depths, pairwise(self._depths[1:]), strict=False):
+            if before:
+                rows *= self._share(before, start)
             rows += sum(front.rows for front in queues.get(start, ()))
             cost += self._costs.of(start, stop, max(rows, owed))
         return cost
+
+    def _share(self, start: int, stop: int) -> float:
+        """Of tokens that ran on at `start`, those that ran on at `stop`."""
+        return min(1.0, self._tokens[stop] / self._tokens[start])
+
+    def _count(self, at: int, tokens: int) -> None:
+        """Tokens that ran on there; those of long ago count less."""
+        self._tokens[at] += tokens
+        if at == 0 and self._tokens[0] > _REMEMBERED:
+            self._tokens = {depth: count / 2 for depth, count in self._tokens.items()}
