@@ -10,7 +10,8 @@ from helpers.tiny import tiny_config
 
 from megatron_ee.config import to_yaml
 from megatron_ee.inference.scheduling.costs import SegmentCosts, write_costs
-from megatron_ee.inference.scheduling.workload import read_load
+from megatron_ee.inference.scheduling.simulate import SimulatedRequest
+from megatron_ee.inference.scheduling.workload import read_load, write_load
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -88,6 +89,14 @@ def test_no_requests_are_no_fault(
     Path("load.jsonl").write_text("")
     assert call(monkeypatch, "--costs", "costs.json", "--load", "load.jsonl") == 0
     assert "no requests" in capsys.readouterr().out
+
+
+def test_a_token_leaves_where_its_request_looks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_load(Path("load.jsonl"), [SimulatedRequest(3, (4, 8)), SimulatedRequest(3, (4, 8), exits=())])
+    assert call(monkeypatch, "--costs", "costs.json", "--load", "load.jsonl") == 2
+    assert capsys.readouterr().err == "load.jsonl:2: no token leaves after layer 4, only after [8]\n"
 
 
 @pytest.mark.parametrize(
