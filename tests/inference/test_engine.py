@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.decoding import opened, request, texts_of
+from helpers.decoding import keys_and_values, opened, request, texts_of
 from helpers.drafts import weaken
 from helpers.models import whole_model
 from helpers.tiny import VOCAB_SIZE
@@ -118,6 +118,17 @@ def assert_blocks_and_ledger_agree(engine: Engine) -> None:
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_load_by_any_strategy_is_each_request_alone(model: OpenedModel, data: st.DataObject) -> None:
+    _assert_each_request_is_as_alone(model, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_hundreds_of_loads(model: OpenedModel, data: st.DataObject) -> None:
+    _assert_each_request_is_as_alone(model, data)
+
+
+def _assert_each_request_is_as_alone(model: OpenedModel, data: st.DataObject) -> None:
     requests = requests_of(
         data.draw(st.integers(0, 10**6), label="seed"), data.draw(st.integers(1, 9), label="requests")
     )
@@ -161,6 +172,38 @@ def test_any_load_by_any_strategy_is_each_request_alone(model: OpenedModel, data
         ended = number not in aborts
         assert said(texts[number]) == said(alone[: len(texts[number])])
         assert not ended or len(texts[number]) == len(alone)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_at_any_moment_the_cache_holds_what_the_ledger_says(model: OpenedModel, data: st.DataObject) -> None:
+    """Keys and values of every position, up to where it has been, are those of its text in one pass at full depth; with
+    sequences that were paused, and others that began with blocks that they found."""
+    requests = requests_of(data.draw(st.integers(0, 10**6), label="seed"), 8)
+    engine = engine_of(
+        model,
+        data.draw(st.sampled_from(STRATEGIES), label="strategy"),
+        residents=5,
+        blocks=Blocks(5, 70, data.draw(st.sampled_from([1, 3]), label="block_size")),
+        whole=False,
+        keeps_prefixes=True,
+    )
+    texts = {engine.add(of): list(of.prompt) for of in requests}
+    for _ in range(data.draw(st.integers(1, 60), label="steps")):
+        for number, emission in engine.step():
+            assert isinstance(emission, Emission)
+            texts[number].append(emission.token)
+    walk = engine.batch.walk
+    for task in engine._inside.values():
+        assert task.slot is not None
+        if task.sequence.rule.kv_policy == "propagate" or not walk.ledger.length(task.slot):
+            continue
+        said_so_far = texts[task.number][: walk.ledger.length(task.slot)]  # drafts come after these
+        expected = keys_and_values(model.stage, said_so_far)
+        for number in range(1, model.stage.model.num_layers + 1):
+            count = sum(walk.ledger.depth_of(task.slot, position) >= number for position in range(len(said_so_far)))
+            for ours, theirs in zip(walk.cache.read(number, task.slot, count), expected[number], strict=True):
+                torch.testing.assert_close(ours, theirs[:, :count], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
