@@ -188,7 +188,7 @@ class RecordedBatch(Batch):
         planning: seconds of the newest plan.
     """
 
-    def __init__(self, model: "OpenedModel", watch: Stopwatch, *, launch_rows: int, **room: int) -> None:
+    def __init__(self, model: "OpenedModel", watch: Stopwatch, *, launch_rows: int, **room: Any) -> None:
         super().__init__(model, **room)
         self.watch, self._launch_rows = watch, launch_rows
         self.record_anew()
@@ -205,7 +205,7 @@ class RecordedBatch(Batch):
         self.planning = time.process_time() - started
         return plan
 
-    def launch(self, plan: LaunchPlan) -> list[tuple[int, Emission]]:
+    def launch(self, plan: LaunchPlan) -> list[tuple[int, Emission | None]]:
         self.slots.count(plan)
         self.watch.prompts = not plan.counts.keys() <= self._speaks
         said = super().launch(plan)
@@ -240,6 +240,7 @@ def serve(batch: RecordedBatch, planner: Planner, requests: Sequence[Request], a
         now += seconds
         served.steps.append(Step(seconds, batch.planning, len(emitted), batch.watch.taken()))
         for number, emission in emitted:
+            assert isinstance(emission, Emission), "no request fails"
             served.texts[number].append(emission)
             served.times[number].append(now)
         if not served.waited and added == len(requests) and not engine.num_waiting:
