@@ -1,7 +1,8 @@
 """Which strategy serves many requests best, without a model: simulate_serving.py [CONFIG] [key.path=value ...] ...
 
     python tools/simulate_serving.py CONFIG --depths 2:.5,4:.5 --residents 16 64 --launch-rows 16
-    python tools/simulate_serving.py --costs FILE --load FILE --arrivals poisson --rate 20
+    python tools/simulate_serving.py --costs FILE --depths 2:.5,4:.5 --arrivals poisson --rate 20 --write-load LOAD
+    python tools/simulate_serving.py --costs FILE --load LOAD --kv-policy fill
     python tools/simulate_serving.py --checkpoint RUN --recommend PROMPTS
 
 The engine's own planner serves a load: so many requests, each with a prompt and an answer whose tokens leave after
