@@ -29,10 +29,13 @@ class Machine:
     """What serves.
 
     Attributes:
+        costs: what launches take.
+        weighed: what strategies weigh, as the engine has them do: what layers read, or, without sizes, `costs`.
         said: one line on where the costs come from.
     """
 
     costs: SegmentCosts
+    weighed: SegmentCosts
     exits: tuple[int, ...]
     num_layers: int
     unit: Unit
@@ -56,14 +59,15 @@ def machine_from_file(path: Path, config: Config | None = None) -> Machine:
     stops = tuple(stop for _, stop in costs.segments)
     if config is not None and (own := (*config.exits.layers, config.model.num_layers)) != stops:
         raise FieldError(f"{path}: segments", f"end after layers {list(stops)}, and the model's after {list(own)}")
-    return Machine(costs, stops[:-1], stops[-1], MILLISECONDS, f"costs: {path}")
+    weighed = costs if config is None else _weighed(config)
+    return Machine(costs, weighed, stops[:-1], stops[-1], MILLISECONDS, f"costs: {path}")
 
 
 def machine_from_sizes(config: Config) -> Machine:
     """Layers and heads by their matrix products, which is what a launch of one row reads."""
     from megatron_ee.model.vocabulary import planned_vocab_size
 
-    model, kind = config.model, "cuda" if config.device == "cuda" else "cpu"
+    model, kind = config.model, _kind(config)
     seen = positions_seen(model, config.data.sequence_length, range(1, model.num_layers + 1))
     layer, row, vocab_size = layer_products(model, seen), ROW_SHARES[kind], planned_vocab_size(config)
     exits = tuple(config.exits.layers)
@@ -74,7 +78,7 @@ def machine_from_sizes(config: Config) -> Machine:
         layers.segments, {of: ((1, size / whole), (2, size / whole * (1 + row))) for of, size in heads.items()}
     )
     said = f"costs: estimated from sizes, each more row {row:.0%} of the first ({kind}); a pass is a token's full depth"
-    return Machine(costs, exits, model.num_layers, PASSES, said)
+    return Machine(costs, _weighed(config), exits, model.num_layers, PASSES, said)
 
 
 def machine_of(llm: "LLM", *, launch_rows: int) -> Machine:
@@ -91,4 +95,13 @@ def machine_of(llm: "LLM", *, launch_rows: int) -> Machine:
     measured = measured_costs(model, sizes, llm.config.inference.exit.measure)
     heads = {**measured.asks, num_layers: measured.speaks[num_layers]}
     said = f"costs: measured on {torch.get_num_threads()} threads, up to {sizes.sequences} sequences"
-    return Machine(SegmentCosts(measured.segments, heads), model.exits, num_layers, MILLISECONDS, said)
+    costs = SegmentCosts(measured.segments, heads, measured.stores)
+    return Machine(costs, model.launch_costs, model.exits, num_layers, MILLISECONDS, said)
+
+
+def _weighed(config: Config) -> SegmentCosts:
+    return estimated_costs([1.0] * config.model.num_layers, config.exits.layers, ROW_SHARES[_kind(config)])
+
+
+def _kind(config: Config) -> str:
+    return "cuda" if config.device == "cuda" else "cpu"

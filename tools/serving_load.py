@@ -86,7 +86,10 @@ def load_of(arguments: argparse.Namespace, exits: Sequence[int], num_layers: int
     depths = (*exits, num_layers)
     if arguments.load:
         load = read_load(arguments.load)
-        _check_depths(f"{arguments.load}", {depth for of in load for depth in of.depths}, depths)
+        for number, of in enumerate(load, start=1):
+            looked_at = depths if of.exits is None else (*of.exits, num_layers)
+            _check_depths(f"{arguments.load}:{number}", {*looked_at}, depths)
+            _check_depths(f"{arguments.load}:{number}", {*of.depths}, looked_at)
         return load
     _check_depths("--depths", arguments.depths, depths)
     return drawn_load(

@@ -38,13 +38,16 @@ def save_picture(output: Path, served: Served, *, unit: Unit, rate: str, title: 
 def draw_waits(axes: Axes, served: Served, *, unit: Unit, rate: str) -> None:
     """One point for each strategy and number of residents; a line joins those of a strategy."""
     names = list(dict.fromkeys(name for of in served.values() for name in of))
-    for name in names:
+    for place, name in enumerate(names):
+        thick = 1.0 + 1.4 * (len(names) - 1 - place)  # a later one that is as fast hides no earlier one
         points = [(of[name].token.p99, of[name].tokens_per_second, number) for number, of in served.items()]
         shown = [(slow * unit.factor, fast, number) for slow, fast, number in points if slow is not None]
-        axes.plot([slow for slow, *_ in shown], [fast for _, fast, _ in shown], color=COLOURS[name], linewidth=1.2)
+        axes.plot([slow for slow, *_ in shown], [fast for _, fast, _ in shown], color=COLOURS[name], linewidth=thick)
         for slow, fast, number in shown:
             marker = MARKERS[list(served).index(number) % len(MARKERS)]
-            axes.plot(slow, fast, marker=marker, markersize=8, color=COLOURS[name], markeredgecolor="white")
+            axes.plot(
+                slow, fast, marker=marker, markersize=7 + 2.5 * thick, color=COLOURS[name], markeredgecolor="white"
+            )
     for name in names:
         axes.plot([], [], color=COLOURS[name], linewidth=3, label=name)
     for place, number in enumerate(served):

@@ -43,7 +43,7 @@ def serve(load: Sequence[SimulatedRequest], machine: Machine, setting: Setting) 
     """What becomes of a load."""
     planner = make_planner(
         setting.scheduling,
-        machine.costs,
+        machine.weighed,
         (0, *machine.exits, machine.num_layers),
         residents=setting.residents,
         prefill_chunk=PREFILL_CHUNK,

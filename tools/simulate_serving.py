@@ -1,7 +1,8 @@
 """Which strategy serves many requests best, without a model: simulate_serving.py [CONFIG] [key.path=value ...] ...
 
     python tools/simulate_serving.py CONFIG --depths 2:.5,4:.5 --residents 16 64 --launch-rows 16
-    python tools/simulate_serving.py --costs FILE --load FILE --arrivals poisson --rate 20
+    python tools/simulate_serving.py --costs FILE --depths 2:.5,4:.5 --arrivals poisson --rate 20 --write-load LOAD
+    python tools/simulate_serving.py --costs FILE --load LOAD --kv-policy fill
     python tools/simulate_serving.py --checkpoint RUN --recommend PROMPTS
 
 The engine's own planner serves a load: so many requests, each with a prompt and an answer whose tokens leave after
@@ -169,7 +170,7 @@ def _folder(arguments: argparse.Namespace) -> Path:
         UserError: nothing can be written to it.
     """
     of_run = pictures_of(find_model(arguments.checkpoint)) if arguments.checkpoint and not arguments.output else None
-    output: Path = arguments.output or of_run or Path("serving")
+    output: Path = arguments.output or of_run or Path("runs/serving")
     check_folder(output)
     return output
 
@@ -182,7 +183,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, metavar="RUN", help="a run, a step or a Hugging Face folder")
     parser.add_argument("--costs", type=Path, metavar="FILE", help="of launches, in seconds (docs/serving.md)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run's pictures/, or serving/")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run's pictures/, or runs/serving/")
     how = parser.add_argument_group("how it is served")
     how.add_argument(
         "--residents", type=whole(1), nargs="+", default=[16], metavar="N", help="sequences at a time (16)"

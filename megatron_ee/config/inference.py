@@ -192,6 +192,9 @@ class KvCacheConfig(Section):
         description="what has to fit before a request is taken in. answer: its prompt and its longest answer; prompt: "
         "its prompt; where memory runs out later, the requests that came last make way, and are computed again",
     )
+    keep_prefixes: bool = Field(
+        False, description="prompts that begin as earlier ones did take over their keys and values, by whole blocks"
+    )
 
 
 class InferenceConfig(Section):

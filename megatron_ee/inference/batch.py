@@ -1,10 +1,10 @@
 """A batch of sequences that decode together, each token as deep as it needs to go."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
-from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.answering import at_exit, at_the_end
 from megatron_ee.inference.beginning import begin
 from megatron_ee.inference.blocks import Blocks
 from megatron_ee.inference.depth_walk import Arrival, DepthWalk
@@ -16,8 +16,6 @@ from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
 from megatron_ee.inference.scheduling.planner import Planner
 from megatron_ee.inference.scheduling.strategies.compaction import Compaction
 from megatron_ee.inference.sequences import DecodingSequence
-from megatron_ee.inference.speaking import speak, speak_of_drafts
-from megatron_ee.inference.speculation.drafter import extend
 
 
 class Batch:
@@ -36,6 +34,7 @@ class Batch:
         max_pending: the largest that a request may name.
         prefill_chunk: positions of prompts that run through the model at once.
         blocks: of keys and values; None: enough for the longest sequences in all slots.
+        keeps_prefixes: prompts that begin as others did do not run that part again.
     """
 
     def __init__(
@@ -47,12 +46,21 @@ class Batch:
         max_pending: int = 256,
         prefill_chunk: int = 512,
         blocks: Blocks | None = None,
+        keeps_prefixes: bool = False,
     ) -> None:
         self._model, self._max_pending, self._chunk = model, max_pending, prefill_chunk
         self._capacity = capacity if blocks is None else min(capacity, blocks.num_positions)
         self._num_layers = model.stage.model.num_layers
         room = max_pending + 1 + prefill_chunk
-        self.walk = DepthWalk(model.runner, model.exits, slots=slots, capacity=self._capacity, room=room, blocks=blocks)
+        self.walk = DepthWalk(
+            model.runner,
+            model.exits,
+            slots=slots,
+            capacity=self._capacity,
+            room=room,
+            blocks=blocks,
+            keeps_prefixes=keeps_prefixes,
+        )
         self.decisions = ExitDecisions(model)
         self._step = Planner(Compaction(), launch_rows=slots, prefill_chunk=prefill_chunk)
         self._launch = 0
@@ -95,17 +103,17 @@ class Batch:
         positions = sequence.most_positions if whole else sequence.next_positions
         if blocks.missing(slot, positions) + spare > blocks.num_free:
             return None
-        blocks.reserve(slot, positions)
         self._free.pop(0)
         attending = [layer for layer in sequence.rule.asked if self._model.runner.attends(layer)]
-        self.walk.ledger.open(slot, blocks=attending)
+        num_known = self.walk.open(slot, sequence.request.prompt, attending, positions)
+        sequence.take(num_known)
         sequence.since = self._launch
         self._sequences[slot] = sequence
         return slot
 
     def reserve(self, slot: int) -> bool:
         """See that a sequence has blocks for its next token. False: there are too few."""
-        return self.walk.blocks.reserve(slot, self._sequences[slot].next_positions)
+        return self.walk.reserve(slot, self._sequences[slot].next_positions)
 
     def may_pause(self, slot: int) -> bool:
         return self._sequences[slot].may_start_over
@@ -136,14 +144,15 @@ class Batch:
         self._launch += 1
         self._count(plan)
         arrival = self._run(plan)
-        for slot in plan.counts:
-            self._sequences[slot].come_to(plan.stop, self._launch)
+        entering = {slot: self._sequences[slot] for slot in plan.counts}
+        for sequence in entering.values():
+            sequence.come_to(plan.stop, self._launch)
         if plan.stop < self._num_layers:
-            emitted = self._at_exit(arrival, list(plan.counts))
+            spoken = at_exit(arrival, entering, self.decisions)
         else:
-            emitted = self._at_the_end(arrival, list(plan.counts))
-        self._go_on({slot for slot, _ in emitted}, plan.stop)
-        return emitted
+            spoken = at_the_end(arrival, entering, self.walk)
+        self._go_on({slot for slot, _ in spoken}, plan.stop)
+        return spoken
 
     def step(self) -> list[tuple[int, Emission]]:
         """One token of every sequence whose text goes on, or several of those that speculate; see `launch`.
@@ -168,7 +177,8 @@ class Batch:
 
     def remove(self, slot: int) -> None:
         """Forget a sequence, finished or not; its slot is free."""
-        del self._sequences[slot]
+        sequence = self._sequences.pop(slot)
+        self.walk.keep(slot, sequence.request.prompt)
         self.walk.close(slot)
         self._free = sorted((*self._free, slot))
 
@@ -218,67 +228,12 @@ class Batch:
         work.drafted += drafting
         work.prefills += parts == len(entering)
 
-    def _at_exit(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission | None]]:
-        """Exits draft, are heard, or let out: the tokens of those sequences that leave."""
-        layer = arrival.layer
-        slots = [slot for slot in slots if not self._sequences[slot].unfed]  # a part of a prompt goes on
-        if drafting := [slot for slot in slots if self._sequences[slot].drafts_at(layer)]:
-            extend(arrival.ask(drafting), [self._sequences[slot] for slot in drafting])
-        if heard := [slot for slot in slots if layer in self._sequences[slot].rule.heard]:
-            self._hear(arrival, heard)
-        asking = [slot for slot in slots if layer in self._sequences[slot].rule.thresholds]
-        if not asking:
-            return []
-        asked = arrival.ask(asking)
-        confidences = self.decisions.leaving(asked, [self._sequences[slot] for slot in asking])
-        rows = [row for row, confidence in enumerate(confidences) if confidence is not None]
-        if not rows:
-            return []
-        leaving = {asking[row]: confidence for row, confidence in enumerate(confidences) if confidence is not None}
-        return self._speak(asked.of(rows), leaving)
-
-    def _hear(self, arrival: Arrival, slots: Sequence[int]) -> None:
-        """What this exit says, of sequences whose final logits it corrects."""
-        asked = arrival.ask(slots)
-        for row, slot in enumerate(slots):
-            sequence = self._sequences[slot]
-            logits_NV = asked.logits if sequence.request.exit.hears_heads else asked.output_logits
-            sequence.passed[arrival.layer] = logits_NV[row]
-
-    def _at_the_end(self, arrival: Arrival, slots: Sequence[int]) -> list[tuple[int, Emission | None]]:
-        """What full depth says: a token of each sequence, or of its draft what is right, and a token."""
-        for slot in slots:
-            if self._sequences[slot].unfed:  # a part of a prompt makes way for the next
-                self._sequences[slot].at = 0
-        slots = [slot for slot in slots if not self._sequences[slot].unfed]
-        if not slots:
-            return []
-        drafts = {slot: draft.num_rows for slot in slots if (draft := self._sequences[slot].draft) is not None}
-        if not drafts:
-            return self._speak(arrival.ask(slots), dict.fromkeys(slots, 1.0))
-        plain = [slot for slot in slots if slot not in drafts]
-        asked = arrival.ask_last({**dict.fromkeys(plain, 1), **drafts})
-        num_rows = len(asked.logits)  # of both kinds, in one product
-        emitted = self._speak(asked.of(range(len(plain))), dict.fromkeys(plain, 1.0)) if plain else []
-        sequences = [self._sequences[slot] for slot in drafts]
-        texts = speak_of_drafts(asked.of(range(len(plain), num_rows)), sequences)
-        for (slot, sequence), text in zip(zip(drafts, sequences, strict=True), texts, strict=True):
-            self.walk.work.taken_back += self.walk.take_back(slot, sequence.num_positions)
-            emitted += [(slot, emission) for emission in text]
-        return emitted
-
-    def _speak(self, asked: AskedExit, confidences: Mapping[int, float]) -> list[tuple[int, Emission | None]]:
-        """A token for each sequence, of which the exit has a row each."""
-        slots = list(confidences)
-        emissions = speak(asked, [self._sequences[slot] for slot in slots], list(confidences.values()))
-        for slot, emission in zip(slots, emissions, strict=True):
-            self._sequences[slot].is_silent = emission is None
-        return list(zip(slots, emissions, strict=True))
-
     def _go_on(self, spoken: Collection[int], layer: int) -> None:
         """What sequences that have said something need before their next token."""
         going = [(slot, of) for slot, of in self._going() if slot in spoken]
-        for _, sequence in going:
+        for slot, sequence in going:
+            if len(sequence.draws.answer) == 1:
+                self.walk.keep(slot, sequence.request.prompt)  # its neighbours need not wait for its end
             sequence.begin_draft()
         if layer == self._num_layers:
             return

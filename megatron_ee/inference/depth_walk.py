@@ -15,6 +15,7 @@ from megatron_ee.inference.cuda_graphs import SegmentGraphs, capture_on
 from megatron_ee.inference.kv_cache import KeyValueCache
 from megatron_ee.inference.launch import Launch
 from megatron_ee.inference.ledger import DepthLedger
+from megatron_ee.inference.prefixes import Prefixes
 from megatron_ee.inference.row_places import SequenceRows
 from megatron_ee.inference.runner import Runner
 from megatron_ee.inference.waiting_states import WaitingStates
@@ -30,6 +31,7 @@ class DepthWalk:
         capacity: positions of a sequence at most.
         room: positions of a sequence that may be at one exit at a time.
         blocks: that keys and values have; None: enough for the longest sequences in all slots.
+        keeps_prefixes: a sequence begins with the keys and values that are there of others that began so.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class DepthWalk:
         capacity: int,
         room: int,
         blocks: Blocks | None = None,
+        keeps_prefixes: bool = False,
     ) -> None:
         stage = runner.stage
         self._runner, self._num_layers = runner, stage.model.num_layers
@@ -51,6 +54,7 @@ class DepthWalk:
         capture = capture_on(parameter.device, stage.tp_group)
         self.blocks = blocks or Blocks(slots, slots * -(-capacity // BLOCK) * BLOCK)
         self.cache = KeyValueCache(stage, self.blocks)
+        self.prefixes = Prefixes(self.blocks.size) if keeps_prefixes else None
         rotary = Rotary(stage.model, parameter.device)
         self._rotation = RotationTable(rotary, capacity, self.cache.group, parameter.dtype, parameter.device)
         self._states = WaitingStates(slots, min(room, capacity), stage.model.hidden_size, parameter)
@@ -61,10 +65,51 @@ class DepthWalk:
         if capture is not None:
             self._graphs = SegmentGraphs(runner, self.cache, self._rotation, capture, capacity=capacity)
 
+    def open(self, slot: int, prompt: Sequence[int], attending: Sequence[int], positions: int) -> int:
+        """Begin a sequence. Returns how many of its first tokens need not enter: others had them before.
+
+        Args:
+            attending: the exits that it asks and whose heads attend.
+            positions: that it has blocks for from now on; they have to be free.
+        """
+        self.ledger.open(slot, blocks=attending)
+        had = (
+            self.prefixes.find(prompt[:-1], tuple(attending)) if self.prefixes is not None else []
+        )  # the last one is asked
+        has_room = self.blocks.reserve(slot, positions)
+        assert has_room, f"no blocks are left for slot {slot}"
+        own, num_known = self.blocks.of(slot), len(had) * self.blocks.size
+        self.cache.copy(had, own[: len(had)])
+        self._begin(own, had)
+        self.ledger.append(slot, num_known)
+        self.ledger.advance(slot, 0, self._num_layers, num_known)
+        for layer in attending:
+            self.ledger.advance_block(slot, layer, range(num_known))
+        return num_known
+
+    def reserve(self, slot: int, positions: int) -> bool:
+        """See that there are blocks for so many positions of a sequence. False: there are too few."""
+        num_before = len(self.blocks.of(slot))
+        has_room = self.blocks.reserve(slot, positions)
+        self._begin(self.blocks.of(slot)[num_before:])
+        return has_room
+
+    def keep(self, slot: int, prompt: Sequence[int]) -> None:
+        """Have others begin with what has run of a sequence's prompt, at full depth; but for its last token, whose keys
+        and values may be an approximation."""
+        if self.prefixes is None:
+            return
+        attending = self.ledger.attending(slot)
+        full = self.ledger.length(slot) - self.ledger.pending(slot)
+        ready = min(full, len(prompt) - 1, *(self.ledger.block_length(slot, layer) for layer in attending))
+        own = self.blocks.of(slot)[: ready // self.blocks.size]
+        if own and self.cache.are_finite(own):
+            self.prefixes.add(prompt[:ready], attending, own)
+
     def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> "Arrival":
         """Append tokens to sequences, by slot, and run them up to `stop`. There have to be blocks for them."""
         for slot, new in tokens.items():
-            has_room = self.blocks.reserve(slot, self.ledger.length(slot) + len(new))
+            has_room = self.reserve(slot, self.ledger.length(slot) + len(new))
             assert has_room, f"no blocks are left for slot {slot}"
         rows = [SequenceRows(slot, self.ledger.append(slot, len(new))) for slot, new in tokens.items()]
         entering = [token for new in tokens.values() for token in new]
@@ -95,8 +140,13 @@ class DepthWalk:
         return len(positions)
 
     def close(self, slot: int) -> None:
-        """Forget a sequence; its blocks are free."""
-        self.take_back(slot, 0)
+        """Forget a sequence; its blocks are free. Those that others may begin with stay as they are until they are
+        taken."""
+        own = self.blocks.of(slot)
+        kept = [number for number, block in enumerate(own) if self.prefixes is not None and block in self.prefixes]
+        num_left = kept[-1] + 1 if kept else 0
+        self.take_back(slot, num_left * self.blocks.size)
+        self.cache.clear_blocks([block for number, block in enumerate(own[:num_left]) if number not in kept])
         self.ledger.close(slot)
         self.blocks.release(slot)
         self._recent = self._came = None  # the same positions of another sequence are somewhere else
@@ -115,6 +165,15 @@ class DepthWalk:
             asking = [slot for slot in slots if layer > start and self.ledger.has_block(slot, layer)]
             if asking:
                 self._runner.store_block(*self._of_block(asking, rows, x_NH, layer), layer)
+
+    def _begin(self, taken: Sequence[int], filled: Sequence[int] = ()) -> None:
+        """Blocks that a sequence has taken hold something new: copies of others first, then zeros."""
+        if self.prefixes is None:
+            return
+        self.cache.clear_blocks([block for block in taken[len(filled) :] if block in self.prefixes])
+        for number, block in enumerate(taken):
+            if number >= len(filled) or block != filled[number]:
+                self.prefixes.forget(block)
 
     def _run(self, launch: Launch, x_NH: torch.Tensor, start: int, stop: int) -> "Arrival":
         rows = launch.rows

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_ee.inference import large_pages
 from megatron_ee.inference.blocks import Blocks
@@ -36,7 +37,7 @@ class KeyValueCache:
         self.heads = max(1, config.num_query_groups // config.tensor_model_parallel_size)
         self.group = config.num_attention_heads // config.num_query_groups
         parameter = next(stage.parameters())
-        self._device = parameter.device
+        self._device, self._group = parameter.device, stage.tp_group
         self.windows: Mapping[int, Window] = stage.attention_windows
         self.nowhere = blocks.num_positions + blocks.size
 
@@ -110,6 +111,28 @@ class KeyValueCache:
         room_G2MD = self.of(attention)[0]
         picked_G2XD = room_G2MD.index_select(2, places_X)
         return picked_G2XD.view(self.heads, 2, -1, length, picked_G2XD.shape[-1]).permute(2, 0, 1, 3, 4).unbind(2)
+
+    def copy(self, blocks: Sequence[int], to: Sequence[int]) -> None:
+        """Copy whole blocks, of all attentions; they may be among those that are overwritten."""
+        if blocks and list(blocks) != list(to):
+            self._rooms_A1G2MD[..., self._places(to), :] = self._rooms_A1G2MD[..., self._places(blocks), :]
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        """See `clear`."""
+        if blocks:
+            self._rooms_A1G2MD[..., self._places(blocks), :] = 0
+
+    def are_finite(self, blocks: Sequence[int]) -> bool:
+        """Whether nothing in them is NaN or infinite, on any tensor-parallel rank."""
+        are_finite = self._rooms_A1G2MD[..., self._places(blocks), :].isfinite().all()
+        if self._group.size() > 1:
+            dist.all_reduce(flag := are_finite.int(), op=dist.ReduceOp.MIN, group=self._group)
+            return bool(flag)
+        return bool(are_finite)
+
+    def _places(self, blocks: Sequence[int]) -> torch.Tensor:
+        blocks_1X = torch.tensor([list(blocks)], device=self._device)
+        return self.places_of(blocks_1X, len(blocks) * self.blocks.size)
 
     def clear(self, slot: int, positions: range) -> None:
         """Zeros again at positions of a slot that are forgotten: what overflowed there would be NaN in what comes

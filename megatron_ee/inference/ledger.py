@@ -96,6 +96,10 @@ class DepthLedger:
         """Whether the sequence asks this exit's block."""
         return exit_layer in self._blocks[sequence]
 
+    def attending(self, sequence: int) -> tuple[int, ...]:
+        """The exits whose blocks the sequence asks."""
+        return tuple(self._blocks[sequence])
+
     def block_length(self, sequence: int, exit_layer: int) -> int:
         """Leading positions whose keys and values the block has."""
         return self._blocks[sequence][exit_layer]

@@ -138,6 +138,7 @@ class LLM:
             max_pending=max(request.exit.max_pending for request in requests),
             prefill_chunk=chunk,
             blocks=blocks,
+            keeps_prefixes=settings.kv_cache.keep_prefixes,
         )
         planner = make_planner(
             settings.scheduling, model.launch_costs, model.depths, residents=residents, prefill_chunk=chunk

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.decoding import opened, request, texts_of
+from helpers.decoding import keys_and_values, opened, request, texts_of
 from helpers.drafts import weaken
 from helpers.models import whole_model
 from helpers.tiny import VOCAB_SIZE
@@ -53,19 +53,30 @@ def engine_of(
     chunk: int = 8,
     blocks: Blocks | None = None,
     whole: bool = True,
+    keeps_prefixes: bool = False,
     **scheduling: Any,
 ) -> Engine:
     params = SchedulingParams.model_validate({"strategy": strategy, **scheduling})
     planner = make_planner(params, model.launch_costs, model.depths, residents=residents, prefill_chunk=chunk)
-    batch = Batch(model, slots=residents, capacity=CAPACITY, prefill_chunk=chunk, blocks=blocks)
+    batch = Batch(
+        model,
+        slots=residents,
+        capacity=CAPACITY,
+        prefill_chunk=chunk,
+        blocks=blocks,
+        keeps_prefixes=keeps_prefixes,
+    )
     return Engine(batch, planner, whole=whole)
 
 
 def requests_of(seed: int, count: int, *, longest: int = 12) -> list[Request]:
+    """Many of whose prompts begin alike."""
     numbers = random.Random(seed)
+    common = [numbers.randrange(VOCAB_SIZE) for _ in range(20)]
     return [
         request(
-            [numbers.randrange(VOCAB_SIZE) for _ in range(numbers.choice([1, 3, 5, 20]))],
+            common[: numbers.choice([0, 4, 9, 16])]
+            + [numbers.randrange(VOCAB_SIZE) for _ in range(numbers.choice([1, 3, 5, 16]))],
             ExitParams.model_validate(numbers.choice(MODES)),
             max_new_tokens=numbers.randint(1, longest),
             seed=numbers.randrange(1000),
@@ -86,8 +97,12 @@ def assert_nothing_is_left(engine: Engine, residents: int) -> None:
     assert engine.batch.fronts() == []
     assert walk.blocks.num_free == walk.blocks.num_positions
     assert all(not walk.blocks.of(slot) for slot in range(residents))
+    kept = [block for block in range(walk.blocks.num_blocks) if walk.prefixes is not None and block in walk.prefixes]
     for attention in walk.cache.windows:
-        assert not walk.cache.of(attention).any(), "keys and values of nobody"
+        room = walk.cache.of(attention)[..., : walk.blocks.num_positions, :].unflatten(3, (-1, walk.blocks.size))
+        of_nobody = [block for block in range(walk.blocks.num_blocks) if block not in kept]
+        assert not room[:, :, :, of_nobody].any(), "keys and values of nobody"
+        assert not walk.cache.of(attention)[..., walk.blocks.num_positions :, :].any()
 
 
 def assert_blocks_and_ledger_agree(engine: Engine) -> None:
@@ -103,6 +118,17 @@ def assert_blocks_and_ledger_agree(engine: Engine) -> None:
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_load_by_any_strategy_is_each_request_alone(model: OpenedModel, data: st.DataObject) -> None:
+    _assert_each_request_is_as_alone(model, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_hundreds_of_loads(model: OpenedModel, data: st.DataObject) -> None:
+    _assert_each_request_is_as_alone(model, data)
+
+
+def _assert_each_request_is_as_alone(model: OpenedModel, data: st.DataObject) -> None:
     requests = requests_of(
         data.draw(st.integers(0, 10**6), label="seed"), data.draw(st.integers(1, 9), label="requests")
     )
@@ -121,6 +147,7 @@ def test_any_load_by_any_strategy_is_each_request_alone(model: OpenedModel, data
             data.draw(st.sampled_from([1, 3, 16]), label="block_size"),
         ),
         whole=data.draw(st.booleans(), label="whole"),
+        keeps_prefixes=data.draw(st.booleans(), label="keeps_prefixes"),
     )
     priorities = [data.draw(st.integers(0, 2)) for _ in requests]
     arrivals = sorted(data.draw(st.integers(0, 30)) for _ in requests)
@@ -145,6 +172,38 @@ def test_any_load_by_any_strategy_is_each_request_alone(model: OpenedModel, data
         ended = number not in aborts
         assert said(texts[number]) == said(alone[: len(texts[number])])
         assert not ended or len(texts[number]) == len(alone)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_at_any_moment_the_cache_holds_what_the_ledger_says(model: OpenedModel, data: st.DataObject) -> None:
+    """Keys and values of every position, up to where it has been, are those of its text in one pass at full depth; with
+    sequences that were paused, and others that began with blocks that they found."""
+    requests = requests_of(data.draw(st.integers(0, 10**6), label="seed"), 8)
+    engine = engine_of(
+        model,
+        data.draw(st.sampled_from(STRATEGIES), label="strategy"),
+        residents=5,
+        blocks=Blocks(5, 70, data.draw(st.sampled_from([1, 3]), label="block_size")),
+        whole=False,
+        keeps_prefixes=True,
+    )
+    texts = {engine.add(of): list(of.prompt) for of in requests}
+    for _ in range(data.draw(st.integers(1, 60), label="steps")):
+        for number, emission in engine.step():
+            assert isinstance(emission, Emission)
+            texts[number].append(emission.token)
+    walk = engine.batch.walk
+    for task in engine._inside.values():
+        assert task.slot is not None
+        if task.sequence.rule.kv_policy == "propagate" or not walk.ledger.length(task.slot):
+            continue
+        said_so_far = texts[task.number][: walk.ledger.length(task.slot)]  # drafts come after these
+        expected = keys_and_values(model.stage, said_so_far)
+        for number in range(1, model.stage.model.num_layers + 1):
+            count = sum(walk.ledger.depth_of(task.slot, position) >= number for position in range(len(said_so_far)))
+            for ours, theirs in zip(walk.cache.read(number, task.slot, count), expected[number], strict=True):
+                torch.testing.assert_close(ours, theirs[:, :count], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -270,3 +329,55 @@ def test_who_has_no_token_to_choose_fails_alone(mesh: Mesh) -> None:
         (alone,) = texts_of(model, [wanted])
         assert said(texts[number]) == said(alone)
     assert_nothing_is_left(engine, 4)
+
+
+@pytest.mark.parametrize("kv_policy", ["recompute", "fill", "propagate"])
+def test_what_a_prompt_shares_with_another_is_not_run_again(model: OpenedModel, kv_policy: str) -> None:
+    """But where another exit is asked that attends; and what of a prompt still waits at an exit when its text ends, has
+    no keys and values beyond it."""
+    params = ExitParams.model_validate({"threshold": 0.05, "kv_policy": kv_policy, "max_pending": 1})
+    common = list(range(24))
+    engine = engine_of(model, "compaction", residents=2, chunk=64, blocks=Blocks(2, 64, 4), keeps_prefixes=True)
+
+    def serve(*requests: Request) -> tuple[list[list[Emission]], int]:
+        """Their texts, and how many rows entered."""
+        before = sum(rows for (start, _), rows in engine.batch.walk.work.rows.items() if start == 0)
+        texts: dict[int, list[Emission]] = {engine.add(of): [] for of in requests}
+        while not engine.is_idle:
+            for number, emission in engine.step():
+                assert isinstance(emission, Emission)
+                texts[number].append(emission)
+        entered = sum(rows for (start, _), rows in engine.batch.walk.work.rows.items() if start == 0)
+        return list(texts.values()), entered - before
+
+    first, second = (request([*common, last], params, max_new_tokens=2) for last in (40, 41))
+    _, entered = serve(first)
+    assert entered == 25 + 1
+    (text,), entered = serve(second)
+    assert entered == 25 - 24 + 1
+    assert said(text) == said(texts_of(model, [second])[0])
+    (text,), entered = serve(first)
+    assert entered == 1 + 1, "the last token of a prompt is asked, whatever is known"
+    assert said(text) == said(texts_of(model, [first])[0])
+    attends = model.runner.attends(2)
+    (text,), entered = serve(of := request([*common, 42], ExitParams(mode="full"), max_new_tokens=2))
+    assert entered == (25 if attends else 1) + 1
+    assert said(text) == said(texts_of(model, [of])[0])
+    _, entered = serve(request(common[:10], ExitParams(mode="full"), max_new_tokens=2))
+    assert entered == 10 - 8 + 1, "by whole blocks"
+    short = request(common[::-1], ExitParams.model_validate({"threshold": 0.0}), max_new_tokens=1)
+    assert serve(short)[1] == serve(short)[1] == 24, "it left at the first exit, and so did all of its prompt"
+
+
+def test_what_is_no_number_is_never_taken_over(mesh: Mesh) -> None:
+    stage = whole_model(mesh, exits=[2, 5], dtype=torch.float64, model={"tie_embeddings": False})
+    with torch.no_grad():
+        assert stage.embedding is not None
+        stage.embedding.weight[7] = torch.nan
+    model = opened(stage)
+    engine = engine_of(model, "compaction", residents=2, blocks=Blocks(2, 64, 4), keeps_prefixes=True)
+    engine.add(request([1, 2, 3, 4, 7, 8, 9, 10, 11], ExitParams(mode="full")))
+    while not engine.is_idle:
+        engine.step()
+    for attention in engine.batch.walk.cache.windows:
+        assert engine.batch.walk.cache.of(attention).isfinite().all()

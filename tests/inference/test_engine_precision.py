@@ -1,5 +1,5 @@
-"""In fp32 each request says what it says in fp64, but where two tokens, or an exit and its threshold, are as near to each
-other as rounding brings them."""
+"""In fp32 each request says what it says in fp64, but where two tokens, or an exit and its threshold, are as near to
+each other as rounding brings them."""
 
 import random
 from typing import Any

@@ -37,9 +37,10 @@ MODES: list[dict[str, Any]] = [
 
 def _requests(seed: int) -> list[Request]:
     numbers = random.Random(seed)
+    common = [numbers.randrange(256) for _ in range(10)]
     return [
         request(
-            [numbers.randrange(256) for _ in range(numbers.choice([1, 4, 15]))],
+            common[: numbers.choice([0, 7])] + [numbers.randrange(256) for _ in range(numbers.choice([1, 4, 8]))],
             ExitParams.model_validate(numbers.choice(MODES)),
             max_new_tokens=numbers.randint(1, 12),
             temperature=float(numbers.random() < 0.4),
@@ -54,7 +55,7 @@ def _served(model: OpenedModel, strategy: str, seed: int) -> tuple[list[Text], i
     requests, numbers = _requests(seed), random.Random(seed)
     params = SchedulingParams.model_validate({"strategy": strategy, "launch_rows": 3})
     planner = make_planner(params, model.launch_costs, model.depths, residents=5, prefill_chunk=6)
-    batch = Batch(model, slots=5, capacity=32, prefill_chunk=6, blocks=Blocks(5, 40, 2))
+    batch = Batch(model, slots=5, capacity=32, prefill_chunk=6, blocks=Blocks(5, 40, 2), keeps_prefixes=seed % 2 > 0)
     engine = Engine(batch, planner, whole=False)
     texts: dict[int, Text] = {}
     while len(texts) < len(requests) or not engine.is_idle:

@@ -95,7 +95,8 @@ def test_a_free_slot_is_filled_at_once(folder: Path, mesh: Mesh) -> None:
 def test_memory_for_few_positions_makes_prompts_wait_and_changes_no_text(
     llm: LLM, folder: Path, mesh: Mesh, admission: str
 ) -> None:
-    settings = ["positions=40", "block_size=4", f"admission={admission}"]
+    keeps = str(admission == "prompt").lower()
+    settings = ["positions=40", "block_size=2", f"admission={admission}", f"keep_prefixes={keeps}"]
     small = _open(folder, *(f"inference.kv_cache.{setting}" for setting in settings))
     sampling = SamplingParams(max_new_tokens=20, temperature=0.7)
     prompts = [[1, 2, 3, number] for number in range(6)]

@@ -34,7 +34,7 @@ SETTING = Setting("lockstep", 12, 3, 10**6, "recompute")
 def machine(head: float) -> Machine:
     """Of two segments whose rows cost nothing."""
     costs = SegmentCosts({(0, 4): FLAT, (4, 8): FLAT}, {4: ((1, head), (2, head))})
-    return Machine(costs, (4,), 8, MILLISECONDS, "")
+    return Machine(costs, costs, (4,), 8, MILLISECONDS, "")
 
 
 def texts(sure: float, right: float, seed: int = 0) -> list[Heard]:
@@ -101,7 +101,8 @@ def test_a_gain_that_may_be_chance_is_none() -> None:
 
 
 def test_tokens_leave_at_the_first_exit_that_is_sure_and_patient() -> None:
-    two = Machine(SegmentCosts(dict.fromkeys(((0, 2), (2, 4), (4, 8)), FLAT)), (2, 4), 8, MILLISECONDS, "")
+    costs = SegmentCosts(dict.fromkeys(((0, 2), (2, 4), (4, 8)), FLAT))
+    two = Machine(costs, costs, (2, 4), 8, MILLISECONDS, "")
     heard = [
         Heard(
             1,
@@ -141,7 +142,7 @@ def test_what_exits_say_is_what_decoding_does(run: Path, mesh: Mesh) -> None:
     """Up to the first token that early exits change, texts are the same, and so are depths."""
     llm = LLM(run, overrides=["inference.sampling.max_new_tokens=12"], device="cpu")
     heard = hear(llm, PROMPTS)
-    of = Machine(SegmentCosts({}), llm.model.exits, 8, MILLISECONDS, "")
+    of = Machine(SegmentCosts({}), SegmentCosts({}), llm.model.exits, 8, MILLISECONDS, "")
     looked_at = 0
     for cell in cells_of(heard, ExitParams(), of, []):
         decoded = llm.generate(

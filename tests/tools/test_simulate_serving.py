@@ -10,7 +10,8 @@ from helpers.tiny import tiny_config
 
 from megatron_ee.config import to_yaml
 from megatron_ee.inference.scheduling.costs import SegmentCosts, write_costs
-from megatron_ee.inference.scheduling.workload import read_load
+from megatron_ee.inference.scheduling.simulate import SimulatedRequest
+from megatron_ee.inference.scheduling.workload import read_load, write_load
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -53,12 +54,12 @@ def test_a_load_is_served_shown_and_replayed(
     assert printed.count("forced exits") == printed.count("layers 5 to 8: launches") == 2
     assert "rebatching gains" in printed.split("2 residents, 4 rows")[1]
     assert "rebatching gains" not in printed.split("2 residents, 4 rows")[0], "there are more residents than rows"
-    content = json.loads(Path("serving/serving.json").read_text())
+    content = json.loads(Path("runs/serving/serving.json").read_text())
     of = content["residents"]["8"]["rebatch"]
     assert (of["requests"], of["tokens"], of["forced"]) == (24, tokens, 0)
     assert f"{of['tokens_per_second']:,.4g}" in printed
     assert all(slots["real"] + slots["filled"] + slots["empty"] == pytest.approx(1) for slots in of["slots"])
-    picture = Path("serving/serving.png").read_bytes()
+    picture = Path("runs/serving/serving.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert call(monkeypatch, *how, "--load", "load.jsonl", "--output", "again") == 0
     assert json.loads(Path("again/serving.json").read_text()) == content
@@ -79,6 +80,7 @@ def test_costs_follow_the_sizes_of_a_config(
     assert machine.costs.of(0, 2, 1) * 4 == pytest.approx(machine.costs.of(0, 8, 1))
     heads = [machine_from_sizes(tiny_config(model={"vocab_size": size})).costs.of_head(2, 1) for size in (320, 640)]
     assert heads[1] > heads[0] > 0
+    assert machine.weighed.of(0, 2, 3) / machine.weighed.of(0, 8, 1) == pytest.approx(0.25 * 1.16)
 
 
 def test_no_requests_are_no_fault(
@@ -87,6 +89,14 @@ def test_no_requests_are_no_fault(
     Path("load.jsonl").write_text("")
     assert call(monkeypatch, "--costs", "costs.json", "--load", "load.jsonl") == 0
     assert "no requests" in capsys.readouterr().out
+
+
+def test_a_token_leaves_where_its_request_looks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_load(Path("load.jsonl"), [SimulatedRequest(3, (4, 8)), SimulatedRequest(3, (4, 8), exits=())])
+    assert call(monkeypatch, "--costs", "costs.json", "--load", "load.jsonl") == 2
+    assert capsys.readouterr().err == "load.jsonl:2: no token leaves after layer 4, only after [8]\n"
 
 
 @pytest.mark.parametrize(

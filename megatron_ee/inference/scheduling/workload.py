@@ -110,5 +110,7 @@ def read_load(path: Path) -> list[SimulatedRequest]:
             raise FieldError(f"{path}:{number}", f"is no request: {error!r}") from error
         if request.prompt < 1 or not request.depths:
             raise FieldError(f"{path}:{number}", "needs one token of a prompt and one of an answer at least")
+        if not 0 <= request.arrival < math.inf:
+            raise FieldError(f"{path}:{number}", f"comes at {request.arrival}, which is no time from 0 on")
         requests.append(request)
     return requests

@@ -22,12 +22,12 @@ from megatron_ee.inference.scheduling.workload import Lengths, arrivals
 
 def test_the_same_seed_is_the_same_file(tmp_path: Path) -> None:
     times = list(arrivals("bursts", 40, 2.0, random.Random(0)))
-    files = []
-    for number, seed in enumerate((7, 7, 8)):
-        write_mixed_prompts(tmp_path / f"{number}.jsonl", mixed_prompts(40, seed, times=times))
+    drawn, files = [mixed_prompts(40, seed, times=times) for seed in (7, 7, 8)], []
+    for number, of in enumerate(drawn):
+        write_mixed_prompts(tmp_path / f"{number}.jsonl", of)
         files.append((tmp_path / f"{number}.jsonl").read_bytes())
     assert files[0] == files[1] != files[2]
-    prompts = mixed_prompts(40, 7, times=times)
+    prompts = drawn[0]
     assert read_mixed_prompts(tmp_path / "0.jsonl") == prompts
     assert read_prompts(tmp_path / "0.jsonl") == [of.prompt for of in prompts], "the inference command reads it"
     assert [of.arrival for of in prompts] == times

@@ -69,18 +69,18 @@ ROWS = SegmentCosts(dict.fromkeys(((0, 4), (4, 8)), ((1, 1.0), (101, 6.0))), {4:
 @pytest.mark.parametrize("costs", [FLAT, ROWS], ids=["flat", "rows"])
 def test_no_strategy_exceeds_the_bound(strategy: str, policy: str, costs: SegmentCosts) -> None:
     """What texts owe at their end is never made up for: a percent or two more than the bound may come of it."""
-    served = run(strategy, 32, 16, costs=costs, policy=policy)
+    served = run(strategy, 16, 8, costs=costs, policy=policy)
     reach = reach_of([depth for of in served.requests for depth in of.depths], [4], 8)
-    bound = most_tokens_per_second(reach, costs, launch_rows=16, kv_policy=policy)  # type: ignore[arg-type]
+    bound = most_tokens_per_second(reach, costs, launch_rows=8, kv_policy=policy)  # type: ignore[arg-type]
     assert served.tokens_per_second < 1.02 * bound
     if costs is FLAT:
-        assert bound == pytest.approx(16 / (1 + reach[4, 8]))
+        assert bound == pytest.approx(8 / (1 + reach[4, 8]))
 
 
 def test_bounds_are_reached_where_they_should_be() -> None:
-    served = run("rebatch", 64, 16, policy="propagate", costs=ROWS)
+    served = run("rebatch", 32, 8, policy="propagate", costs=ROWS)
     reach = reach_of([depth for of in served.requests for depth in of.depths], [4], 8)
-    bound = most_tokens_per_second(reach, ROWS, launch_rows=16, kv_policy="propagate")
+    bound = most_tokens_per_second(reach, ROWS, launch_rows=8, kv_policy="propagate")
     assert served.tokens_per_second > 0.95 * bound
     assert gain_of_rebatching(DEEPER, 1.0, 1.0) == pytest.approx(1.133, abs=1e-3)
     assert gain_of_rebatching(1.0, 1.0, 3.0) == 1.0

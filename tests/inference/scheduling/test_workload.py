@@ -56,6 +56,8 @@ def test_a_load_is_replayed_from_its_file(tmp_path: Path) -> None:
         "{",
         "[]",
         '{"prompt": 3, "depths": [2]}',
+        '{"prompt": 1, "depths": [2], "arrival": NaN}',
+        '{"prompt": 1, "depths": [2], "arrival": -1}',
         '{"prompt": 0, "depths": [2], "arrival": 0}',
         '{"prompt": 1, "depths": [], "arrival": 0}',
     ],
