@@ -111,7 +111,7 @@ def test_idle_time_and_live_micro_batches_are_those_of_1f1b(show_here: Show) -> 
 @pytest.mark.parametrize(
     ("overrides", "name", "begin"),
     [
-        (SIZES, "a.png", b"\x89PNG"),
+        pytest.param(SIZES, "a.png", b"\x89PNG", marks=pytest.mark.slow),
         (FILLED, "a.svg", b"<?xml"),
         pytest.param(INTERLEAVED, "a.png", b"\x89PNG", marks=pytest.mark.slow),
         pytest.param(ZERO_BUBBLE, "a.svg", b"<?xml", marks=pytest.mark.slow),

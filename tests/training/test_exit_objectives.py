@@ -62,13 +62,13 @@ CASES = [
     Case("all, other heads", {**ALL, "head": ["mlp", "block"], "projection": ["own", "shared"]}),
     Case("all, split positions", ALL, SEQUENCE),
     Case("gates on both stages", {**GATES, **WEIGHTED, **HEATED}, EQUAL_STAGES),
-    Case("all, two stages", ALL, EXITS_LAST),
     Case("all, two pipelines", ALL, data=2),
     Case("all, megatron-core's schedule", ALL, {**EXITS_LAST, "schedule": "megatron"}),
     Case("gates, zero bubble", GATES, {**EQUAL_STAGES, "schedule": "zero-bubble"}),
 ]
 # Each of their halves is above, or with all the others.
 SWEEP = [
+    Case("all, two stages", ALL, EXITS_LAST),
     Case("gates, two ranks a matrix", GATES, {"tensor": 2}),
     Case("all, distributed optimizer", ALL, {"distributed_optimizer": True}, data=2),
     Case("all, exits just before their backward", {**ALL, "release": True}, EXITS_LAST),

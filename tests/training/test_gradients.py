@@ -131,6 +131,7 @@ IN_PARTS = {
     "four stages, exit on every layer",
     "tensor parallel",
     "tensor parallel, own projections",
+    "tensor and pipeline",
     "tensor and data",
     "sequence parallel",
     "two chunks",
@@ -216,6 +217,7 @@ TABLE = [
 # Of each layout that no case above or in one of those files holds in all its parts, one runs in every test run, with
 # all kinds of exits in turn; the others with the long sweeps.
 IN_PARTS_ELSEWHERE = {
+    "full recomputation",
     "full recomputation, SP",
     "selective recomputation",
     "distributed optimizer",
