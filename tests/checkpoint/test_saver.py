@@ -232,6 +232,7 @@ def undisturbed(folder: Path, ranks: RankPool) -> list[float]:
         pytest.param("full", "No space left on device", False, marks=pytest.mark.slow),
         pytest.param("read-only", "Read-only file system", True, marks=pytest.mark.slow),
     ],
+    ids=["full, asynchronous", "read-only, synchronous", "full, synchronous", "read-only, asynchronous"],
 )
 def test_training_goes_on_without_a_disk_and_saves_again_with_one(
     folder: Path,
