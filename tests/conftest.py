@@ -1,7 +1,7 @@
 """Tests run on the CPU. Processes for multi-rank tests are started once per session and run many cases."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from helpers.ranks import RankPool
@@ -13,7 +13,9 @@ from megatron_ee.log import quiet_dependencies
 quiet_dependencies()
 _CPU = choose_device("cpu")
 
-from megatron_ee.parallel.mesh import Mesh, close_mesh, open_mesh  # noqa: E402  (needs a chosen device)
+from helpers.long_run import StartedRun, write_long_run  # noqa: E402  (needs a chosen device, as the next does)
+
+from megatron_ee.parallel.mesh import Mesh, close_mesh, open_mesh  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +45,19 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def start_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., StartedRun]:
+    """Starts a long run by its name, with overrides, and with environment variables by keyword."""
+    config = write_long_run(tmp_path_factory.mktemp("long"))
+    return lambda name, *overrides, **settings: StartedRun(config, name, *overrides, **settings)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(start_run: Callable[..., StartedRun]) -> list[dict[str, float]]:
+    """The losses of a long run that was left alone."""
+    run = start_run("undisturbed")
+    status, said = run.end()
+    assert status == 0, said
+    return run.losses()

@@ -92,6 +92,7 @@ def test_decoding_prints_text_and_what_exits_did(run: Path) -> None:
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.slow
 def test_comparing_starts_from_full_depth(run: Path) -> None:
     done = _decode(run, "--prompt", "early ", "--compare", "inference.sampling.max_new_tokens=8")
     assert done.returncode == 0, done.stderr

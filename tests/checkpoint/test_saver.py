@@ -224,9 +224,15 @@ def undisturbed(folder: Path, ranks: RankPool) -> list[float]:
     return _losses(ranks.run(2, _train, _config(folder, folder / "undisturbed"))[0])
 
 
-@pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "synchronous"])
 @pytest.mark.parametrize(
-    ("trouble", "message"), [("full", "No space left on device"), ("read-only", "Read-only file system")]
+    ("trouble", "message", "asynchronous"),
+    [
+        ("full", "No space left on device", True),
+        ("read-only", "Read-only file system", False),
+        pytest.param("full", "No space left on device", False, marks=pytest.mark.slow),
+        pytest.param("read-only", "Read-only file system", True, marks=pytest.mark.slow),
+    ],
+    ids=["full, asynchronous", "read-only, synchronous", "full, synchronous", "read-only, asynchronous"],
 )
 def test_training_goes_on_without_a_disk_and_saves_again_with_one(
     folder: Path,

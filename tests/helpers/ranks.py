@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+START_TIMEOUT_S = 300.0
 CASE_TIMEOUT_S = 120.0
 
 
@@ -61,19 +62,26 @@ class RankPool:
             for connection in ready:
                 succeeded, value = connection.recv()  # type: ignore[union-attr]
                 if not succeeded:
-                    self.close()  # the other ranks wait for this one
+                    if world_size > 1:
+                        self.close()  # the other ranks wait for this one
                     raise AssertionError(f"rank {waiting[connection]}:\n{value}")  # type: ignore[index]
                 results[waiting[connection]] = value  # type: ignore[index]
         return [results[rank] for rank in range(world_size)]
 
     def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
+        first = len(self._workers)
         while len(self._workers) < count:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, self._device, len(self._workers)))
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+        for _, connection in self._workers[first:]:  # on a loaded machine, imports take longer than most cases
+            if not connection.poll(START_TIMEOUT_S):
+                self.close()
+                raise AssertionError(f"a worker did not start in {START_TIMEOUT_S} s")
+            connection.recv()
 
 
 def _serve(connection: multiprocessing.connection.Connection, choice: Literal["cpu", "cuda"], local_rank: int) -> None:
@@ -93,6 +101,7 @@ def _serve(connection: multiprocessing.connection.Connection, choice: Literal["c
     from megatron_ee.parallel.mesh import close_mesh
 
     cases = itertools.count(1)
+    connection.send("ready")
     while True:
         try:
             (path, name), args, rank, world_size, folder = connection.recv()

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 SWEEP = """\
@@ -68,6 +70,7 @@ def test_a_run_that_fails_does_not_keep_the_others_from_starting(scripts: Any) -
     ]
 
 
+@pytest.mark.slow
 def test_runs_that_only_stopped_want_to_be_started_again(scripts: Any) -> None:
     _write(scripts, "name=stopped\nname=fine\n")
     assert scripts.run("sweep.sh", "tiny.yaml", "sweep.txt").returncode == 75

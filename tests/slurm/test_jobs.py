@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.long_run import read_losses
+from helpers.long_run import TRAIN_ITERS, read_losses
 from helpers.slurm import Job
 
 from megatron_ee.training.operations.attempts import REFUSED, STOPPED
@@ -37,34 +37,41 @@ def _check_that_it_went_on(run: Path, job: Job, undisturbed: Losses, *, reason: 
     assert read_losses(run) == undisturbed, "bit for bit"
 
 
-def test_a_signal_before_the_time_limit_saves_and_queues_again(
-    runs: Any, stopped_jobs: dict[str, Job], undisturbed: Losses
-) -> None:
-    run, job = runs.folder("signalled"), stopped_jobs["signalled"]
-    _check_that_it_went_on(run, job, undisturbed, reason="SIGUSR1")
-    (wandb_id,) = {path.read_text().strip() for path in run.glob("wandb_id")}
-    written = list(run.glob("wandb/offline-run-*/*.wandb"))
+def test_a_signal_before_the_time_limit_saves_and_queues_again(runs: Any, undisturbed: Losses) -> None:
+    job = runs.launch("signalled", "logging.wandb={project: slurm, mode: offline}", MAX_REQUEUES="1")
+    runs.wait_until_begun("signalled", job)
+    runs.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    _check_that_it_went_on(runs.folder("signalled"), job, undisturbed, reason="SIGUSR1")
+    assert job.fields()["JobName"] == "signalled"
+    assert "2 local ranks" in job.log
+    (wandb_id,) = {path.read_text().strip() for path in runs.folder("signalled").glob("wandb_id")}
+    written = list(runs.folder("signalled").glob("wandb/offline-run-*/*.wandb"))
     assert len(written) == 2, "one for each start"
     assert {path.name for path in written} == {f"run-{wandb_id}.wandb"}, "and the same run for both"
 
 
-def test_a_preempted_job_saves_and_queues_itself_again(
-    runs: Any, stopped_jobs: dict[str, Job], undisturbed: Losses
-) -> None:
-    _check_that_it_went_on(runs.folder("preempted"), stopped_jobs["preempted"], undisturbed, reason="SIGTERM")
+@pytest.mark.slow
+def test_a_preempted_job_saves_and_queues_itself_again(runs: Any, undisturbed: Losses) -> None:
+    job = runs.submit("preempted")
+    runs.wait_until_begun("preempted", job)
+    runs.cluster.sbatch("--partition=high", f"--nodelist={job.fields()['NodeList']}", "--wrap=true")
+    _check_that_it_went_on(runs.folder("preempted"), job, undisturbed, reason="SIGTERM")
 
 
-def test_a_job_trains_two_ranks_to_the_end(undisturbed_job: Job, undisturbed: Losses) -> None:
-    assert undisturbed_job.end() == ("COMPLETED", "0:0"), undisturbed_job.log
-    assert undisturbed_job.fields()["JobName"] == "undisturbed"
-    assert undisturbed_job.fields()["Restarts"] == "0"
-    assert "2 local ranks" in undisturbed_job.log
-    assert [of["iteration"] for of in undisturbed][-1] == 60
+@pytest.mark.slow
+def test_a_job_trains_two_ranks_to_the_end(runs: Any, undisturbed: Losses) -> None:
+    job = runs.submit("alone")
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    assert job.fields()["Restarts"] == "0"
+    assert "2 local ranks" in job.log
+    assert read_losses(runs.folder("alone")) == undisturbed, "bit for bit, as without SLURM"
+    assert [of["iteration"] for of in undisturbed][-1] == TRAIN_ITERS
 
 
 @pytest.mark.slow
 def test_a_cancelled_job_saves_and_is_not_queued_again(runs: Any) -> None:
-    job = runs.submit_and_wait_for_iteration("cancelled")
+    job = runs.submit("cancelled")
+    runs.wait_until_begun("cancelled", job)
     runs.cluster.call("scancel", job.number)
     state, _ = job.end()
     assert state == "CANCELLED", job.log
@@ -93,7 +100,8 @@ def test_a_wrong_config_fails_with_status_2(runs: Any) -> None:
 
 @pytest.mark.slow
 def test_a_crash_fails_and_is_not_queued_again(runs: Any) -> None:
-    job = runs.submit_and_wait_for_iteration("crashed")
+    job = runs.submit("crashed")
+    runs.wait_until_begun("crashed", job)
     about = json.loads((runs.folder("crashed") / "attempts/1/environment.json").read_text())
     os.kill(about["process"], signal.SIGKILL)
     assert job.end() == ("FAILED", "1:0"), job.log

@@ -1,11 +1,13 @@
-"""Plans and recorded steps as text and pictures, in processes of their own."""
+"""Plans and recorded steps as text and pictures; pictures, and what is not installed, in processes of their own."""
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.tiny import tiny_config
+from helpers.tools import ToolsHere
 
 from megatron_ee.config import load_config, to_yaml
 from megatron_ee.parallel.costs import ModelCosts, write_costs
@@ -15,6 +17,7 @@ from megatron_ee.parallel.pipeline.timeline import Span
 from megatron_ee.training.observation.trace import make_trace, write_trace
 from megatron_ee.training.planning import plan_step
 
+Show = Callable[..., subprocess.CompletedProcess[str]]
 TOOL = Path(__file__).parents[2] / "tools/show_schedule.py"
 VOCAB_SIZE = 320
 SIZES = ("model.vocab_size=320", "parallel.pipeline=2")
@@ -30,6 +33,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(tiny_config()))
     return path
+
+
+@pytest.fixture
+def show_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Show:
+    """As `_show`, in this very process."""
+    tool = ToolsHere(monkeypatch, capsys)
+    return lambda *arguments: tool(TOOL.name, "run.yaml", *arguments)
 
 
 def _show(*arguments: str, tool: tuple[str, ...] = (str(TOOL),)) -> subprocess.CompletedProcess[str]:
@@ -67,8 +77,9 @@ def _record(path: Path, *overrides: str) -> None:
     ],
     ids=["1f1b", "filled", "zero-bubble", "interleaved", "megatron"],
 )
-def test_a_plan_is_shown_as_text(run: Path, overrides: tuple[str, ...], said: str) -> None:
-    done = _show(*overrides, "--width", "90")
+@pytest.mark.usefixtures("run")
+def test_a_plan_is_shown_as_text(show_here: Show, overrides: tuple[str, ...], said: str) -> None:
+    done = show_here(*overrides, "--width", "90")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     num_stages = 4 if "parallel.pipeline=4" in overrides else 2
@@ -82,13 +93,14 @@ def test_a_plan_is_shown_as_text(run: Path, overrides: tuple[str, ...], said: st
     assert "layer forwards, bubble " in lines[-1]
 
 
-def test_idle_time_and_live_micro_batches_are_those_of_1f1b(run: Path) -> None:
+@pytest.mark.usefixtures("run")
+def test_idle_time_and_live_micro_batches_are_those_of_1f1b(show_here: Show) -> None:
     """Without exits and with a weightless head the closed form holds: 2 stages idle for one F + B each."""
     overrides = (*SIZES, "exits.layers=[]", "exits.weights=[]")
     config = load_config("run.yaml", overrides)
     costs = ModelCosts(0.001, 0.002, 0.0, 0.0, {"norm": 0.0}, 0.0)
     write_costs(Path("costs.json"), costs, config, VOCAB_SIZE, device="CPU")
-    done = _show(*overrides, "parallel.costs=costs.json")
+    done = show_here(*overrides, "parallel.costs=costs.json")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].endswith("costs measured, costs.json")
@@ -99,7 +111,7 @@ def test_idle_time_and_live_micro_batches_are_those_of_1f1b(run: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "name", "begin"),
     [
-        (SIZES, "a.png", b"\x89PNG"),
+        pytest.param(SIZES, "a.png", b"\x89PNG", marks=pytest.mark.slow),
         (FILLED, "a.svg", b"<?xml"),
         pytest.param(INTERLEAVED, "a.png", b"\x89PNG", marks=pytest.mark.slow),
         pytest.param(ZERO_BUBBLE, "a.svg", b"<?xml", marks=pytest.mark.slow),
@@ -118,11 +130,18 @@ def test_the_same_plan_is_the_same_picture(run: Path, overrides: tuple[str, ...]
 
 
 @pytest.mark.parametrize(
-    "overrides", [SIZES, FILLED, INTERLEAVED, ZERO_BUBBLE], ids=["1f1b", "filled", "interleaved", "zero-bubble"]
+    "overrides",
+    [
+        pytest.param(SIZES, marks=pytest.mark.slow),
+        FILLED,
+        pytest.param(INTERLEAVED, marks=pytest.mark.slow),
+        ZERO_BUBBLE,
+    ],
+    ids=["1f1b", "filled", "interleaved", "zero-bubble"],
 )
-def test_a_recorded_step_is_shown_beside_its_plan(run: Path, overrides: tuple[str, ...]) -> None:
+def test_a_recorded_step_is_shown_beside_its_plan(run: Path, show_here: Show, overrides: tuple[str, ...]) -> None:
     _record(run.parent / "trace.json", *overrides)
-    done = _show(*overrides, "--trace", "trace.json", "--output", "beside.svg")
+    done = show_here(*overrides, "--trace", "trace.json", "--output", "beside.svg")
     assert (done.returncode, done.stderr) == (0, "")
     assert "iteration 3 as recorded, in ms" in done.stdout
     recorded, plan, ratio = (line.split() for line in done.stdout.splitlines()[-5:-2])
@@ -157,9 +176,9 @@ def test_a_recorded_step_is_shown_beside_its_plan(run: Path, overrides: tuple[st
     ],
     ids=["ending", "below a file", "no trace", "foreign", "batch", "exits", "processes", "costs", "plug-in"],
 )
-def test_what_cannot_be_shown_is_one_message(run: Path, arguments: list[str], said: str) -> None:
+def test_what_cannot_be_shown_is_one_message(run: Path, show_here: Show, arguments: list[str], said: str) -> None:
     _record(run.parent / "trace.json", *SIZES)
-    done = _show(*SIZES, *arguments)
+    done = show_here(*SIZES, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(said)
     assert len(done.stderr.splitlines()) == 1

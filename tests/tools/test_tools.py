@@ -1,4 +1,4 @@
-"""The small programs around a run, in processes of their own."""
+"""The small programs around a run, each at least once in a process of its own."""
 
 import json
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.tools import ToolsHere
 
 from megatron_ee.data.indexed import write_indexed
 from megatron_ee.tokenizer import ByteTokenizer
@@ -16,6 +17,11 @@ TOOLS = Path(__file__).parents[2] / "tools"
 def _tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def tool_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> ToolsHere:
+    return ToolsHere(monkeypatch, capsys)
 
 
 def _record(run: Path, *lines: dict[str, float]) -> None:
@@ -85,11 +91,11 @@ def test_corpus_stats_names_what_is_missing(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr.splitlines()) == (2, [message])
 
 
-def test_corpus_stats_describes_each_dataset_of_a_blend(tmp_path: Path) -> None:
+def test_corpus_stats_describes_each_dataset_of_a_blend(tmp_path: Path, tool_here: ToolsHere) -> None:
     write_indexed(tmp_path / "one", ["ab" * 50] * 2, ByteTokenizer())
     write_indexed(tmp_path / "two", ["abc"], ByteTokenizer())
     entries = [f"{{path: {tmp_path}/one, weight: 3}}", f"{{path: {tmp_path}/two, weight: 1}}"]
-    done = _tool("corpus_stats.py", _config(tmp_path), f"data.dataset=[{', '.join(entries)}]")
+    done = tool_here("corpus_stats.py", _config(tmp_path), f"data.dataset=[{', '.join(entries)}]")
     assert done.returncode == 0, done.stderr
     one, two = done.stdout.split("dataset: ")[1:]
     assert one.splitlines()[:4] == [f"{tmp_path}/one", "share: 75.0%", "documents: 2", "tokens: 202"]
@@ -101,7 +107,7 @@ def test_corpus_stats_describes_each_dataset_of_a_blend(tmp_path: Path) -> None:
     ]
 
 
-def test_conversations_are_made_from_the_corpus_and_described(tmp_path: Path) -> None:
+def test_conversations_are_made_from_the_corpus_and_described(tmp_path: Path, tool_here: ToolsHere) -> None:
     done = _tool("make_conversations.py", tmp_path, "--count", 40)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
@@ -114,11 +120,12 @@ def test_conversations_are_made_from_the_corpus_and_described(tmp_path: Path) ->
         assert answer["role"] == "assistant" and answer["content"].strip()
     data = [f"data.dataset={tmp_path}/train.jsonl", f"data.validation={tmp_path}/valid.jsonl"]
     folder = f"data.folder={tmp_path}/data"
-    done = _tool("corpus_stats.py", _config(tmp_path), "data.format=messages", *data, folder)
+    done = tool_here("corpus_stats.py", _config(tmp_path), "data.format=messages", *data, folder)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:2] == [f"dataset: {tmp_path}/train.jsonl", "conversations: 38"]
     assert lines[5:7] == [f"validation: {tmp_path}/valid.jsonl", "conversations: 2"]
-    done = _tool("corpus_stats.py", _config(tmp_path), "data.format=messages", f"data.dataset={tmp_path}/none.jsonl")
+    missing = f"data.dataset={tmp_path}/none.jsonl"
+    done = tool_here("corpus_stats.py", _config(tmp_path), "data.format=messages", missing)
     message = f"data.dataset: {tmp_path}/none.jsonl: cannot be read (No such file or directory)"
     assert (done.returncode, done.stderr.splitlines()) == (2, [message])

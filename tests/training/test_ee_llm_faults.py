@@ -25,6 +25,7 @@ from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.training.build import build_trainer
 
 EPSILON = {"epsilon": 1e-3}
+LARGER = {"micro_batch_size": 2}  # tensor-parallel ranks wait for each other in every layer of every micro-batch
 SEED_OF_SOME_LUCK = 3  # an untrained model is right once in 64 tokens
 
 
@@ -74,7 +75,7 @@ def test_ee_llm_crashes_on_a_skipped_step(folder: Path, ranks: RankPool) -> None
     assert figures[3]["train/exit_2/loss"] > 0
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("schedule", ["1f1b", "megatron"])
 def test_ee_llm_never_issues_the_last_stages_overlapped_sums(ranks: RankPool, schedule: str, pipeline: int) -> None:
     """From the second step on, every bucket of every stage is under way before the last backward returns."""
@@ -125,7 +126,7 @@ def test_ee_llm_trains_an_exits_block_without_rotary_positions(mesh: Mesh) -> No
         torch.testing.assert_close(logits[:5], stage.exit_logits(hidden_SBH[:5], 2, near[:5]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("vocab_size", [258, 1000])
+@pytest.mark.parametrize("vocab_size", [258, pytest.param(1000, marks=pytest.mark.slow)])
 def test_ee_llm_has_a_vocabulary_size_written_into_its_loop(folder: Path, ranks: RankPool, vocab_size: int) -> None:
     """Untrained exits are close to uniform over the vocabulary that there is."""
     config = run_config(
@@ -139,7 +140,7 @@ def test_ee_llm_has_a_vocabulary_size_written_into_its_loop(folder: Path, ranks:
         assert result["figures"][1][f"train/exit_{layer}/loss"] == pytest.approx(np.log(vocab_size), abs=1e-3)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "megatron"])
+@pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.slow), "megatron"])
 def test_ee_llm_validates_no_exit(folder: Path, ranks: RankPool, schedule: str) -> None:
     config = run_config(
         folder,
@@ -165,28 +166,29 @@ def test_ee_llm_crashes_on_a_stage_without_trainable_parameters(ranks: RankPool,
         np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("chunk_rows", [0, 5])
+@pytest.mark.parametrize("chunk_rows", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_ee_llm_takes_a_share_of_the_vocabulary_for_all_of_it(ranks: RankPool, chunk_rows: int) -> None:
     """How often an exit's likeliest token is right, where two ranks hold half of the vocabulary each."""
     exits = {"layers": [2, 5], "loss_chunk_rows": chunk_rows}
     (alone,) = ranks.run(1, one_step, tiny_config(exits=exits, parallel={"data": 1}, seed=SEED_OF_SOME_LUCK))
-    parallel = {"data": 1, "tensor": 2}
-    split = ranks.run(2, one_step, tiny_config(exits=exits, parallel=parallel, seed=SEED_OF_SOME_LUCK))
+    config = tiny_config(exits=exits, parallel={"data": 1, "tensor": 2}, training=LARGER, seed=SEED_OF_SOME_LUCK)
+    split = ranks.run(2, one_step, config)
     names = [f"train/exit_{layer}/accuracy" for layer in (2, 5, 8)]
     assert any(alone["figures"][name] > 0 for name in names)
     for name in names:
         assert split[0]["figures"][name] == split[1]["figures"][name] == pytest.approx(alone["figures"][name])
 
 
-@pytest.mark.parametrize("chunk_rows", [0, 5])
+@pytest.mark.parametrize("chunk_rows", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_ee_llm_weighs_tokens_by_a_shard_of_the_vocabulary(ranks: RankPool, chunk_rows: int) -> None:
     """A token's weight is a probability over the whole vocabulary: two ranks with a half each have the gradients of one
     rank, which are others than without weights."""
     exits = {"layers": [2, 5], "loss_chunk_rows": chunk_rows, "token_weights": "max_probability"}
-    config = tiny_config(exits=exits, parallel={"data": 1, "tensor": 2}, optimizer=EPSILON)
+    fields: dict[str, Any] = {"parallel": {"data": 1, "tensor": 2}, "training": LARGER, "optimizer": EPSILON}
+    config = tiny_config(exits=exits, **fields)
     split = ranks.run(2, one_step, config)
     assert_equals_reference(config, split)
-    equal = tiny_config(exits={**exits, "token_weights": "none"}, parallel={"data": 1, "tensor": 2}, optimizer=EPSILON)
+    equal = tiny_config(exits={**exits, "token_weights": "none"}, **fields)
     (_, of_equal), (_, weighted) = (
         result["gradients"]["exits.2.norm.weight"][1][0] for result in (ranks.run(2, one_step, equal)[0], split[0])
     )

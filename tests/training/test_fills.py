@@ -80,13 +80,16 @@ SAMPLE = [
     Case(2, (), _cooldown(1, 1)),
     Case(2, (0, 1), _most(2, (0,)), data=2),
     Case(4, (0, 1, 2), None),
+    Case(4, (0, 2), _most(4, (0, 2)), exits={"projection": "own", "head": ["mlp", "block"]}),
+    Case(2, (0, 1), _most(2, (0,)), exits={"release": True}, model={"tie_embeddings": True}),
+]
+ALL_AT_FOUR = [Case(4, stages, fills) for stages in _placements(4) for fills in (_most(4, stages), None)]
+MORE_AT_FOUR = [
     Case(4, (0, 1, 2, 3), _most(4, (0, 1, 2))),
     Case(4, (1,), _warmup(1, 1) + _cooldown(2)),
     Case(4, (0, 2), _warmup(2, 0, 0) + _cooldown(1, 3, 2)),
-    Case(4, (0, 2), _most(4, (0, 2)), exits={"projection": "own", "head": ["mlp", "block"]}),
     Case(4, (0, 1), _most(4, (0, 1)), exits={"release": True}, model={"tie_embeddings": True}),
 ]
-ALL_AT_FOUR = [Case(4, stages, fills) for stages in _placements(4) for fills in (_most(4, stages), None)]
 AT_EIGHT = [
     Case(8, stages, fills)
     for stages in ((0, 1, 2, 3, 4, 5, 6), (3,), (0, 4), (), (1, 2, 6), (0, 7), (5, 6))
@@ -100,7 +103,7 @@ def test_ee_llm_mislabels_fills_and_weights_them_with_bias(case: Case, ranks: Ra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ALL_AT_FOUR, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*ALL_AT_FOUR, *MORE_AT_FOUR], ids=lambda case: case.name)
 def test_every_placement_of_exits_on_four_stages(case: Case, ranks: RankPool) -> None:
     _check(case, ranks)
 
@@ -134,14 +137,15 @@ def test_the_losses_that_are_reported_are_of_the_regular_batch(ranks: RankPool) 
 
 def test_fills_are_drawn_from_the_data_and_a_resumed_run_goes_on_after_them(tmp_path: Path, ranks: RankPool) -> None:
     write_small_dataset(tmp_path)
-    parallel = {"pipeline": 4, "schedule": "filled-1f1b"}
+    layout = [{"layers": 2}, {"layers": 6}]  # one stage has room for fills
+    parallel = {"pipeline": 2, "schedule": "filled-1f1b", "layout": layout}
 
     def config(name: str) -> Config:
-        return run_config(tmp_path, name=name, parallel=parallel, exits={"layers": [1, 3, 5]})
+        return run_config(tmp_path, name=name, parallel=parallel, exits={"layers": [1, 2, 5]})
 
-    whole_run = ranks.run(4, train, config("whole"))
-    ranks.run(4, _stop_at_three, config("stopped"))
-    resumed = ranks.run(4, train, config("stopped"))
+    whole_run = ranks.run(2, train, config("whole"))
+    ranks.run(2, _stop_at_three, config("stopped"))
+    resumed = ranks.run(2, train, config("stopped"))
     figures = whole_run[0]["figures"]
     per_step = figures[1]["train/tokens"] / 16
     assert per_step > 4, "a batch of 4 sequences, and fills"

@@ -128,7 +128,13 @@ def test_each_rank_reads_its_own_share_and_new_exits_are_copies(folder: Path, ra
     assert line == f"begins with {folder / 'llama'}, exits 1, 3 as copies of the model's own parts"
 
 
-@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2}], ids=["stages", "tensor-parallel ranks"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param({"pipeline": 2}, marks=pytest.mark.slow, id="stages"),
+        pytest.param({"tensor": 2}, id="tensor-parallel ranks"),
+    ],
+)
 def test_the_first_loss_is_that_of_transformers_and_of_the_imported_model(
     folder: Path, ranks: RankPool, parallel: dict[str, Any]
 ) -> None:

@@ -22,6 +22,7 @@ def _two_stages(left_end: bool, right_start: bool) -> list[dict[str, Any]]:
 
 _SEQUENCE = {"tensor": 2, "sequence": True}
 _CHUNKS = {"chunks": 2, "schedule": "interleaved"}
+_LARGER = {"micro_batch_size": 2}  # tensor-parallel ranks wait for each other in every layer of every micro-batch
 _ZERO_BUBBLE = {"pipeline": 2, "schedule": "zero-bubble"}
 _PINNED = [
     {"layers": 2, "exits_at_end": False},
@@ -59,7 +60,7 @@ class Case:
             exits={"layers": self.exits, **{name: getattr(self, name) for name in names}},
             parallel={"layout": _equal(parts), "data": self.data, **self.parallel},
             model=self.model,
-            training=self.training,
+            training={**(_LARGER if "tensor" in self.parallel else {}), **self.training},
             optimizer={"epsilon": 1e-3},  # or a first step of AdamW shows no more than signs
         )
 
@@ -118,21 +119,35 @@ CASES = [
     Case("zero bubble, two pipelines", [2, 4], _ZERO_BUBBLE, data=2, repeats=2),
 ]
 
-# What other cases hold in all its parts: with the long sweeps.
+# What other cases, here and in test_exit_objectives.py, test_layerskip_gradients.py and test_todays_models.py, hold in
+# all its parts: with the long sweeps.
 IN_PARTS = {
     "one process, own projections",
+    "two exits on one stage",
+    "exits only in the last stage",
     "no early exits",
+    "own projections",
     "four stages, own projections",
+    "four stages, exit on every layer",
+    "tensor parallel",
     "tensor parallel, own projections",
+    "tensor and pipeline",
+    "tensor and data",
+    "sequence parallel",
+    "two chunks",
     "two chunks, exit on every layer",
+    "two chunks, tensor parallel",
     "two chunks, own projections",
     "two chunks, no early exits",
     "two chunks, two pipelines",
     "four stages of two chunks",
     "all logits at once",
     "tied, a stage without exits",
+    "an MLP at the end of a stage",
+    "a block at the start of a stage",
     "zero bubble, no early exits",
     "zero bubble, tied",
+    "zero bubble, two pipelines",
 }
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -199,13 +214,25 @@ TABLE = [
     for layout_name, layout in LAYOUTS.items()
     for exits_name, exits in EXITS.items()
 ]
-# Of each layout that is not among the cases above, one runs in every test run, with all kinds of exits in turn; the
-# others with the long sweeps.
+# Of each layout that no case above or in one of those files holds in all its parts, one runs in every test run, with
+# all kinds of exits in turn; the others with the long sweeps.
+IN_PARTS_ELSEWHERE = {
+    "full recomputation",
+    "full recomputation, SP",
+    "selective recomputation",
+    "distributed optimizer",
+    "distributed optimizer, TP",
+    "overlap",
+    "overlap, distributed optimizer, v2",
+    "zero bubble, full recomputation, SP",
+    "zero bubble, overlap",
+    "megatron, one stage",
+}
 SAMPLE = [
     TABLE[number * len(EXITS) + number % len(EXITS)]
     for number, name in enumerate(LAYOUTS)
     if any(word in name for word in ("recomputation", "distributed", "overlap", "megatron"))
-    and name not in ("zero bubble, overlap", "zero bubble, full recomputation", "megatron, one stage", "overlap")
+    and name not in IN_PARTS_ELSEWHERE
 ]
 
 

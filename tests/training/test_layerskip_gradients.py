@@ -64,19 +64,13 @@ class Case:
 CASES = [
     Case("one process"),
     Case("one process, tied", model={"tie_embeddings": True}),
-    Case("two stages", {"pipeline": 2}),
     Case("four stages", {"pipeline": 4}, iteration=4),
     Case("all logits at once", {"pipeline": 2}, exits={"loss_chunk_rows": 0}),
-    Case("sequence parallel", _SEQUENCE),
-    Case("two data ranks", data=2),
     Case("full recomputation, SP", _SEQUENCE, training={"recompute": "full"}),
     Case("selective recomputation", training={"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}),
-    Case("gpipe", {"pipeline": 2, "schedule": "gpipe"}),
     Case("two chunks", _CHUNKS),
     Case("exits just before their backward", {"pipeline": 2}, exits={"release": True}),
     Case("zero bubble", _ZERO_BUBBLE),
-    Case("megatron", {"pipeline": 2, "schedule": "megatron"}),
-    Case("filled", {"pipeline": 2, "schedule": "filled-1f1b"}, fills=(Fill("warmup", 0), Fill("cooldown", 1))),
     Case(
         "filled, turning where no exit has a loss",
         {"pipeline": 4, "schedule": "filled-1f1b"},
@@ -87,7 +81,6 @@ CASES = [
     Case("gradual, the first iteration", {"pipeline": 2}, exits={"layerskip": {"curriculum": "gradual"}}, iteration=0),
     Case("gradual, half-way to all", {"pipeline": 2}, exits={"layerskip": {"curriculum": "gradual"}}, iteration=2),
     Case("no curriculum", {"pipeline": 2}, exits={"layerskip": {"curriculum": "none"}}),
-    Case("dropout with other exits", {"pipeline": 2}, exits={"layers": [2, 5], "norm": "own", "layerskip": None}),
     Case(
         "dropout with other heads",
         {"pipeline": 2},
@@ -99,7 +92,6 @@ CASES = [
         training={"layer_dropout": {"maximum": 0.97, "shape": "uniform"}},
     ),
     Case("dropout that grows", training={"layer_dropout": {**_DROPOUT, "curriculum": "exponential"}}, iteration=5),
-    Case("overlap", _OVERLAP, data=2, repeats=3),
     Case("overlap, tied", _OVERLAP, data=2, repeats=3, model={"tie_embeddings": True}),
     Case(
         "overlap, distributed optimizer, chunks",
@@ -107,11 +99,19 @@ CASES = [
         data=2,
         repeats=3,
     ),
-    Case("overlap, zero bubble", {**_ZERO_BUBBLE, **_OVERLAP}, data=2, repeats=3),
     Case("overlap, megatron", {"schedule": "megatron", "pipeline": 2, **_OVERLAP}, data=2, repeats=3),
 ]
 # What each of them joins is above, one with another.
 SWEEP = [
+    Case("two stages", {"pipeline": 2}),
+    Case("sequence parallel", _SEQUENCE),
+    Case("two data ranks", data=2),
+    Case("gpipe", {"pipeline": 2, "schedule": "gpipe"}),
+    Case("filled", {"pipeline": 2, "schedule": "filled-1f1b"}, fills=(Fill("warmup", 0), Fill("cooldown", 1))),
+    Case("dropout with other exits", {"pipeline": 2}, exits={"layers": [2, 5], "norm": "own", "layerskip": None}),
+    Case("megatron", {"pipeline": 2, "schedule": "megatron"}),
+    Case("overlap", _OVERLAP, data=2, repeats=3),
+    Case("overlap, zero bubble", {**_ZERO_BUBBLE, **_OVERLAP}, data=2, repeats=3),
     Case("one process, own norms", exits={"norm": "own"}),
     Case("two stages, tied", {"pipeline": 2}, model={"tie_embeddings": True}),
     Case("tensor parallel", {"tensor": 2}),
@@ -154,7 +154,11 @@ def _with_small_buckets(config: Config, iteration: int, repeats: int) -> dict[st
 @pytest.mark.parametrize("iteration", [3, *(pytest.param(later, marks=pytest.mark.slow) for later in (4, 5))])
 @pytest.mark.parametrize(
     ("parallel", "fewest"),
-    [({}, 0.8), ({"distributed_optimizer": True}, 0.8), ({**_ZERO_BUBBLE, "distributed_optimizer": True}, 0.5)],
+    [
+        pytest.param({}, 0.8, marks=pytest.mark.slow),
+        pytest.param({"distributed_optimizer": True}, 0.8, marks=pytest.mark.slow),
+        ({**_ZERO_BUBBLE, "distributed_optimizer": True}, 0.5),
+    ],
     ids=["1f1b", "distributed optimizer", "zero bubble"],
 )
 def test_sums_of_many_buckets_begin_in_one_order_while_gradients_are_computed(

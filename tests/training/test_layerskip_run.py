@@ -130,7 +130,9 @@ def _watch(config: Config) -> dict[str, Any]:
     return {"steps": steps, "validation": {"rows": list(rows[1:]), "heads": heads, "figures": figures}}
 
 
-@pytest.mark.parametrize("curriculum", ["none", "rotational", "gradual"])
+@pytest.mark.parametrize(
+    "curriculum", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "rotational")), "gradual"]
+)
 def test_work_is_saved_the_last_layer_learns_and_validation_runs_everything(
     folder: Path, ranks: RankPool, curriculum: str
 ) -> None:

@@ -41,6 +41,21 @@ CASES: dict[str, dict[str, Any]] = {
     "interleaved": {"parallel": {"pipeline": 2, "chunks": 2, "schedule": "interleaved"}},
     "two pipelines of sequence parallel ranks": {"parallel": {**_SEQUENCE, "pipeline": 2}},
 }
+# What other cases, and those of test_todays_models.py, hold in all its parts: with the long sweeps.
+IN_PARTS = {
+    "one process",
+    "two sequences a micro-batch",
+    "recomputed layers",
+    "plain loss",
+    "sequence parallel",
+    "pipeline",
+    "pipeline, recomputed cores",
+    "zero bubble, recomputed cores",
+    "zero bubble",
+    "megatron, recomputed cores",
+    "interleaved",
+    "two pipelines of sequence parallel ranks",
+}
 
 
 def _config(parallel: dict[str, Any] | None = None, **changes: Any) -> Config:
@@ -57,7 +72,9 @@ def _world_size(config: Config) -> int:
     return parallel.tensor * parallel.pipeline * parallel.data
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in IN_PARTS else []) for name in CASES]
+)
 def test_a_packed_batch_is_its_documents(name: str, ranks: RankPool) -> None:
     config = _config(**CASES[name])
     results = ranks.run(_world_size(config), one_step, config, None, 1, None, PackedSamples())
@@ -84,7 +101,10 @@ def _logits(config: Config) -> dict[str, Any]:
     return {"logits": logits, "parameters": pieces_of(stage, lambda parameter: parameter)}
 
 
-@pytest.mark.parametrize("parallel", [{}, _SEQUENCE], ids=["one process", "sequence parallel"])
+@pytest.mark.parametrize(
+    "parallel",
+    [pytest.param({}, marks=pytest.mark.slow, id="one process"), pytest.param(_SEQUENCE, id="sequence parallel")],
+)
 def test_the_logits_of_a_document_are_those_of_it_alone(parallel: dict[str, Any], ranks: RankPool) -> None:
     config = _config(parallel)
     results = ranks.run(_world_size(config), _logits, config)

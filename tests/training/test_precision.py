@@ -1,6 +1,8 @@
 """Training in half precision: close to fp32, with the loss scale of fp16 over every exit."""
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from megatron_ee.inference.loading import load_model
 from megatron_ee.training.build import build_trainer
 from megatron_ee.training.operations.skipping import DivergedError
 
+Results = list[dict[str, Any]]
 LAYOUTS = {"one": {}, "pipeline": {"pipeline": 2}, "tensor": {"tensor": 2, "sequence": True}}
 
 
@@ -29,12 +32,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fp32(folder: Path, ranks: RankPool) -> dict[int, dict[str, float]]:
-    return ranks.run(1, train, run_config(folder, name="fp32"))[0]["figures"]
+def trained(folder: Path, ranks: RankPool) -> Callable[[str, str], Results]:
+    """What each rank has of a whole run in a layout and a precision, which is trained once."""
+
+    @cache
+    def train_whole(layout: str, precision: str) -> Results:
+        parallel = LAYOUTS[layout]
+        world_size = parallel.get("pipeline", 1) * parallel.get("tensor", 1)
+        return ranks.run(world_size, train, _config(folder, f"{precision}-{layout}", precision, parallel))
+
+    return train_whole
 
 
 def _config(folder: Path, name: str, precision: str, parallel: dict[str, Any], **changes: Any) -> Config:
-    return run_config(folder, name=name, parallel=parallel, training={"precision": precision}, **changes)
+    training = {"precision": precision, "train_iters": 4}
+    return run_config(folder, name=name, parallel=parallel, training=training, **changes)
 
 
 @pytest.mark.parametrize(
@@ -49,12 +61,10 @@ def _config(folder: Path, name: str, precision: str, parallel: dict[str, Any], *
     ],
 )
 def test_losses_and_gradients_are_near_those_of_fp32(
-    folder: Path, ranks: RankPool, fp32: dict[int, dict[str, float]], precision: str, layout: str
+    trained: Callable[[str, str], Results], precision: str, layout: str
 ) -> None:
-    parallel = LAYOUTS[layout]
-    world_size = parallel.get("pipeline", 1) * parallel.get("tensor", 1)
-    figures = ranks.run(world_size, train, _config(folder, f"{precision}-{layout}", precision, parallel))[0]["figures"]
-    for iteration, expected in fp32.items():
+    figures = trained(layout, precision)[0]["figures"]
+    for iteration, expected in trained("one", "fp32")[0]["figures"].items():
         measured = figures[iteration]
         for exit_layer in (2, 5, 8):
             name = f"train/exit_{exit_layer}/loss"
@@ -80,12 +90,13 @@ def _train_to_three(config: Config) -> None:
     train(config, until=3, save=True)
 
 
-def test_a_resumed_run_in_half_precision_is_the_uninterrupted_one(folder: Path, ranks: RankPool) -> None:
-    whole = ranks.run(2, train, _config(folder, "whole", "fp16", {"pipeline": 2}))
+def test_a_resumed_run_in_half_precision_is_the_uninterrupted_one(
+    folder: Path, ranks: RankPool, trained: Callable[[str, str], Results]
+) -> None:
     ranks.run(2, _train_to_three, _config(folder, "stopped", "fp16", {"pipeline": 2}))
     shutil.copytree(folder / "runs/stopped", folder / "runs/again", symlinks=True)
     resumed = ranks.run(2, train, _config(folder, "again", "fp16", {"pipeline": 2}))
-    for ours, theirs in zip(resumed, whole, strict=True):
+    for ours, theirs in zip(resumed, trained("pipeline", "fp16"), strict=True):
         assert ours["started_at"] == 3
         for name, parameter in theirs["parameters"].items():
             np.testing.assert_array_equal(ours["parameters"][name], parameter, err_msg=name)

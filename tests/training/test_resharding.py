@@ -82,7 +82,7 @@ def test_exits_of_every_kind_go_from_tp2_x_pp2_to_one_process(folder: Path, rank
     _assert_same_course(resumed, whole[0], range(4, 9))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_distributed_optimizer_resumes_bit_for_bit(folder: Path, ranks: RankPool, precision: str) -> None:
     def config(name: str) -> Config:
         training = {"precision": precision}
@@ -104,7 +104,7 @@ def test_a_distributed_optimizer_resumes_bit_for_bit(folder: Path, ranks: RankPo
     ("first", "second"),
     [
         pytest.param((4, {"pipeline": 2, **DISTRIBUTED}), (1, {}), marks=pytest.mark.slow),
-        ((4, {"pipeline": 2, **DISTRIBUTED}), (2, {"tensor": 2})),
+        pytest.param((4, {"pipeline": 2, **DISTRIBUTED}), (2, {"tensor": 2}), marks=pytest.mark.slow),
         pytest.param((2, {"pipeline": 2}), (2, {"distributed_optimizer": True}), marks=pytest.mark.slow),
         ((2, {"distributed_optimizer": True}), (4, {"tensor": 2, "sequence": True, "distributed_optimizer": True})),
         ((4, {"pipeline": 2, "chunks": 2, "schedule": "interleaved", **DISTRIBUTED}), (2, {"pipeline": 2})),

@@ -66,7 +66,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         ("one-process", 1, {}),
         ("two-replicas", 2, {"pipeline": 1}),
         ("four-stages", 4, {"pipeline": 4}),
-        ("tensor", 2, {"pipeline": 1, "tensor": 2}),
+        pytest.param("tensor", 2, {"pipeline": 1, "tensor": 2}, marks=pytest.mark.slow),
         (
             "sequence-and-chunks",
             4,

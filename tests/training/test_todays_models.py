@@ -54,6 +54,8 @@ SPLITS: dict[str, dict[str, Any]] = {
         "parallel": {"tensor": 2, "data": 2, "overlap_grad_reduce": True, "distributed_optimizer": True},
     },
 }
+# The split below that has another beside it holds each, too: with the long sweeps.
+IN_PARTS = {"tensor parallel", "sequence parallel"}
 PACKED = ["pipeline, recomputed layers", "chunks, recomputed modules", "zero bubble, sequence parallel"]
 ITERATION = 1
 
@@ -99,7 +101,9 @@ def test_each_field(name: str, ranks: RankPool) -> None:
     _check(_config(MODELS[name], {}), ranks)
 
 
-@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in IN_PARTS else []) for name in SPLITS]
+)
 def test_all_fields_under_splits(name: str, ranks: RankPool) -> None:
     _check(_config(ALL, SPLITS[name]), ranks)
 

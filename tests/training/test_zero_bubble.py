@@ -29,7 +29,7 @@ ZERO_BUBBLE = {"pipeline": 2, "schedule": "zero-bubble"}
 @pytest.mark.parametrize(
     ("precision", "more"),
     [
-        ("fp32", {}),
+        pytest.param("fp32", {}, marks=pytest.mark.slow),
         pytest.param("bf16", {"tensor": 2, "sequence": True}, marks=pytest.mark.slow),
         ("fp16", {}),
     ],

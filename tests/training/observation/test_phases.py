@@ -31,6 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "megatron": {"parallel": {"pipeline": 2, "schedule": "megatron"}},
     "two data ranks": {"parallel": {"data": 2, "overlap_grad_reduce": True}},
 }
+IN_PARTS = {"one process", "two stages"}  # the others hold them, too
 AROUND = {"rank_wait", "data", "prepare", "grad_sync", "optimizer"}
 ACTIONS = {"forward", "exits", "backward", "p2p_wait"}
 
@@ -51,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in IN_PARTS else []) for name in RUNS]
+)
 def test_phases_of_a_run_sum_to_its_steps(folder: Path, ranks: RankPool, name: str) -> None:
     training = {"train_iters": 4, "global_batch_size": 8, **RUNS[name].get("training", {})}
     config = run_config(

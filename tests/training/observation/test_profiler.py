@@ -25,6 +25,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "two-data-ranks": {"data": 2},
     "megatron": {"pipeline": 2, "schedule": "megatron"},
 }
+IN_PARTS = {"one-process", "two-stages"}  # the others hold them, too
 WINDOW = {"start": 2, "iterations": 2}
 PHASES = ["data", "prepare", "pipeline", "grad_sync", "optimizer"]
 Ranges = list[tuple[str, float, float]]
@@ -64,7 +65,9 @@ def _within(ranges: Ranges, *outer: str) -> list[str]:
     return [name for name, _, _ in ranges]
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize(
+    "parallel", [pytest.param(name, marks=[pytest.mark.slow] if name in IN_PARTS else []) for name in PARALLEL]
+)
 def test_a_profile_holds_the_plans_actions(folder: Path, ranks: RankPool, parallel: str) -> None:
     config = _config(folder, parallel, "profiled", WINDOW)
     ranks.run(1 if parallel == "one-process" else 2, train, config)

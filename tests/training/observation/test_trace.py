@@ -54,7 +54,9 @@ def _plan_of(config: Config) -> Plan:
     return plan_step(config, layout_of(config, VOCAB_SIZE), VOCAB_SIZE, 8 // data_size)
 
 
-@pytest.mark.parametrize("name", PARALLEL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "1f1b" else []) for name in PARALLEL]
+)
 def test_a_traced_step_shows_the_whole_plan_and_changes_nothing(folder: Path, ranks: RankPool, name: str) -> None:
     config, plain = _traced_config(folder, name, 2), _traced_config(folder, name)
     world_size = 4 if name == "data-parallel" else 2

@@ -75,7 +75,7 @@ def test_a_rank_killed_while_it_saves_costs_nothing_but_time(
 
 def test_a_stopped_rank_ends_the_job_which_says_what_it_was_at(start_run: Callable[..., Any]) -> None:
     run = start_run("stopped", "faults.hang_timeout=8", "checkpoint.interval=0")
-    run.wait_for_iteration(28)
+    run.wait_for_iteration(7)
     stopped = sorted(run.ranks())[1]
     os.kill(stopped, signal.SIGSTOP)
     started = time.monotonic()

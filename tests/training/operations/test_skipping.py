@@ -82,7 +82,9 @@ def _config(folder: Path, name: str, layout: str, **changes: Any) -> Config:
     return run_config(folder, name=name, parallel=LAYOUTS[layout], logging={"interval": 2}, **changes)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name == "pipeline" else []) for name in LAYOUTS]
+)
 def test_a_step_without_numbers_is_as_if_it_had_not_been(folder: Path, ranks: RankPool, layout: str) -> None:
     world_size = 1 if layout == "one" else 2
     spoilt = ranks.run(world_size, _train, _config(folder, f"spoilt-{layout}", layout), [3], True)

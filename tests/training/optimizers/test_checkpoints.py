@@ -158,8 +158,8 @@ def overflowing(folder: Path, ranks: RankPool) -> list[dict[str, float]]:
 
 def _overflow(folder: Path, ranks: RankPool, backend: str, optimizer: dict[str, Any]) -> list[dict[str, float]]:
     settings = {**optimizer, "initial_loss_scale": 2.0**28}
-    config = _config(folder, f"scale-{backend}-{len(optimizer)}", backend, "fp16", optimizer=settings)
-    figures = ranks.run(4, train, config)[0]["figures"]
+    config = _config(folder, f"scale-{backend}-{len(optimizer)}", backend, "fp16", optimizer=settings, parallel={})
+    figures = ranks.run(2, train, config)[0]["figures"]
     return [figures[iteration] for iteration in range(1, 7)]
 
 
