@@ -1,6 +1,5 @@
 """What the measures of serving share: sizes, and the requests of every round."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -131,7 +130,3 @@ class Load:
         params = SchedulingParams.model_validate({"strategy": strategy, "launch_rows": sizes.launch_rows})
         costs, depths = self.model.launch_costs, self.model.depths
         return make_planner(params, costs, depths, residents=sizes.residents, prefill_chunk=sizes.prefill_chunk)
-
-
-def tokens_of(requests: Sequence[Request]) -> int:
-    return sum(of.sampling.max_new_tokens for of in requests)
