@@ -66,6 +66,7 @@ class Batch:
         self._launch = 0
         self._free = list(range(slots))
         self._sequences: dict[int, DecodingSequence] = {}
+        self._fronts: dict[int, Front] = {}  # of those whose rows have not moved since
 
     @property
     def free_slots(self) -> int:
@@ -127,7 +128,11 @@ class Batch:
 
     def fronts(self) -> list[Front]:
         """Where each sequence is whose text goes on."""
-        return [self._front(slot, sequence) for slot, sequence in self._going()]
+        going = self._going()
+        for slot, sequence in going:
+            if slot not in self._fronts:
+                self._fronts[slot] = self._front(slot, sequence)
+        return [self._fronts[slot] for slot, _ in going]
 
     def plan(self, planner: Planner, fronts: Sequence[Front]) -> LaunchPlan:
         """What runs next, of these."""
@@ -142,6 +147,8 @@ class Batch:
         """Run it. Returns what is said with it, by slot: a token, or several, in order, of those that speculate. After
         one with `finish` there are no more; after None neither: there is no token to choose."""
         self._launch += 1
+        for slot in (*plan.counts, *plan.fills):
+            self._fronts.pop(slot, None)
         self._count(plan)
         arrival = self._run(plan)
         entering = {slot: self._sequences[slot] for slot in plan.counts}
@@ -173,11 +180,13 @@ class Batch:
     @torch.inference_mode()
     def flush(self, slots: Sequence[int]) -> None:
         """Take all pending positions of these sequences to full depth."""
+        self._fronts.clear()
         self.walk.catch_up(slots)
 
     def remove(self, slot: int) -> None:
         """Forget a sequence, finished or not; its slot is free."""
         sequence = self._sequences.pop(slot)
+        self._fronts.pop(slot, None)
         self.walk.keep(slot, sequence.request.prompt)
         self.walk.close(slot)
         self._free = sorted((*self._free, slot))

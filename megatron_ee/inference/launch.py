@@ -40,6 +40,7 @@ class Launch:
         self._length = max(positions.stop for _, positions in rows)
         self.places = places_of(rows, cache, rotation)
         self._padded = None if len(set(counts)) == 1 else _Padding(counts, self._most, rotation.device)
+        self._dtype, self._device = rotation.dtype, rotation.device
         self._masks: dict[tuple[Window, int], torch.Tensor | None] = {}
         self._groups: list[_Group] = []
         if len(rows) * self._most > _MOST_PADDED * self.num_rows:
@@ -129,11 +130,11 @@ class Launch:
         return self._masks[key]
 
     def _make_mask(self, window: Window, folded: int) -> torch.Tensor | None:
-        like = self.places.rotation[0]
         if window is None and self._padded is None and all(of.stop == self._length for _, of in self.rows):
             if self._most == 1:
                 return None
-            hidden_QT = like.new_full((self._most, self._length), -torch.inf)
+            shape = self._most, self._length
+            hidden_QT = torch.full(shape, -torch.inf, dtype=self._dtype, device=self._device)
             return hidden_QT.triu_(self._length - self._most + 1).repeat(folded, 1)[None, None]
         positions_N = self.places.positions()
         if self._padded is not None:
@@ -143,8 +144,9 @@ class Launch:
         sees_BQT = seen_T <= positions_BQ1
         if window is not None:
             sees_BQT &= seen_T > positions_BQ1 - window
-        mask_BQT = like.new_zeros(sees_BQT.shape).masked_fill_(~sees_BQT, -torch.inf)
-        return mask_BQT.repeat(1, folded, 1)[:, None]
+        mask_BQT = torch.zeros(sees_BQT.shape, dtype=self._dtype, device=self._device)
+        mask_BQT = mask_BQT.masked_fill_(~sees_BQT, -torch.inf)
+        return (mask_BQT if folded == 1 else mask_BQT.repeat(1, folded, 1))[:, None]
 
 
 class _Padding:

@@ -5,8 +5,10 @@ of each of them, D head dimension.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from megatron_ee.inference.kv_cache import KeyValueCache
@@ -21,12 +23,10 @@ class SequenceRows(NamedTuple):
 
 
 class RowPlaces(Protocol):
-    """
-    Attributes:
-        rotation: cosine and sine, each [N, 1, X, D].
-    """
-
-    rotation: tuple[torch.Tensor, torch.Tensor]
+    @property
+    def rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine, each [N, 1, X, D]."""
+        ...
 
     def positions(self) -> torch.Tensor:
         """int64 [N], on the device."""
@@ -90,20 +90,33 @@ class Scattered:
     """Of several sequences."""
 
     def __init__(self, rows: Sequence[SequenceRows], cache: KeyValueCache, rotation: RotationTable) -> None:
-        self._cache, self._sequences = cache, [slot for slot, _ in rows]
-        slots = [slot for slot, positions in rows for _ in positions]
-        positions = [position for _, of in rows for position in of]
-        places = [place for slot, of in rows for place in cache.blocks.places(slot, of)]
-        self._slots_N, self._positions_N, places_N = torch.tensor([slots, positions, places], device=rotation.device)
-        self.rotation = rotation.at(self._positions_N)
-        self._written_NX = cache.vectors_at(places_N)
+        self._rows, self._cache, self._rotations = rows, cache, rotation
+        self._sequences = [slot for slot, _ in rows]
         self._read: _Spaced | _Picked | None = None
 
+    # Each is made when it is first needed: sequences that attend apart from others need none of them.
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        """int64 [3, N]: slots, positions, and places in the cache."""
+        slots = [slot for slot, positions in self._rows for _ in positions]
+        positions = [position for _, of in self._rows for position in of]
+        places = [place for slot, of in self._rows for place in self._cache.blocks.places(slot, of)]
+        return torch.from_numpy(np.array([slots, positions, places], dtype=np.int64)).to(self._rotations.device)
+
+    @cached_property
+    def rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._rotations.at(self.positions())
+
+    @cached_property
+    def _written(self) -> torch.Tensor:
+        return self._cache.vectors_at(self._places[2])
+
     def positions(self) -> torch.Tensor:
-        return self._positions_N
+        return self._places[1]
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
-        self._cache.vectors_of(attention).index_copy_(0, self._written_NX, kv_NG2D.flatten(0, 2))
+        self._cache.vectors_of(attention).index_copy_(0, self._written, kv_NG2D.flatten(0, 2))
 
     def read(self, attention: int, length: int) -> tuple[torch.Tensor, ...]:
         if self._read is None or self._read.length != length:
@@ -111,7 +124,7 @@ class Scattered:
         return self._read.of(self._cache, attention)
 
     def among(self, room: int) -> torch.Tensor:
-        return self._slots_N * room + self._positions_N % room
+        return self._places[0] * room + self._places[1] % room
 
 
 class _Spaced(NamedTuple):

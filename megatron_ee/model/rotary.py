@@ -80,10 +80,13 @@ class RotationTable:
     Args:
         group: R.
         dtype: of what will be turned.
+
+    Attributes:
+        device, dtype: of what it has.
     """
 
     def __init__(self, rotary: Rotary, capacity: int, group: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.device = device
+        self.device, self.dtype = device, dtype
         cosine_CD, sine_CD = (part.flatten(1) for part in rotary.at(torch.arange(capacity, device=device), dtype))
         self._cosine_C1XD = _with_value(torch.cat((cosine_CD, cosine_CD), -1), group, value=1.0)
         self._sine_C1XD = _with_value(torch.cat((-sine_CD, sine_CD), -1), group, value=0.0)
