@@ -59,7 +59,7 @@ def machine_from_file(path: Path, config: Config | None = None) -> Machine:
     stops = tuple(stop for _, stop in costs.segments)
     if config is not None and (own := (*config.exits.layers, config.model.num_layers)) != stops:
         raise FieldError(f"{path}: segments", f"end after layers {list(stops)}, and the model's after {list(own)}")
-    weighed = costs if config is None else _weighed(config)
+    weighed = costs if config is None else machine_from_sizes(config).costs
     return Machine(costs, weighed, stops[:-1], stops[-1], MILLISECONDS, f"costs: {path}")
 
 
@@ -73,12 +73,10 @@ def machine_from_sizes(config: Config) -> Machine:
     exits = tuple(config.exits.layers)
     heads = {of: head_products(model, config.exits.head_of(of), seen, vocab_size) for of in (*exits, model.num_layers)}
     whole = model.num_layers * layer + heads[model.num_layers]
-    layers = estimated_costs([layer / whole] * model.num_layers, exits, row)
-    costs = SegmentCosts(
-        layers.segments, {of: ((1, size / whole), (2, size / whole * (1 + row))) for of, size in heads.items()}
-    )
+    shares = {of: size / whole for of, size in heads.items()}
+    costs = estimated_costs([layer / whole] * model.num_layers, exits, row, heads=shares)
     said = f"costs: estimated from sizes, each more row {row:.0%} of the first ({kind}); a pass is a token's full depth"
-    return Machine(costs, _weighed(config), exits, model.num_layers, PASSES, said)
+    return Machine(costs, costs, exits, model.num_layers, PASSES, said)
 
 
 def machine_of(llm: "LLM", *, launch_rows: int) -> Machine:
@@ -97,10 +95,6 @@ def machine_of(llm: "LLM", *, launch_rows: int) -> Machine:
     said = f"costs: measured on {torch.get_num_threads()} threads, up to {sizes.sequences} sequences"
     costs = SegmentCosts(measured.segments, heads, measured.stores)
     return Machine(costs, model.launch_costs, model.exits, num_layers, MILLISECONDS, said)
-
-
-def _weighed(config: Config) -> SegmentCosts:
-    return estimated_costs([1.0] * config.model.num_layers, config.exits.layers, ROW_SHARES[_kind(config)])
 
 
 def _kind(config: Config) -> str:

@@ -10,7 +10,7 @@ from megatron_ee.inference.measures import Measure
 from megatron_ee.inference.runner import Runner
 from megatron_ee.inference.savings import weights_of
 from megatron_ee.inference.scheduling.costs import ROW_SHARES, SegmentCosts, estimated_costs
-from megatron_ee.inference.speculation.costs import draft_costs
+from megatron_ee.inference.speculation.costs import CALLS, draft_costs
 from megatron_ee.inference.speculation.law import DraftCosts
 from megatron_ee.model.stage import Stage
 from megatron_ee.plugins import choose
@@ -50,9 +50,10 @@ class OpenedModel:
 
     @cached_property
     def launch_costs(self) -> SegmentCosts:
-        """Of layers, estimated by what launches read."""
-        row = ROW_SHARES[next(self.stage.parameters()).device.type]
-        return estimated_costs(weights_of(self.stage).layers, self.exits, row)
+        """Estimated by what launches read, in bytes."""
+        weights, device = weights_of(self.stage), next(self.stage.parameters()).device.type
+        heads = {layer: weights.features[layer] + weights.projections[layer] for layer in self.depths[1:]}
+        return estimated_costs(weights.layers, self.exits, ROW_SHARES[device], calls=CALLS[device], heads=heads)
 
     @property
     def depths(self) -> tuple[int, ...]:

@@ -62,15 +62,28 @@ class SegmentCosts:
         return cost_of(self.heads[layer], rows) if layer in self.heads else 0.0
 
 
-def estimated_costs(layers: Sequence[float], exits: Sequence[int], row: float) -> SegmentCosts:
+def estimated_costs(
+    layers: Sequence[float],
+    exits: Sequence[int],
+    row: float,
+    *,
+    calls: float = 0.0,
+    heads: Mapping[int, float] | None = None,
+) -> SegmentCosts:
     """From what a launch reads, in its unit.
 
     Args:
         layers: of each layer, the first one first.
-        row: what each more row adds, as a share of the first one.
+        row: what each more row adds, as a share of what is read.
+        calls: of each layer, whatever is in it.
+        heads: exit, or the number of layers -> what its head reads.
     """
     borders = (0, *exits, len(layers))
-    return SegmentCosts({(start, stop): _line(sum(layers[start:stop]), row) for start, stop in pairwise(borders)})
+    segments = {
+        (start, stop): _line(read := sum(layers[start:stop]), (stop - start) * calls, read * row)
+        for start, stop in pairwise(borders)
+    }
+    return SegmentCosts(segments, {layer: _line(read, 0.0, read * row) for layer, read in (heads or {}).items()})
 
 
 def write_costs(path: Path, costs: SegmentCosts) -> None:
@@ -175,5 +188,5 @@ def _within(curves: Mapping[Segment, Curve], start: int, stop: int, rows: float)
     return sum(cost_of(curve, rows) for (first, last), curve in curves.items() if start <= first and last <= stop)
 
 
-def _line(first: float, row: float) -> Curve:
-    return ((1, first), (2, first * (1 + row)))
+def _line(read: float, calls: float, row: float) -> Curve:
+    return ((1, read + calls), (2, read + calls + row))

@@ -45,8 +45,8 @@ class Rebatch:
         queues = by_depth(fronts)
         chosen = self._choose(queues, launch)
         taken = chosen[: self._launch_rows]
-        at = taken[0].at
-        self._spent += self._costs.of(at, min(front.stop for front in taken), sum(front.rows for front in taken))
+        at, stop = taken[0].at, min(front.stop for front in taken)
+        self._spent += self._launch_cost(at, stop, sum(front.rows for front in taken), len(taken))
         self._count(at, len(taken))
         if at == 0:
             self._begun += len(taken)
@@ -80,7 +80,7 @@ class Rebatch:
         new = queues[0][: self._launch_rows]
         owed = sum(front.rows for front in new if front.owes)
         to_the_end = self._to_the_end(queues, 0, self._owed)
-        cost = self._costs.of(0, min(front.stop for front in new), len(new))
+        cost = self._launch_cost(0, min(front.stop for front in new), len(new), len(new))
         cost += self._to_the_end(queues, len(new), self._owed + owed) - to_the_end
         return len(new) * (self._spent + to_the_end) >= _MARGIN * self._begun * cost
 
@@ -93,8 +93,12 @@ class Rebatch:
             if before:
                 rows *= self._share(before, start)
             rows += sum(front.rows for front in queues.get(start, ()))
-            cost += self._costs.of(start, stop, max(rows, owed))
+            cost += self._launch_cost(start, stop, max(rows, owed), rows)
         return cost
+
+    def _launch_cost(self, start: int, stop: int, rows: float, asked: float) -> float:
+        """Of layers, and of the head of what is asked there."""
+        return self._costs.of(start, stop, rows) + self._costs.of_head(stop, asked)
 
     def _share(self, start: int, stop: int) -> float:
         """Of tokens that ran on at `start`, those that ran on at `stop`."""
