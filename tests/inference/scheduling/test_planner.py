@@ -109,4 +109,4 @@ def test_one_token_begins_alone_only_where_few_went_deeper_before(all_went_deepe
         for depth in (0, 2, 5) if all_went_deeper else (0,):
             assert depth_of_the_next({depth: 4}, launch) == depth
     assert depth_of_the_next({0: 4}, 30) == 0
-    assert depth_of_the_next({2: 3, 0: 1}, 30) == (2 if all_went_deeper else 0)
+    assert depth_of_the_next({2: 3, 5: 1, 0: 1}, 30) == (2 if all_went_deeper else 0)
