@@ -15,8 +15,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 START_TIMEOUT_S = 300.0
 CASE_TIMEOUT_S = 120.0
+_MOST_THREADS = 200
+"""Of a worker. Some libraries never let go of a case's groups, whose threads wake up so often that thousands of them
+take all there is of the machine."""
 
 
 class RankPool:
@@ -47,6 +52,8 @@ class RankPool:
         self._workers.clear()
 
     def _run(self, world_size: int, folder: str, case: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        if any(psutil.Process(process.pid).num_threads() > _MOST_THREADS for process, _ in self._workers):
+            self.close()
         self._start(world_size)
         where = (case.__code__.co_filename, case.__name__)
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
