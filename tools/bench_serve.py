@@ -14,7 +14,7 @@ from bench_decode import find
 from bench_report import Measure, write
 from bench_train import check
 
-from megatron_ee.errors import UserError
+from megatron_ee.errors import FieldError, UserError
 from megatron_ee.log import quiet_dependencies
 
 
@@ -44,13 +44,16 @@ def run(checkpoint: Path, only: str | None, *, small: bool) -> list[Measure]:
     from bench_decode_setup import opened
     from bench_serve_setup import small_suite, suite
 
+    loads = {sizes.name: sizes for sizes in (small_suite() if small else suite())}
+    if only is not None and only not in loads:
+        raise FieldError("--only", f"{only!r} is none of {', '.join(loads)}")
     measures: list[Measure] = []
     with opened(checkpoint) as model:
         from bench_serve_rounds import Bench
         from bench_serve_table import measures_of, tables
 
-        for sizes in small_suite() if small else suite():
-            if only in (None, sizes.name):
+        for name, sizes in loads.items():
+            if only in (None, name):
                 rounds = Bench(model, sizes).run()
                 print(*tables(rounds), "", sep="\n", flush=True)
                 measures += measures_of(rounds)

@@ -71,6 +71,14 @@ def test_a_small_run_writes_every_measure_and_field(tmp_path: Path, run: Path) -
     assert filled["recompute"] == filled["propagate"] == 0 < filled["fill"]
 
 
+def test_a_load_that_is_not_there_is_one_message_and_no_file(tmp_path: Path, run: Path) -> None:
+    command = [sys.executable, str(TOOLS / "bench_serve.py"), "--small", "--checkpoint", str(run), "--only", "r17"]
+    output = tmp_path / "serve.json"
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stderr) == (2, "--only: 'r17' is none of r2, r6, r2_poisson\n")
+    assert not output.exists()
+
+
 def test_costs_are_means_of_recorded_launches_that_never_fall() -> None:
     from bench_serve_costs import curve_of, line_of
 

@@ -94,7 +94,7 @@ def write_load(path: Path, requests: Sequence[SimulatedRequest]) -> None:
 def read_load(path: Path) -> list[SimulatedRequest]:
     """
     Raises:
-        FieldError: a line is no request.
+        FieldError: a line is no request, or there is none.
     """
     requests = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -113,4 +113,6 @@ def read_load(path: Path) -> list[SimulatedRequest]:
         if not 0 <= request.arrival < math.inf:
             raise FieldError(f"{path}:{number}", f"comes at {request.arrival}, which is no time from 0 on")
         requests.append(request)
+    if not requests:
+        raise FieldError(str(path), "holds no request")
     return requests

@@ -68,3 +68,9 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         file.write(line + "\n")
     with pytest.raises(FieldError, match=r"load\.jsonl:2"):
         read_load(tmp_path / "load.jsonl")
+
+
+def test_a_file_without_requests_is_none(tmp_path: Path) -> None:
+    (tmp_path / "load.jsonl").touch()
+    with pytest.raises(FieldError, match=r"load\.jsonl: holds no request"):
+        read_load(tmp_path / "load.jsonl")
