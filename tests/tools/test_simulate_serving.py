@@ -83,12 +83,12 @@ def test_costs_follow_the_sizes_of_a_config(
     assert machine.weighed.of(0, 2, 3) / machine.weighed.of(0, 8, 1) == pytest.approx(0.25 * 1.16)
 
 
-def test_no_requests_are_no_fault(
+def test_a_load_without_requests_is_one_message(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("load.jsonl").write_text("")
-    assert call(monkeypatch, "--costs", "costs.json", "--load", "load.jsonl") == 0
-    assert "no requests" in capsys.readouterr().out
+    assert call(monkeypatch, "--costs", "costs.json", "--load", "load.jsonl") == 2
+    assert capsys.readouterr().err == "load.jsonl: holds no request\n"
 
 
 def test_a_token_leaves_where_its_request_looks(
