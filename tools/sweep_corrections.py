@@ -81,7 +81,7 @@ def sweep(llm: LLM, windows_BS: np.ndarray, *, alphas: Sequence[float], top_ks: 
     """
     settings = _settings(llm.config.inference.exit, alphas, top_ks)
     layers = ExitRule(next(iter(settings.values())), llm.model.exits, llm.model.gated).heard
-    check_shared_vocabulary(llm.model.stage, "sled", layers)
+    check_shared_vocabulary(llm.model.facts, "sled", layers)
     tried = {setting: params.sled for setting, params in settings.items()}
     full, cells = measure(llm.model, windows_BS, layers, tried)
     best = best_of(cells)

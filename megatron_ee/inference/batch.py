@@ -1,14 +1,17 @@
 """A batch of sequences that decode together, each token as deep as it needs to go."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from megatron_ee.inference.answering import at_exit, at_the_end
+from megatron_ee.inference.answers import Answers, Said, Spoken, take_in
 from megatron_ee.inference.beginning import begin
 from megatron_ee.inference.blocks import Blocks
-from megatron_ee.inference.depth_walk import Arrival, DepthWalk
+from megatron_ee.inference.depth_walk import Arrival, DepthWalk, Leg
 from megatron_ee.inference.exit_decisions import ExitDecisions
+from megatron_ee.inference.luggage import has_luggage
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.sampling import NoTokenError
@@ -16,6 +19,26 @@ from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
 from megatron_ee.inference.scheduling.planner import Planner
 from megatron_ee.inference.scheduling.strategies.compaction import Compaction
 from megatron_ee.inference.sequences import DecodingSequence
+
+
+@dataclass(slots=True)
+class Flight:
+    """A launch that is under way.
+
+    Attributes:
+        sequences: by slot, of all its rows: whoever has their slots when it ends.
+        asks: somebody is asked where it ends.
+        tells: there may be something to tell of it that is not known beforehand.
+        arrival, answers: where its layers are.
+    """
+
+    plan: LaunchPlan
+    leg: Leg
+    sequences: Mapping[int, DecodingSequence]
+    asks: bool
+    tells: bool
+    arrival: Arrival | None = None
+    answers: Answers = field(default_factory=dict)
 
 
 class Batch:
@@ -50,7 +73,7 @@ class Batch:
     ) -> None:
         self._model, self._max_pending, self._chunk = model, max_pending, prefill_chunk
         self._capacity = capacity if blocks is None else min(capacity, blocks.num_positions)
-        self._num_layers = model.stage.model.num_layers
+        self._num_layers, self._stages, self._ring = model.stage.model.num_layers, model.stages, model.ring
         room = max_pending + 1 + prefill_chunk
         self.walk = DepthWalk(
             model.runner,
@@ -60,6 +83,8 @@ class Batch:
             room=room,
             blocks=blocks,
             keeps_prefixes=keeps_prefixes,
+            stages=model.stages,
+            agree=bool if model.ring is None else model.ring.agree,
         )
         self.decisions = ExitDecisions(model)
         self._step = Planner(Compaction(), launch_rows=slots, prefill_chunk=prefill_chunk)
@@ -67,10 +92,28 @@ class Batch:
         self._free = list(range(slots))
         self._sequences: dict[int, DecodingSequence] = {}
         self._fronts: dict[int, Front] = {}  # of those whose rows have not moved since
+        self._under_way: set[int] = set()
+        self._crowded: set[int] = set()  # may not go on before what waits has caught up
 
     @property
     def free_slots(self) -> int:
         return len(self._free)
+
+    @property
+    def num_launches(self) -> int:
+        """That have begun."""
+        return self._launch
+
+    @property
+    def num_going(self) -> int:
+        """Sequences whose texts go on."""
+        return len(self._going())
+
+    @property
+    def crowded(self) -> Collection[int]:
+        """Slots of those that may not go on before what waits of them has caught up: on a pipeline it does so as stages
+        have time."""
+        return self._crowded
 
     def begin(self, request: Request) -> DecodingSequence:
         """What may join.
@@ -117,7 +160,7 @@ class Batch:
         return self.walk.reserve(slot, self._sequences[slot].next_positions)
 
     def may_pause(self, slot: int) -> bool:
-        return self._sequences[slot].may_start_over
+        return slot not in self._under_way and self._sequences[slot].may_start_over
 
     def pause(self, slot: int) -> DecodingSequence:
         """Let a sequence go that may join again. What it has said is kept; what the model knows of it is not."""
@@ -127,8 +170,8 @@ class Batch:
         return sequence
 
     def fronts(self) -> list[Front]:
-        """Where each sequence is whose text goes on."""
-        going = self._going()
+        """Where each sequence is whose text goes on, and which is not under way."""
+        going = [(slot, of) for slot, of in self._going() if slot not in self._under_way and slot not in self._crowded]
         for slot, sequence in going:
             if slot not in self._fronts:
                 self._fronts[slot] = self._front(slot, sequence)
@@ -136,29 +179,69 @@ class Batch:
 
     def plan(self, planner: Planner, fronts: Sequence[Front]) -> LaunchPlan:
         """What runs next, of these."""
-        if planner.carries:
-            fillers = [slot for slot, of in self._sequences.items() if of.rule.kv_policy != "propagate"]
-        else:
-            fillers = [slot for slot, of in self._sequences.items() if of.rule.kv_policy == "fill"]
-        return planner.plan(fronts, self._launch, fillers, self._ready)
+        return planner.plan(fronts, self._launch, self.fillers(planner.carries), self.ready)
 
-    @torch.inference_mode()
-    def launch(self, plan: LaunchPlan) -> list[tuple[int, Emission | None]]:
+    def fillers(self, carries: bool) -> list[int]:
+        """Whose positions may run along because there is room."""
+        if carries:
+            return [slot for slot, of in self._sequences.items() if of.rule.kv_policy != "propagate"]
+        return [slot for slot, of in self._sequences.items() if of.rule.kv_policy == "fill"]
+
+    def ready(self, slot: int, start: int, stop: int) -> int:
+        """How many of them there are; what a draft leaves at its exit is verified there."""
+        return 0 if self._sequences[slot].draft else self.walk.ledger.ready(slot, start, stop)
+
+    def launch(self, plan: LaunchPlan) -> Spoken:
         """Run it. Returns what is said with it, by slot: a token, or several, in order, of those that speculate. After
         one with `finish` there are no more; after None neither: there is no token to choose."""
+        return self.arrive(self.depart(plan))
+
+    @torch.inference_mode()
+    def depart(self, plan: LaunchPlan) -> Flight:
+        """Begin a launch: where its layers are, it is run at once. Until it arrives its rows are nowhere."""
         self._launch += 1
-        for slot in (*plan.counts, *plan.fills):
-            self._fronts.pop(slot, None)
         self._count(plan)
-        arrival = self._run(plan)
-        entering = {slot: self._sequences[slot] for slot in plan.counts}
-        for sequence in entering.values():
-            sequence.come_to(plan.stop, self._launch)
-        if plan.stop < self._num_layers:
-            spoken = at_exit(arrival, entering, self.decisions)
+        sequences = {slot: self._sequences[slot] for slot in (*plan.counts, *plan.fills)}
+        for slot in sequences:
+            self._fronts.pop(slot, None)
+        self._under_way.update(plan.counts)
+        tokens = None
+        if plan.start == 0:
+            tokens = {slot: sequences[slot].take(rows) for slot, rows in plan.counts.items()}
+            leg = self.walk.append(plan.counts, plan.stop)
         else:
-            spoken = at_the_end(arrival, entering, self.walk)
-        self._go_on({slot for slot, _ in spoken}, plan.stop)
+            leg = self.walk.waiting({**plan.counts, **plan.fills}, plan.start, plan.stop)
+        asks = any(self._is_asked(sequences[slot], plan.stop) for slot in plan.counts)
+        tells = asks or (plan.stop in self._stages.borders and any(has_luggage(sequences[slot]) for slot in plan.counts))
+        flight = Flight(plan, leg, sequences, asks, tells)
+        if self._stages.holds(plan.start):
+            self._run(flight, tokens)
+        return flight
+
+    @torch.inference_mode()
+    def arrive(self, flight: Flight) -> Spoken:
+        """End a launch. Sequences that have left in the meantime are left out of it."""
+        plan = flight.plan
+        entering = {slot: flight.sequences[slot] for slot in plan.counts}
+        output_NH = flight.arrival.output_NH if flight.arrival is not None else None
+        if self._ring is not None:
+            flight.answers, output_NH = self._ring.arrive(flight, entering, self._model.runner)
+        gone = {slot for slot, of in flight.sequences.items() if self._sequences.get(slot) is not of}
+        self.walk.land(flight.leg, output_NH, gone=gone)
+        self._under_way.difference_update(slot for slot in entering if slot not in gone)
+        for slot, sequence in entering.items():
+            sequence.come_to(plan.stop, self._launch)
+            if plan.stop == self._num_layers and sequence.unfed:  # a part of a prompt makes way for the next
+                sequence.at = 0
+        for slot in flight.sequences.keys() - gone:
+            self._fronts.pop(slot, None)
+        spoken = [
+            (slot, said)
+            for slot, answer in flight.answers.items()
+            if slot not in gone
+            for said in take_in(entering[slot], answer)
+        ]
+        self._go_on(dict.fromkeys(slot for slot, _ in spoken), flight)
         return spoken
 
     def step(self) -> list[tuple[int, Emission]]:
@@ -187,6 +270,8 @@ class Batch:
         """Forget a sequence, finished or not; its slot is free."""
         sequence = self._sequences.pop(slot)
         self._fronts.pop(slot, None)
+        self._under_way.discard(slot)
+        self._crowded.discard(slot)
         self.walk.keep(slot, sequence.request.prompt)
         self.walk.close(slot)
         self._free = sorted((*self._free, slot))
@@ -204,20 +289,43 @@ class Batch:
         is_part = at == 0 and rows < len(sequence.unfed)
         # where rows are looked at next, or meet some of their own sequence that a neighbour's launch took there
         looked_at = self._num_layers if is_part else sequence.next_stop(at, self._num_layers)
-        stop = min(looked_at, ledger.next_waiting(slot, at))
+        stop = min(looked_at, ledger.next_waiting(slot, at), self._stages.end(at))
         owes, verifies = sequence.rule.kv_policy != "propagate", sequence.draft is not None and sequence.draft.is_over
         return Front(slot, at, rows, stop, sequence.since, sequence.is_drafting, owes, verifies)
 
-    def _ready(self, slot: int, start: int, stop: int) -> int:
-        """Positions that may run along because there is room; what a draft leaves at its exit is verified there."""
-        return 0 if self._sequences[slot].draft else self.walk.ledger.ready(slot, start, stop)
+    def _is_asked(self, sequence: DecodingSequence, layer: int) -> bool:
+        """Whether it is looked at there, after its newest row."""
+        if sequence.unfed:
+            return False
+        rule = sequence.rule
+        return (
+            layer == self._num_layers or sequence.drafts_at(layer) or layer in rule.thresholds or layer in rule.heard
+        )
 
-    def _run(self, plan: LaunchPlan) -> Arrival:
-        if plan.start == 0:
-            return self.walk.enter(
-                {slot: self._sequences[slot].take(rows) for slot, rows in plan.counts.items()}, plan.stop
-            )
-        return self.walk.advance({**plan.counts, **plan.fills}, plan.start, plan.stop)
+    def _run(self, flight: Flight, tokens: Mapping[int, Sequence[int]] | None) -> None:
+        plan = flight.plan
+        entering = {slot: flight.sequences[slot] for slot in plan.counts}
+        arrival = self._with_previous(self.walk.run(flight.leg, tokens), flight)
+        flight.arrival = arrival
+        if flight.asks:
+            is_end = plan.stop == self._num_layers
+            flight.answers = at_the_end(arrival, entering) if is_end else at_exit(arrival, entering, self.decisions)
+        if self._ring is not None:
+            self._ring.depart(flight, entering, self._model.runner)
+
+    def _with_previous(self, arrival: Arrival, flight: Flight) -> Arrival:
+        """A stage that begins or ends between two exits passes on the state at the first of them."""
+        comparing = {slot: of for slot in flight.plan.counts if (of := flight.sequences[slot]).rule.compares_states}
+        if not comparing or self._stages.count == 1:
+            return arrival
+        if flight.plan.start not in (0, *self._model.exits):
+            previous = {slot: of.previous_H for slot, of in comparing.items() if of.previous_H is not None}
+            arrival = arrival._replace(previous=previous)
+        is_exit = flight.plan.stop in self._model.exits
+        states = {} if is_exit else arrival.states_before(comparing)
+        for slot, of in comparing.items():
+            of.previous_H = states.get(slot)
+        return arrival
 
     def _count(self, plan: LaunchPlan) -> None:
         """What full depth would have run for the same tokens; see `savings_of`."""
@@ -237,16 +345,31 @@ class Batch:
         work.drafted += drafting
         work.prefills += parts == len(entering)
 
-    def _go_on(self, spoken: Collection[int], layer: int) -> None:
+    def _go_on(self, spoken: Collection[int], flight: Flight) -> None:
         """What sequences that have said something need before their next token."""
+        layer, ledger = flight.plan.stop, self.walk.ledger
+        if layer == self._num_layers:
+            self._take_back(flight)
         going = [(slot, of) for slot, of in self._going() if slot in spoken]
         for slot, sequence in going:
             if len(sequence.draws.answer) == 1:
                 self.walk.keep(slot, sequence.request.prompt)  # its neighbours need not wait for its end
             sequence.begin_draft()
+        self._crowded = {slot for slot in self._crowded if ledger.pending(slot)}
         if layer == self._num_layers:
             return
         if leaving := [slot for slot, of in going if of.rule.kv_policy == "propagate"]:
-            self.walk.propagate(leaving, layer)
-        if crowded := [slot for slot, of in going if self.walk.ledger.pending(slot) > of.rule.max_pending]:
-            self.walk.catch_up(crowded)
+            states_NH = self._ring.states_of(flight, leaving) if self._ring is not None else None
+            self.walk.propagate(leaving, layer, states_NH)
+        if crowded := [slot for slot, of in going if ledger.pending(slot) > of.rule.max_pending]:
+            if self._stages.count > 1:
+                self._crowded.update(crowded)
+            else:
+                self.walk.catch_up(crowded)
+
+    def _take_back(self, flight: Flight) -> None:
+        """Of drafts, what full depth did not accept."""
+        for slot, answer in flight.answers.items():
+            sequence = self._sequences.get(slot)
+            if isinstance(answer, Said) and answer.accepted is not None and sequence is flight.sequences[slot]:
+                self.walk.work.taken_back += self.walk.take_back(slot, sequence.num_positions)

@@ -22,7 +22,7 @@ def begin(model: OpenedModel, request: Request, *, capacity: int, max_pending: i
     """
     rule = ExitRule(request.exit, model.exits, model.gated)
     model.measure_named(rule.measure)
-    check_shared_vocabulary(model.stage, request.exit.mode, rule.heard)
+    check_shared_vocabulary(model.facts, request.exit.mode, rule.heard)
     check_sampling(request.sampling, model.tokenizer.vocab_size)
     if rule.max_pending > max_pending:
         raise FieldError("inference.exit.max_pending", f"{rule.max_pending} is above the batch's {max_pending}")

@@ -13,7 +13,7 @@ from megatron_ee.inference.asking import Prompt
 from megatron_ee.inference.completion import Completion, Piece, completions, in_order
 from megatron_ee.inference.llm import LLM
 from megatron_ee.inference.request import Emission, Logprobs
-from megatron_ee.inference.savings import savings_of, weights_of
+from megatron_ee.inference.savings import savings_of
 from megatron_ee.inference.show import DepthPainter, Summary, closing_table
 from megatron_ee.inference.work import Work
 
@@ -80,7 +80,7 @@ class Session:
             return
         summary = Summary(self._emissions, self._seconds)
         work: Work = self._llm.work - self._before
-        savings = savings_of(work, weights_of(self._llm.model.stage), num_tokens=len(self._emissions))
+        savings = savings_of(work, self._llm.model.facts.weights, num_tokens=len(self._emissions))
         params = self._llm.config.inference.exit
         lines = closing_table(summary, savings, params, num_texts=self._num_texts, num_layers=self._num_layers)
         for line in lines:

@@ -1,10 +1,14 @@
 """Takes rows of sequences from depth to depth, and keeps ledger, cache and waiting states in agreement.
 
+Where the model is split into stages, the ledger and the blocks are the same in all processes; keys and values and the
+states that wait are with the layers that take them.
+
 Shapes: N rows, B sequences, H hidden size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -18,6 +22,7 @@ from megatron_ee.inference.ledger import DepthLedger
 from megatron_ee.inference.prefixes import Prefixes
 from megatron_ee.inference.row_places import SequenceRows
 from megatron_ee.inference.runner import Runner
+from megatron_ee.inference.stages import Stages, depths_of
 from megatron_ee.inference.waiting_states import WaitingStates
 from megatron_ee.inference.work import Work
 from megatron_ee.model.rotary import Rotary, RotationTable
@@ -32,6 +37,8 @@ class DepthWalk:
         room: positions of a sequence that may be at one exit at a time.
         blocks: that keys and values have; None: enough for the longest sequences in all slots.
         keeps_prefixes: a sequence begins with the keys and values that are there of others that began so.
+        stages: where the layers are; None: all here, in one.
+        agree: whether something holds in all processes.
     """
 
     def __init__(
@@ -44,13 +51,17 @@ class DepthWalk:
         room: int,
         blocks: Blocks | None = None,
         keeps_prefixes: bool = False,
+        stages: Stages | None = None,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         stage = runner.stage
         self._runner, self._num_layers = runner, stage.model.num_layers
         parameter = next(stage.parameters())
         self._exits = tuple(exits)
         self._blocks = [layer for layer in (*exits, self._num_layers) if runner.attends(layer)]
-        self.ledger = DepthLedger((0, *exits, self._num_layers))
+        self._stages, self._agree = stages or Stages((self._num_layers,)), agree
+        self._depths = depths_of(exits, self._stages)
+        self.ledger = DepthLedger(self._depths)
         capture = capture_on(parameter.device, stage.tp_group)
         self.blocks = blocks or Blocks(slots, slots * -(-capacity // BLOCK) * BLOCK)
         self.cache = KeyValueCache(stage, self.blocks)
@@ -103,33 +114,72 @@ class DepthWalk:
         full = self.ledger.length(slot) - self.ledger.pending(slot)
         ready = min(full, len(prompt) - 1, *(self.ledger.block_length(slot, layer) for layer in attending))
         own = self.blocks.of(slot)[: ready // self.blocks.size]
-        if own and self.cache.are_finite(own):
+        if own and self._agree(self.cache.are_finite(own)):
             self.prefixes.add(prompt[:ready], attending, own)
 
     def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> "Arrival":
         """Append tokens to sequences, by slot, and run them up to `stop`. There have to be blocks for them."""
-        for slot, new in tokens.items():
-            has_room = self.reserve(slot, self.ledger.length(slot) + len(new))
-            assert has_room, f"no blocks are left for slot {slot}"
-        rows = [SequenceRows(slot, self.ledger.append(slot, len(new))) for slot, new in tokens.items()]
-        entering = [token for new in tokens.values() for token in new]
-        return self._run(self._launch(rows), self._runner.embed(entering), 0, stop)
+        return self._go(self.append({slot: len(new) for slot, new in tokens.items()}, stop), tokens)
 
     def advance(self, counts: Mapping[int, int | None], start: int, stop: int) -> "Arrival":
-        """Run positions that wait at `start` up to `stop`.
+        """Run positions that wait at `start` up to `stop`; see `waiting`."""
+        return self._go(self.waiting(counts, start, stop))
 
+    def append(self, counts: Mapping[int, int], stop: int) -> "Leg":
+        """New positions of sequences, by slot, which are to run up to `stop`."""
+        for slot, count in counts.items():
+            has_room = self.reserve(slot, self.ledger.length(slot) + count)
+            assert has_room, f"no blocks are left for slot {slot}"
+        return Leg([SequenceRows(slot, self.ledger.append(slot, count)) for slot, count in counts.items()], 0, stop)
+
+    def waiting(self, counts: Mapping[int, int | None], start: int, stop: int) -> "Leg":
+        """
         Args:
             counts: how many of each sequence, by slot, those first that have waited longest; None: all.
         """
         rows = [SequenceRows(slot, self.ledger.waiting(slot, start, stop)[:count]) for slot, count in counts.items()]
-        launch, came = self._launch(rows), self._came
-        if came is not None and came.layer == start and came.launch is launch:
-            return self._run(launch, came.output_NH, start, stop)
-        return self._run(launch, self._states.read(start, launch), start, stop)
+        return Leg(rows, start, stop)
+
+    def run(self, leg: "Leg", tokens: Mapping[int, Sequence[int]] | None = None) -> "Arrival":
+        """What comes of rows, whose layers are here; they have not arrived before `land`.
+
+        Args:
+            tokens: of rows that enter.
+        """
+        launch, came = self._launch(leg.rows), self._came
+        if tokens is not None:
+            x_NH = self._runner.embed([token for new in tokens.values() for token in new])
+        elif came is not None and came.layer == leg.start and came.launch is launch:
+            x_NH = came.output_NH
+        else:
+            x_NH = self._states.read(leg.start, launch)
+        return self._run(launch, x_NH, leg.start, leg.stop)
+
+    def land(self, leg: "Leg", output_NH: torch.Tensor | None, *, gone: Collection[int] = ()) -> None:
+        """Rows have come to where they were going.
+
+        Args:
+            output_NH: their states, where those that go deeper do so here.
+            gone: sequences that are not there any more, by slot.
+        """
+        rows = [of for of in leg.rows if of.slot not in gone]
+        self.work.launches[leg.start, leg.stop] += 1
+        self.work.rows[leg.start, leg.stop] += sum(len(of.positions) for of in rows)
+        self._arrive(rows, leg.start, leg.stop)
+        for layer in self._blocks:
+            if leg.start < layer <= leg.stop:
+                for slot, positions in rows:
+                    if self.ledger.has_block(slot, layer):
+                        self.ledger.advance_block(slot, layer, positions)
+        if rows and leg.stop < self._num_layers and self._stages.holds(leg.stop):
+            assert output_NH is not None, "states of another stage have not come"
+            if len(rows) < len(leg.rows):
+                output_NH = output_NH[self._rows_of(leg.rows, {of.slot for of in rows})]
+            self._states.write(leg.stop, self._launch(rows), output_NH)
 
     def catch_up(self, slots: Sequence[int]) -> None:
         """Take all that waits, in these sequences, through all layers."""
-        for start, stop in pairwise((*self._exits, self._num_layers)):
+        for start, stop in pairwise(self._depths[1:]):
             if waiting := [slot for slot in slots if self.ledger.waiting(slot, start, stop)]:
                 self.advance(dict.fromkeys(waiting), start, stop)
 
@@ -151,20 +201,31 @@ class DepthWalk:
         self.blocks.release(slot)
         self._recent = self._came = None  # the same positions of another sequence are somewhere else
 
-    def propagate(self, slots: Sequence[int], start: int) -> None:
-        """Give all layers above `start` the keys and values of the states that wait there, as they are. Not exact."""
+    def propagate(self, slots: Sequence[int], start: int, x_NH: torch.Tensor | None = None) -> None:
+        """Give all layers above `start` the keys and values of the states that wait there, as they are. Not exact.
+
+        Args:
+            x_NH: these states; None: they are here, or no such layer is.
+        """
         stop = self._num_layers
         rows = [SequenceRows(slot, self.ledger.waiting(slot, start, stop)) for slot in slots]
-        launch = self._launch(rows)
-        x_NH = self._states.read(start, launch)
-        self._runner.store(x_NH, launch, start, stop)
+        first, last = self._stages.held(start, stop)
+        if first < last:
+            launch = self._launch(rows)
+            if x_NH is None:
+                x_NH = self._states.read(start, launch)
+            self._runner.store(x_NH, launch, first, last)
         self.work.stores[start, stop] += 1
-        self.work.stored[start, stop] += launch.num_rows
+        self.work.stored[start, stop] += sum(len(positions) for _, positions in rows)
         self._arrive(rows, start, stop)
         for layer in self._exits:
-            asking = [slot for slot in slots if layer > start and self.ledger.has_block(slot, layer)]
-            if asking:
-                self._runner.store_block(*self._of_block(asking, rows, x_NH, layer), layer)
+            asking = {slot for slot in slots if layer > start and self.ledger.has_block(slot, layer)}
+            for slot, positions in rows:
+                if slot in asking:
+                    self.ledger.advance_block(slot, layer, positions)
+            if asking and first < layer <= last:
+                assert x_NH is not None
+                self._runner.store_block(*self._of_block(asking, rows, x_NH), layer)
 
     def _begin(self, taken: Sequence[int], filled: Sequence[int] = ()) -> None:
         """Blocks that a sequence has taken hold something new: copies of others first, then zeros."""
@@ -175,34 +236,35 @@ class DepthWalk:
             if number >= len(filled) or block != filled[number]:
                 self.prefixes.forget(block)
 
+    def _go(self, leg: "Leg", tokens: Mapping[int, Sequence[int]] | None = None) -> "Arrival":
+        arrival = self.run(leg, tokens)
+        self.land(leg, arrival.output_NH)
+        return arrival
+
     def _run(self, launch: Launch, x_NH: torch.Tensor, start: int, stop: int) -> "Arrival":
-        rows = launch.rows
         y_NH, taps = (self._graphs or self._runner).run(x_NH, launch, start, stop)
-        self.work.launches[start, stop] += 1
-        self.work.rows[start, stop] += launch.num_rows
-        self._arrive(rows, start, stop)
-        if stop < self._num_layers:
-            self._states.write(stop, launch, y_NH)
         features = None
         for layer in self._blocks:
-            asking = [slot for slot, _ in rows if self.ledger.has_block(slot, layer)] if layer in taps else ()
+            asking = {slot for slot, _ in launch.rows if self.ledger.has_block(slot, layer)} if layer in taps else ()
             if asking:
-                hidden_NH, block_launch = self._of_block(asking, rows, taps[layer], layer)
+                hidden_NH, block_launch = self._of_block(asking, launch.rows, taps[layer])
                 features = Features(block_launch, self._runner.features(hidden_NH, layer, block_launch))
-        self._came = Arrival(self._runner, stop, launch, x_NH, y_NH, taps[stop], features)
+        self._came = Arrival(self._runner, stop, launch, x_NH, y_NH, taps.get(stop, y_NH), features)
         return self._came
 
     def _of_block(
-        self, slots: Sequence[int], rows: Sequence[SequenceRows], x_NH: torch.Tensor, layer: int
+        self, slots: Collection[int], rows: Sequence[SequenceRows], x_NH: torch.Tensor
     ) -> tuple[torch.Tensor, Launch]:
         """The rows of sequences that ask the block of an exit's head, which they have reached now."""
-        own = [of for of in rows if of.slot in set(slots)]
-        for slot, positions in own:
-            self.ledger.advance_block(slot, layer, positions)
+        own = [of for of in rows if of.slot in slots]
         if len(own) == len(rows):
             return x_NH, self._launch(own)
-        is_own_N = [of.slot in set(slots) for of in rows for _ in of.positions]
-        return x_NH[torch.tensor(is_own_N, device=x_NH.device)], self._launch(own)
+        return x_NH[self._rows_of(rows, slots)], self._launch(own)
+
+    def _rows_of(self, rows: Sequence[SequenceRows], slots: Collection[int]) -> torch.Tensor:
+        """Which rows are of some sequences, bool [N], on the device."""
+        is_own_N = [of.slot in slots for of in rows for _ in of.positions]
+        return torch.tensor(is_own_N, device=next(self._runner.stage.parameters()).device)
 
     def _launch(self, rows: Sequence[SequenceRows]) -> Launch:
         """The rows of one segment are often those of the one before."""
@@ -215,6 +277,18 @@ class DepthWalk:
             assert self.ledger.advance(slot, start, stop, len(positions)) == positions
 
 
+class Leg(NamedTuple):
+    """Rows on their way through layers `start + 1` to `stop`."""
+
+    rows: Sequence[SequenceRows]
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(positions) for _, positions in self.rows)
+
+
 class Features(NamedTuple):
     """What the block of an exit's head made of the rows of the sequences that ask it."""
 
@@ -223,7 +297,11 @@ class Features(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """Rows that have come to an exit, or to the end."""
+    """Rows that have come to an exit, to where a stage ends, or to the end.
+
+    Attributes:
+        input_NH: at the exit before, or where a stage began after it; `previous` then has states of that exit, by slot.
+    """
 
     runner: Runner
     layer: int
@@ -232,6 +310,17 @@ class Arrival(NamedTuple):
     output_NH: torch.Tensor
     hidden_NH: torch.Tensor
     features: Features | None
+    previous: Mapping[int, torch.Tensor] = MappingProxyType({})
+
+    def last_states(self, slots: Sequence[int]) -> torch.Tensor:
+        """Of the newest row of each of these sequences, [N, H]."""
+        (output_NH,) = _last(self.launch, dict.fromkeys(slots, 1), self.output_NH)
+        return output_NH
+
+    def states_before(self, slots: Collection[int]) -> Mapping[int, torch.Tensor]:
+        """Of the newest row of each of these sequences, at the exit before this one: [H]."""
+        (input_NH,) = _last(self.launch, dict.fromkeys(slots, 1), self.input_NH)
+        return {slot: self.previous.get(slot, x_H) for slot, x_H in zip(slots, input_NH, strict=True)}
 
     def ask(self, slots: Sequence[int]) -> AskedExit:
         """The exit at the last position of each of these sequences."""
@@ -244,6 +333,8 @@ class Arrival(NamedTuple):
             assert self.features is not None, "a sequence asks an exit that it has not named"
             (features_NH,) = _last(self.features.launch, counts, self.features.features_NH)
         hidden_NH, output_NH, previous_NH = _last(self.launch, counts, self.hidden_NH, self.output_NH, self.input_NH)
+        if self.previous and len(counts) == len(previous_NH):
+            previous_NH = torch.stack([*self.states_before(counts).values()])
         return AskedExit(
             self.runner,
             self.layer,

@@ -4,6 +4,7 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_ee.inference.answers import Spoken
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.request import Emission, Failure, Request
 from megatron_ee.inference.sampling import NoTokenError
@@ -92,13 +93,14 @@ class Engine:
         """
         said = self._end_late(now)
         self._admit()
-        if fronts := self._fronts():
-            spoken = self.batch.launch(self.batch.plan(self._planner, fronts))
-            said += [(self._inside[slot].number, emission or _SILENT) for slot, emission in spoken]
+        said += [(self._inside[slot].number, emission or _SILENT) for slot, emission in self._run(self._fronts())]
         for number, of in said:
             if isinstance(of, Failure) or of.finish is not None:
                 self.abort(number)
         return said
+
+    def _run(self, fronts: Sequence[Front]) -> Spoken:
+        return self.batch.launch(self.batch.plan(self._planner, fronts)) if fronts else []
 
     def _end_late(self, now: float) -> list[tuple[int, Emission | Failure]]:
         late = [of.number for of in self._tasks.values() if of.deadline is not None and of.deadline <= now]

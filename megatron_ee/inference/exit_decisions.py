@@ -2,12 +2,25 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from megatron_ee.inference.asked_exit import AskedExit
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.sequences import DecodingSequence
+
+
+class ExitDecision(NamedTuple):
+    """
+    Attributes:
+        leaves: whether the exit fires.
+        choice: the likeliest token, where the rule looks at it.
+    """
+
+    leaves: bool
+    confidence: float
+    choice: int | None
 
 
 class ExitDecisions:
@@ -20,22 +33,21 @@ class ExitDecisions:
         self._model = model
         self.num_nan = 0
 
-    def leaving(self, asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[float | None]:
-        """The exit's confidence where it fires, and None where it does not.
-
+    def of(self, asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[ExitDecision]:
+        """
         Args:
             sequences: of the exit's rows; it may fire for each of them.
         """
         for row, sequence in enumerate(sequences):
             if sequence.wants_passed:
                 sequence.passed[asked.layer] = asked.logits[row]
-        confidences, choices = self._look(asked, sequences)
-        leaving: list[float | None] = []
-        for sequence, confidence, choice in zip(sequences, confidences, choices, strict=True):
+        decisions = []
+        for sequence, confidence, choice in zip(sequences, *self._look(asked, sequences), strict=True):
             self.num_nan += math.isnan(confidence)
-            in_a_row = 1 if choice is None else sequence.streak.see(choice)
-            leaving.append(confidence if sequence.rule.fires(asked.layer, confidence, in_a_row) else None)
-        return leaving
+            in_a_row = 1 if choice is None else sequence.streak.with_next(choice)
+            leaves = sequence.rule.fires(asked.layer, confidence, in_a_row)
+            decisions.append(ExitDecision(leaves, confidence, choice))
+        return decisions
 
     def _look(self, asked: AskedExit, sequences: Sequence[DecodingSequence]) -> tuple[list[float], list[int | None]]:
         """Confidences and, where a rule looks at them, the likeliest tokens: one copy from the device."""

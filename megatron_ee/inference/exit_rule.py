@@ -48,11 +48,16 @@ class ExitRule:
         """Whether it has to know the likeliest token also at exits that don't fire."""
         return self.patience > 1
 
+    @property
+    def compares_states(self) -> bool:
+        """Whether an exit's confidence needs the hidden state at the exit before."""
+        return self.measure == "cosine"
+
     def stops_at(self, exits: Sequence[int]) -> tuple[int, ...]:
         """The model's exits at which a token's row is looked at, ascending: those that may fire or are heard, and where
         hidden states are compared, the exit before each of them too."""
         looked_at = {*self.thresholds, *self.heard}
-        if self.measure == "cosine":
+        if self.compares_states:
             looked_at |= {before for before, layer in pairwise(exits) if layer in self.thresholds}
         return tuple(sorted(looked_at))
 
@@ -74,10 +79,13 @@ class Streak:
         self._choice: int | None = None
         self._length = 0
 
+    def with_next(self, choice: int) -> int:
+        """How many exits in a row, the next one last, choose its likeliest token."""
+        return self._length + 1 if choice == self._choice else 1
+
     def see(self, choice: int) -> int:
-        """The next exit's likeliest token. Returns how many exits in a row, this one last, chose it."""
-        self._length = self._length + 1 if choice == self._choice else 1
-        self._choice = choice
+        """The next exit's likeliest token. Returns `with_next`."""
+        self._choice, self._length = choice, self.with_next(choice)
         return self._length
 
 

@@ -6,12 +6,14 @@ from functools import cached_property
 
 import torch
 
+from megatron_ee.inference.facts import ModelFacts, facts_of
 from megatron_ee.inference.measures import Measure
+from megatron_ee.inference.ring import Pipeline, Ring
 from megatron_ee.inference.runner import Runner
-from megatron_ee.inference.savings import weights_of
 from megatron_ee.inference.scheduling.costs import ROW_SHARES, SegmentCosts, estimated_costs
 from megatron_ee.inference.speculation.costs import CALLS, draft_costs
 from megatron_ee.inference.speculation.law import DraftCosts
+from megatron_ee.inference.stages import Stages, depths_of
 from megatron_ee.model.stage import Stage
 from megatron_ee.plugins import choose
 from megatron_ee.tokenizer import Tokenizer
@@ -21,13 +23,14 @@ from megatron_ee.tokenizer import Tokenizer
 class OpenedModel:
     """
     Attributes:
-        stage: all layers and exits.
+        stage: all layers and exits, or those of this process.
         exits: the layers after which the model has early exits.
         measures: by the names that `inference.exit.measure` may have.
         stop_token_ids: what ends a text unless a request says otherwise.
         begin: tokens that come before a prompt that is given as a text.
         max_positions: longest sequence that the model was made for; None: it doesn't say.
         packs_weights: see `Product`.
+        pipeline: of which the stage is a part; None: it is the whole model.
     """
 
     stage: Stage
@@ -38,32 +41,53 @@ class OpenedModel:
     begin: tuple[int, ...] = ()
     max_positions: int | None = None
     packs_weights: bool = True
+    pipeline: Pipeline | None = None
 
     @cached_property
     def runner(self) -> Runner:
-        return Runner(self.stage, self.tokenizer.vocab_size, packs=self.packs_weights)
+        attending = self.facts.attending
+        return Runner(self.stage, self.tokenizer.vocab_size, packs=self.packs_weights, attending=attending)
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """Of the whole model."""
+        return facts_of(self.stage) if self.pipeline is None else self.pipeline.facts
+
+    @cached_property
+    def stages(self) -> Stages:
+        return Stages((self.stage.model.num_layers,)) if self.pipeline is None else self.pipeline.stages
+
+    @property
+    def ring(self) -> Ring | None:
+        """The other stages, where there are any in other processes."""
+        return None if self.pipeline is None else self.pipeline.ring
 
     @cached_property
     def draft_costs(self) -> Mapping[int, DraftCosts]:
         """Of drafting at each exit."""
-        return draft_costs(self.stage, self.exits)
+        return draft_costs(self.facts, self.exits, self._device)
 
     @cached_property
     def launch_costs(self) -> SegmentCosts:
         """Estimated by what launches read, in bytes."""
-        weights, device = weights_of(self.stage), next(self.stage.parameters()).device.type
-        heads = {layer: weights.features[layer] + weights.projections[layer] for layer in self.depths[1:]}
-        return estimated_costs(weights.layers, self.exits, ROW_SHARES[device], calls=CALLS[device], heads=heads)
+        weights, borders = self.facts.weights, self.depths[1:-1]
+        heads = {layer: size + weights.projections[layer] for layer, size in weights.features.items()}
+        device = self._device
+        return estimated_costs(weights.layers, borders, ROW_SHARES[device], calls=CALLS[device], heads=heads)
 
     @property
     def depths(self) -> tuple[int, ...]:
         """Where rows may wait or end, in layers run."""
-        return (0, *self.exits, self.stage.model.num_layers)
+        return depths_of(self.exits, self.stages)
 
     @property
     def gated(self) -> frozenset[int]:
         """The exits with a gate."""
-        return frozenset(layer for layer in self.exits if self.stage.head(layer).gate is not None)
+        return self.facts.gated
+
+    @property
+    def _device(self) -> str:
+        return next(self.stage.parameters()).device.type
 
     def measure_named(self, name: str) -> Measure:
         """

@@ -1,9 +1,9 @@
-"""Runs rows through the layers and exits of a whole model, with the Stage's own parameters.
+"""Runs rows through the layers and exits of a stage, with its own parameters.
 
 Shapes: N rows, H hidden size, V the tokenizer's vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,29 +24,34 @@ class Runner:
     Args:
         vocab_size: of the tokenizer: logits of rows beyond it, which are padding, are left out.
         packs: see `Product`.
+        attending: the exits whose heads attend, those of other stages too; None: the stage is the whole model.
 
     Attributes:
         work: what heads and projections have run; whoever makes launches counts those of layers.
     """
 
-    def __init__(self, stage: Stage, vocab_size: int, *, packs: bool) -> None:
+    def __init__(
+        self, stage: Stage, vocab_size: int, *, packs: bool, attending: Collection[int] | None = None
+    ) -> None:
         self.stage, self._vocab_size = stage, vocab_size
         self.work = Work()
-        assert stage.embedding is not None, "tokens enter at the first stage"
-        self._embed, self._embedding_VH = stage.embedding, stage.embedding.weight
         self._group = stage.tp_group
         self._by_tensor_ranks = self._group.size() > 1
         products = Products(packs=packs)
         self._layers = {int(name): _lean(layer, int(name), stage, products) for name, layer in stage.layers.items()}
         rows = None if self._by_tensor_ranks else vocab_size
         self._exits = {int(layer): _Head(stage, int(layer), rows, products) for layer in stage.exits}
+        own = {layer for layer, head in self._exits.items() if head.block is not None}
+        self._attending = own if attending is None else attending
 
     def embed(self, tokens: Sequence[int]) -> torch.Tensor:
         """Token ids to the hidden states [N, H] that enter layer 1; of one token, where the table has it."""
+        table = self.stage.embedding
+        assert table is not None, "tokens enter at the first stage"
         if len(tokens) == 1 and not self._by_tensor_ranks:
-            return self._embedding_VH.narrow(0, tokens[0], 1)
-        tokens_N = torch.tensor(tokens, device=self._embedding_VH.device)
-        return self._embed(tokens_N[None])[0] if self._by_tensor_ranks else embedding(tokens_N, self._embedding_VH)
+            return table.weight.narrow(0, tokens[0], 1)
+        tokens_N = torch.tensor(tokens, device=table.weight.device)
+        return table(tokens_N[None])[0] if self._by_tensor_ranks else embedding(tokens_N, table.weight)
 
     def run(
         self, x_NH: torch.Tensor, launch: Attending, start: int, stop: int
@@ -100,7 +105,7 @@ class Runner:
 
     def attends(self, layer: int) -> bool:
         """Whether the exit after `layer` needs other positions than its own."""
-        return self._exits[layer].block is not None
+        return layer in self._attending
 
 
 class _Head:

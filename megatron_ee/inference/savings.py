@@ -6,12 +6,8 @@ with matrices cost. Keys and values, which attention reads, are in neither.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from megatron_ee.inference.work import Segment, Work
-
-if TYPE_CHECKING:
-    from megatron_ee.model.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,39 +80,9 @@ def savings_of(work: Work, weights: Weights, *, num_tokens: int) -> Savings:
     )
 
 
-def weights_of(stage: "Stage") -> Weights:
-    """Of a whole model on one stage; with tensor parallelism, of all ranks together, so that what is decided by it does
-    not depend on their number."""
-    ranks, numbers = stage.tp_group.size(), range(1, stage.model.num_layers + 1)
-
-    def size(module: Any) -> int:
-        return sum(_bytes(parameter, ranks) for parameter in module.parameters())
-
-    exits = sorted(int(layer) for layer in stage.exits)
-    norm = size(stage.norm) if stage.norm is not None else 0
-    gates_and_projections = {
-        layer: sum(size(part) for part in (stage.head(layer).gate, stage.head(layer).output) if part is not None)
-        for layer in exits
-    }
-    layers: list[Any] = [stage.layers[str(number)] for number in numbers]
-    qkv = [size(layer.self_attention.linear_qkv) for layer in layers]
-    queries = stage.config.num_attention_heads // stage.config.num_query_groups
-    return Weights(
-        tuple(map(size, layers)),
-        tuple(of * 2 // (queries + 2) for of in qkv),  # a key and a value for each group of queries
-        {layer: size(stage.head(layer)) - gates_and_projections[layer] + norm for layer in exits},
-        {layer: _bytes(stage.projection_weight(layer), ranks) for layer in exits},
-    )
-
-
 def _over(counts: Mapping[Segment, int], layers: tuple[int, ...]) -> int:
     return sum(count * sum(layers[start:stop]) for (start, stop), count in counts.items())
 
 
 def _of_heads(counts: Mapping[int, int], sizes: Mapping[int, int]) -> int:
     return sum(count * sizes[layer] for layer, count in counts.items())
-
-
-def _bytes(parameter: Any, ranks: int) -> int:
-    """Of a matrix all shares; a norm is the same on all ranks."""
-    return int(parameter.nbytes) * (ranks if getattr(parameter, "tensor_model_parallel", False) else 1)

@@ -14,6 +14,8 @@ from megatron_ee.inference.speculation.pace import Pace
 @dataclass(slots=True)
 class DecodingSequence:
     """
+    Shapes: H hidden size.
+
     Attributes:
         stops: the exits at which its rows are looked at, ascending.
         limit: most new tokens.
@@ -21,6 +23,7 @@ class DecodingSequence:
         pace: of one that speculates.
         streak: of the token that is on its way, over the exits that it was asked at.
         passed: exit -> logits_V of the token that is on its way, kept where somebody wants to know.
+        previous_H: where a stage ends between two exits, the state at the first of them, if it is compared later.
         draft: of the tokens that are on their way, where it drafts.
         at: layers that its rows on their way have run; 0 where tokens enter next.
         since: the launch that brought them there.
@@ -36,6 +39,7 @@ class DecodingSequence:
     pace: Pace | None = None
     streak: Streak = field(default_factory=Streak)
     passed: dict[int, torch.Tensor] = field(default_factory=dict)
+    previous_H: torch.Tensor | None = None
     draft: Draft | None = None
     at: int = 0
     since: int = 0
@@ -120,6 +124,11 @@ class DecodingSequence:
         if not draft.stops:
             self.unfed, self.at = [token], 0
 
+    def end_drafting(self) -> None:
+        """The exit has nothing more to draft; all of it waits there."""
+        assert self.draft is not None
+        self.draft.is_over = self.draft.joins = True
+
     def end_draft(self, *, accepted: int) -> None:
         """Full depth has answered; what it has to say comes next, or the newest token is run again."""
         assert self.pace is not None and self.draft is not None
@@ -135,7 +144,7 @@ class DecodingSequence:
     def say(self, token: int) -> None:
         """Its newest token, which may end it."""
         self.draws.answer.append(token)
-        self.unfed, self.at, self.streak, self.passed = [token], 0, Streak(), {}
+        self.unfed, self.at, self.streak, self.passed, self.previous_H = [token], 0, Streak(), {}, None
         if token in self.request.stops:
             self.finish = "stop"
         elif len(self.draws.answer) == self.limit:

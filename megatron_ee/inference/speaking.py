@@ -3,11 +3,12 @@
 Shapes: N rows, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, takewhile
 
 import torch
 
+from megatron_ee.inference.answers import Said
 from megatron_ee.inference.asked_exit import AskedExit
 from megatron_ee.inference.corrections import corrected
 from megatron_ee.inference.request import Emission, Logprobs
@@ -29,12 +30,18 @@ def speak(
     return [
         None
         if choice is None
-        else _say(sequence, choice, asked.layer, confidence, logits_NV[row] if sequence.wants_passed else None)
+        else _emission(
+            sequence,
+            choice,
+            asked.layer,
+            confidence,
+            {**sequence.passed, asked.layer: logits_NV[row]} if sequence.wants_passed else None,
+        )
         for row, (sequence, choice, confidence) in enumerate(zip(sequences, choices, confidences, strict=True))
     ]
 
 
-def speak_of_drafts(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[list[Emission]]:
+def speak_of_drafts(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[Said]:
     """The tokens of each sequence's draft that full depth accepts, and the one that it adds; none at all where it says
     nothing.
 
@@ -62,40 +69,38 @@ def _corrected(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> torch
     return corrected(asked.logits, [(of.request.exit, of.passed) if of.rule.heard else None for of in sequences])
 
 
-def _say_all(sequence: DecodingSequence, choices: Sequence[Choice], asked: AskedExit, first_row: int) -> list[Emission]:
+def _say_all(sequence: DecodingSequence, choices: Sequence[Choice], asked: AskedExit, first_row: int) -> Said:
     draft = _draft_of(sequence)
     accepted = sum(
         1 for _ in takewhile(lambda pair: pair[0].token == pair[1], zip(choices, draft.tokens, strict=False))
     )
-    sequence.end_draft(accepted=accepted)
     emissions = []
     for place, choice in enumerate(choices):
-        logits_V = asked.logits[first_row + place] if sequence.wants_passed else None
-        if place < len(draft.passed):
-            sequence.passed[draft.layer] = draft.passed[place]
+        passed = None
+        if sequence.wants_passed:
+            passed = {draft.layer: draft.passed[place]} if place < len(draft.passed) else {}
+            passed[asked.layer] = asked.logits[first_row + place]
         if place < accepted:
-            emissions.append(_say(sequence, choice, asked.layer, 1.0, logits_V, draft.layer))
+            emissions.append(_emission(sequence, choice, asked.layer, 1.0, passed, draft.layer))
         else:
             discarded = len(draft.tokens) - accepted
-            emissions.append(_say(sequence, choice, asked.layer, 1.0, logits_V, discarded=discarded))
-    return emissions
+            emissions.append(_emission(sequence, choice, asked.layer, 1.0, passed, discarded=discarded))
+    return Said(tuple(emissions), accepted)
 
 
-def _say(
+def _emission(
     sequence: DecodingSequence,
     choice: Choice,
     layer: int,
     confidence: float,
-    logits_V: torch.Tensor | None,
+    passed: Mapping[int, torch.Tensor] | None,
     draft_exit: int | None = None,
     discarded: int = 0,
 ) -> Emission:
     by_exit = None
-    if logits_V is not None:
-        passed = {**sequence.passed, layer: logits_V}
+    if passed is not None:
         by_exit = {exit_layer: _logprobs(of_V, choice, sequence.draws) for exit_layer, of_V in passed.items()}
-    sequence.say(choice.token)
-    return Emission(choice.token, layer, confidence, choice.logprobs, by_exit, sequence.finish, draft_exit, discarded)
+    return Emission(choice.token, layer, confidence, choice.logprobs, by_exit, None, draft_exit, discarded)
 
 
 def _logprobs(logits_V: torch.Tensor, choice: Choice, draws: Draws) -> Logprobs:

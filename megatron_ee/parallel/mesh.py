@@ -83,6 +83,12 @@ class Mesh:
         """A new group of those stages of this pipeline. Collective: every rank calls it with the same stages."""
         return _new_group_per_pipeline(stages, self.data_size * self.tensor_size, self.rank, self.timeout)
 
+    def new_message_group(self) -> dist.ProcessGroup:
+        """A new group of this pipeline's stages, for small messages between hosts, whatever the device. Collective."""
+        per_stage = self.data_size * self.tensor_size
+        stages = range(self.pipeline_size)
+        return _new_group_per_pipeline(stages, per_stage, self.rank, self.timeout, backend="gloo")
+
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place: for figures that each rank holds a part of (zeros elsewhere)."""
         dist.all_reduce(values)
@@ -238,7 +244,8 @@ def _exchange(mesh: Mesh, link: dist.ProcessGroup, *, source: int, destination: 
 
 
 def _new_group_per_pipeline(
-    stages: Sequence[int], ranks_per_stage: int, rank: int, timeout: timedelta
+    stages: Sequence[int], ranks_per_stage: int, rank: int, timeout: timedelta, backend: str | None = None
 ) -> dist.ProcessGroup:
     pipelines = [[stage * ranks_per_stage + place for stage in stages] for place in range(ranks_per_stage)]
-    return [dist.new_group(members, timeout=timeout) for members in pipelines][rank % ranks_per_stage]
+    groups = [dist.new_group(members, timeout=timeout, backend=backend) for members in pipelines]
+    return groups[rank % ranks_per_stage]

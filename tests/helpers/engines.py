@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from helpers.decoding import request
@@ -11,8 +12,11 @@ from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.blocks import Blocks
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.opened import OpenedModel
+from megatron_ee.inference.pipeline_engine import PipelineEngine
 from megatron_ee.inference.request import Emission, Request
-from megatron_ee.inference.scheduling.strategies.named import make_planner
+from megatron_ee.inference.ring import Pipeline
+from megatron_ee.inference.scheduling.strategies.named import make_planner, make_stage_planner
+from megatron_ee.inference.stages import Stages
 
 STRATEGIES = ["lockstep", "compaction", "rebatch"]
 CAPACITY = 64
@@ -39,10 +43,16 @@ def engine_of(
     blocks: Blocks | None = None,
     whole: bool = True,
     keeps_prefixes: bool = False,
+    stops: Sequence[int] = (),
     **scheduling: Any,
 ) -> Engine:
+    """
+    Args:
+        stops: where stages end, of a pipeline in this process; none: there is none.
+    """
+    if stops:
+        model = replace(model, pipeline=Pipeline(Stages(tuple(stops)), model.facts))
     params = SchedulingParams.model_validate({"strategy": strategy, **scheduling})
-    planner = make_planner(params, model.launch_costs, model.depths, residents=residents, prefill_chunk=chunk)
     batch = Batch(
         model,
         slots=residents,
@@ -51,6 +61,13 @@ def engine_of(
         blocks=blocks,
         keeps_prefixes=keeps_prefixes,
     )
+    costs, depths = model.launch_costs, model.depths
+    if stops or model.pipeline is not None:
+        stage_planner = make_stage_planner(
+            params, costs, model.stages, depths, residents=residents, prefill_chunk=chunk
+        )
+        return PipelineEngine(batch, stage_planner, whole=whole)
+    planner = make_planner(params, costs, depths, residents=residents, prefill_chunk=chunk)
     return Engine(batch, planner, whole=whole)
 
 

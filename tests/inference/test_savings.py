@@ -9,7 +9,7 @@ from helpers.tiny import tiny_config
 
 from megatron_ee import LLM, ExitParams, SamplingParams
 from megatron_ee.inference.opened import OpenedModel
-from megatron_ee.inference.savings import Savings, Weights, savings_of, weights_of
+from megatron_ee.inference.savings import Savings, Weights, savings_of
 from megatron_ee.inference.work import Work
 from megatron_ee.parallel.mesh import Mesh
 
@@ -69,12 +69,12 @@ def _decode(model: OpenedModel, prompts: list[list[int]], exit: ExitParams) -> S
     before = llm.work  # the heads', of all tests
     texts = llm.generate(prompts, SamplingParams(max_new_tokens=6), exit)
     num_tokens = sum(len(text.tokens) for text in texts)
-    return savings_of(llm.work - before, weights_of(model.stage), num_tokens=num_tokens)
+    return savings_of(llm.work - before, model.facts.weights, num_tokens=num_tokens)
 
 
 def test_weights_are_all_of_the_models(model: OpenedModel) -> None:
     """Each parameter once, but for the embedding, of which a token reads a row; the projection is shared by three."""
-    weights, stage = weights_of(model.stage), model.stage
+    weights, stage = model.facts.weights, model.stage
     parameters = {name: parameter.nbytes for name, parameter in stage.named_parameters()}
     total = sum(size for name, size in parameters.items() if not name.startswith("embedding"))
     output = parameters["output.weight"]
@@ -114,8 +114,8 @@ def test_drafts_read_less_where_they_are_right(model: OpenedModel, layer: int) -
     before = llm.work
     (text,) = llm.generate([1, 2, 3], SamplingParams(max_new_tokens=9), drafting)
     work = llm.work - before
-    savings = savings_of(work, weights_of(model.stage), num_tokens=9)
-    size = sum(weights_of(model.stage).layers) // 8
+    savings = savings_of(work, model.facts.weights, num_tokens=9)
+    size = sum(model.facts.weights.layers) // 8
     read = sum(count * (stop - start) for (start, stop), count in work.launches.items())
     assert (savings.bytes_at_full_depth, savings.bytes_not_read) == (9 * 8 * size, (9 * 8 - read) * size)
     assert savings.arithmetic_saved == pytest.approx(-work.taken_back / (3 + 9 - 1))

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 from megatron_ee.errors import FieldError
-from megatron_ee.model.stage import Stage
+from megatron_ee.inference.facts import ModelFacts
 
 
-def check_shared_vocabulary(stage: Stage, mode: str, layers: Iterable[int]) -> None:
+def check_shared_vocabulary(facts: ModelFacts, mode: str, layers: Iterable[int]) -> None:
     """
     Args:
         layers: of the exits that are heard.
@@ -14,12 +14,9 @@ def check_shared_vocabulary(stage: Stage, mode: str, layers: Iterable[int]) -> N
     Raises:
         FieldError: some have projections of another size than the final output's.
     """
-    final = _size(stage, stage.model.num_layers)
-    others = {layer: size for layer in layers if (size := _size(stage, layer)) != final}
+    sizes = facts.vocabulary
+    final = sizes[max(sizes)]
+    others = {layer: sizes[layer] for layer in layers if sizes[layer] != final}
     if others:
         named = ", ".join(f"exit {layer} has {size}" for layer, size in others.items())
         raise FieldError("inference.exit.mode", f"{mode} needs one vocabulary: the final output has {final}, {named}")
-
-
-def _size(stage: Stage, layer: int) -> int:
-    return int(stage.projection_weight(layer).shape[0]) * stage.tp_group.size()

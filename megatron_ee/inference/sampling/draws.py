@@ -18,11 +18,13 @@ class Draws:
     Attributes:
         answer: the tokens so far; whoever takes a token appends it, and nobody takes one back.
         is_greedy: its tokens are the likeliest ones.
+        num_drawn: random numbers so far.
     """
 
     def __init__(self, request: Request) -> None:
         self.request, self.params = request, request.sampling
         self.answer: list[int] = []
+        self.num_drawn = 0
         params = self.params
         self.is_greedy = params.temperature == 0
         self.has_penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
@@ -62,7 +64,13 @@ class Draws:
     def uniform(self) -> float:
         """The next random number of this request, in [0, 1). A token takes one; where it is drafted it takes another,
         and so does the question whether it is accepted."""
+        self.num_drawn += 1
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+
+    def skip_to(self, num_drawn: int) -> None:
+        """So many have been drawn, some of them by others."""
+        while self.num_drawn < num_drawn:
+            self.uniform()
 
     @cached_property
     def _generator(self) -> torch.Generator:

@@ -15,13 +15,15 @@ class Planner:
         launch_rows: tokens that fill a launch; what there is more of runs later. Rows of earlier tokens that a token
             takes along need no room: they have to run, and no launch is as cheap for them.
         prefill_chunk: rows of prompts that run together.
+        entry: layers that those have run that begin here.
 
     Attributes:
         launch_rows: as given.
     """
 
-    def __init__(self, strategy: Strategy, *, launch_rows: int, prefill_chunk: int) -> None:
+    def __init__(self, strategy: Strategy, *, launch_rows: int, prefill_chunk: int, entry: int = 0) -> None:
         self._strategy, self.launch_rows, self._chunk = strategy, launch_rows, prefill_chunk
+        self._entry = entry
 
     @property
     def carries(self) -> bool:
@@ -38,7 +40,7 @@ class Planner:
         taken = self._within_limits(self._strategy.choose(fronts, launch))
         start, stop = taken[0].at, min(front.stop for front in taken)
         counts = {front.slot: front.rows for front in sorted(taken)}  # neighbours' keys are read without a copy
-        on_their_way = {front.slot for front in fronts if front.at or front.slot in counts}
+        on_their_way = {front.slot for front in fronts if front.at > self._entry or front.slot in counts}
         room = None if self._strategy.carries else self.launch_rows - len(counts)
         fills = _fills([slot for slot in fillers if slot not in on_their_way], start, stop, ready, room)
         return LaunchPlan(start, stop, counts, fills)

@@ -3,25 +3,27 @@ what `make bench-decode` measures."""
 
 from collections.abc import Mapping, Sequence
 
-from megatron_ee.inference.savings import weights_of
+from megatron_ee.inference.facts import ModelFacts
 from megatron_ee.inference.scheduling.costs import ROW_SHARES
 from megatron_ee.inference.speculation.law import DraftCosts
-from megatron_ee.model.stage import Stage
 
 CALLS = {"cpu": 5_000_000, "cuda": 0}
 """What one row costs in a layer beside reading its weights: so many bytes could be read in the time that dozens of
 small calls take. Those of several rows take half as long again. Where layers are large it does not matter."""
 
 
-def draft_costs(stage: Stage, exits: Sequence[int]) -> Mapping[int, DraftCosts]:
-    """Of each exit, in bytes."""
-    weights, num_layers = weights_of(stage), stage.model.num_layers
-    device = next(stage.parameters()).device.type
-    row, calls = ROW_SHARES[device], CALLS[device]
+def draft_costs(facts: ModelFacts, exits: Sequence[int], device: str) -> Mapping[int, DraftCosts]:
+    """Of each exit, in bytes.
+
+    Args:
+        device: its kind.
+    """
+    weights = facts.weights
+    num_layers, row, calls = len(weights.layers), ROW_SHARES[device], CALLS[device]
     costs = {}
     for layer in exits:
         own = weights.features[layer]
-        block = own if stage.head(layer).attends else 0  # it runs at every row, asked or not, for its keys and values
+        block = own if layer in facts.attending else 0  # it runs at every row, asked or not, for its keys and values
         shallow = sum(weights.layers[:layer]) + block
         head = own - block + weights.projections[layer]
         deep = sum(weights.layers[layer:]) + weights.features[num_layers] + weights.projections[num_layers]

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_ee.inference.answers import Drafted
 from megatron_ee.inference.asked_exit import AskedExit
 from megatron_ee.inference.sampling import NO_TOKEN, Row, propose
 from megatron_ee.inference.sequences import DecodingSequence
 
 
-def extend(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> None:
+def draft(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> list[Drafted]:
     """One more token of each sequence's draft, or its end.
 
     Args:
@@ -23,13 +24,13 @@ def extend(asked: AskedExit, sequences: Sequence[DecodingSequence]) -> None:
         asked.logits, [Row(of.draws, tuple(draft.tokens)) for of, draft in zip(sequences, drafts, strict=True)]
     )
     sure = _sure(asked.logits, [of.request.exit.draft_threshold for of in sequences])
-    for row, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True)):
+    for row, (sequence, own) in enumerate(zip(sequences, drafts, strict=True)):
         if sequence.wants_passed:
-            draft.passed.append(asked.logits[row])
-        if tokens[row] == NO_TOKEN or not sure[row]:
-            draft.is_over = draft.joins = True
-        else:
-            sequence.extend_draft(tokens[row], probabilities[row])
+            own.passed.append(asked.logits[row])
+    return [
+        Drafted(None) if token == NO_TOKEN or not is_sure else Drafted(token, p_V)
+        for token, p_V, is_sure in zip(tokens, probabilities, sure, strict=True)
+    ]
 
 
 def _sure(logits_NV: torch.Tensor, thresholds: Sequence[float]) -> list[bool]:

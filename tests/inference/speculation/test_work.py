@@ -14,7 +14,6 @@ from megatron_ee.config import ExitParams
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission
-from megatron_ee.inference.savings import weights_of
 from megatron_ee.inference.speculation.costs import CALLS, draft_costs
 from megatron_ee.inference.work import Work
 from megatron_ee.parallel.mesh import Mesh
@@ -100,8 +99,8 @@ def test_a_text_runs_each_position_once_but_for_what_is_taken_back(model: Opened
 def test_costs_are_what_a_cycle_reads(mesh: Mesh, head: str) -> None:
     """In bytes of weights: of what the work above counts, each launch once. Calls cost as much as so many bytes."""
     model = opened(whole_model(mesh, exits=[2, 5], head=head))
-    weights = weights_of(model.stage)
-    for layer, costs in draft_costs(model.stage, model.exits).items():
+    weights = model.facts.weights
+    for layer, costs in draft_costs(model.facts, model.exits, "cpu").items():
         batch = Batch(model, slots=1, capacity=32)
         batch.add(request([1, 2], drafting(draft_exit=layer, draft_length=3), max_new_tokens=20))
         batch.step()

@@ -30,7 +30,7 @@ class Rebatch:
     """
     Args:
         costs: of launches.
-        depths: where rows may wait or end: 0, exits and the number of layers, ascending.
+        depths: where rows begin, may wait, and end, ascending: 0, exits and the number of layers, or those of a stage.
         launch_rows: rows that fill a launch.
         max_wait: launches after which a row goes on, whoever goes with it.
     """
@@ -38,7 +38,7 @@ class Rebatch:
     carries = False
 
     def __init__(self, costs: SegmentCosts, depths: Sequence[int], *, launch_rows: int, max_wait: int) -> None:
-        self._costs, self._depths = costs, tuple(depths)
+        self._costs, self._depths, self._entry = costs, tuple(depths), depths[0]
         self._launch_rows, self._max_wait = launch_rows, max_wait
         self._tokens = dict.fromkeys(self._depths[:-1], 1.0)
         self._begin_cycle()
@@ -50,22 +50,22 @@ class Rebatch:
         at, stop = taken[0].at, min(front.stop for front in taken)
         self._spent += self._launch_cost(at, stop, sum(front.rows for front in taken), len(taken))
         self._count(at, len(taken))
-        if at == 0:
+        if at == self._entry:
             self._begun += len(taken)
             self._owed += sum(front.rows for front in taken if front.owes)
         return chosen
 
     def _choose(self, queues: Mapping[int, list[Front]], launch: int) -> list[Front]:
-        waiting = [depth for depth in queues if depth > 0]
+        waiting = [depth for depth in queues if depth > self._entry]
         if not waiting:
             self._begin_cycle()
-            return queues[0]
+            return queues[self._entry]
         for depth in reversed(waiting):
             if launch - queues[depth][0].since > self._max_wait or self._fills(queues[depth]):
                 return queues[depth]
-        if 0 not in queues or not self._begins(queues):
+        if self._entry not in queues or not self._begins(queues):
             self._flushes = True
-        return queues[waiting[0] if self._flushes else 0]
+        return queues[waiting[0] if self._flushes else self._entry]
 
     def _fills(self, queue: Sequence[Front]) -> bool:
         return len(queue) >= self._launch_rows
@@ -79,10 +79,10 @@ class Rebatch:
         """Whether beginning new tokens pays more than taking on those that wait."""
         if self._flushes:
             return False
-        new = queues[0][: self._launch_rows]
+        new = queues[self._entry][: self._launch_rows]
         owed = sum(front.rows for front in new if front.owes)
         to_the_end = self._to_the_end(queues, 0, self._owed)
-        cost = self._launch_cost(0, min(front.stop for front in new), len(new), len(new))
+        cost = self._launch_cost(self._entry, min(front.stop for front in new), len(new), len(new))
         cost += self._to_the_end(queues, len(new), self._owed + owed) - to_the_end
         are_few = sum(map(len, queues.values())) <= self._launch_rows
         margin = _MARGIN_OF_FEW if are_few else _MARGIN
@@ -92,9 +92,9 @@ class Rebatch:
         """The cost of taking all that waits through all layers, the shallower ones joining the deeper, and what new
         tokens will have there: so many of each go on as did before."""
         cost = 0.0
-        rows = new * self._share(0, self._depths[1]) if len(self._depths) > 2 else 0.0
+        rows = new * self._share(self._entry, self._depths[1]) if len(self._depths) > 2 else 0.0
         for before, (start, stop) in zip(self._depths, pairwise(self._depths[1:]), strict=False):
-            if before:
+            if before > self._entry:
                 rows *= self._share(before, start)
             rows += sum(front.rows for front in queues.get(start, ()))
             cost += self._launch_cost(start, stop, max(rows, owed), rows)
@@ -111,5 +111,5 @@ class Rebatch:
     def _count(self, at: int, tokens: int) -> None:
         """Tokens that ran on there; those of long ago count less."""
         self._tokens[at] += tokens
-        if at == 0 and self._tokens[0] > _REMEMBERED:
+        if at == self._entry and self._tokens[self._entry] > _REMEMBERED:
             self._tokens = {depth: count / 2 for depth, count in self._tokens.items()}

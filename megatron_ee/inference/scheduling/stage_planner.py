@@ -1,0 +1,131 @@
+"""What each stage of a pipeline runs next, when it has nothing to do.
+
+A token that leaves comes back to the first stage at once, while those that go deeper pass from stage to stage: with
+many sequences, each is to be somewhere else. So of those that could begin, only as many do as keep them spread: with N
+sequences whose tokens take as long as m launches of the first stage, N / m. Where all go through P equal stages that is
+N / P; where they leave after half of them, twice as many.
+
+A stage that nobody has come to fills in keys and values of tokens that have left, if it is done before somebody may
+come.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+
+from megatron_ee.inference.scheduling.costs import SegmentCosts
+from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
+from megatron_ee.inference.scheduling.planner import Planner, Ready
+from megatron_ee.inference.stages import Stages
+
+_REMEMBERED = 256
+"""Tokens after which older ones count less in how deep tokens go."""
+
+
+class StagePlanner:
+    """
+    Args:
+        planners: of each stage.
+        costs: of launches.
+        depths: where rows may wait.
+        spreads: whether those that could begin are held back so that all are spread.
+    """
+
+    def __init__(
+        self,
+        planners: Sequence[Planner],
+        costs: SegmentCosts,
+        stages: Stages,
+        depths: Sequence[int],
+        *,
+        spreads: bool = True,
+    ) -> None:
+        self.stages, self._planners, self._costs = stages, tuple(planners), costs
+        self._depths, self._spreads = tuple(depths), spreads
+        self._tokens, self._layers = 0.0, 0.0
+
+    @property
+    def carries(self) -> bool:
+        return self._planners[0].carries
+
+    @property
+    def launch_rows(self) -> int:
+        return self._planners[0].launch_rows
+
+    def cost_of(self, plan: LaunchPlan) -> float:
+        rows = self._costs.of(plan.start, plan.stop, plan.num_rows)
+        return rows + self._costs.of_head(plan.stop, len(plan.counts))
+
+    def saw(self, depth: int) -> None:
+        """A token has been said after so many layers."""
+        if self._tokens >= _REMEMBERED:
+            self._tokens, self._layers = self._tokens / 2, self._layers / 2
+        self._tokens += 1
+        self._layers += self._costs.of(0, depth, 1)
+
+    def plan(
+        self,
+        stage: int,
+        fronts: Sequence[Front],
+        launch: int,
+        fillers: Collection[int],
+        ready: Ready,
+        *,
+        residents: int,
+        left: float | None,
+        urgent: Collection[int] = (),
+    ) -> LaunchPlan | None:
+        """The next launch of a stage that has nothing to do; None: there is none yet.
+
+        Args:
+            fronts: of all sequences that go on and are not under way.
+            fillers, ready: see `Planner.plan`.
+            residents: sequences that go on.
+            left: until somebody may come to the stage; None: nobody is on the way.
+            urgent: sequences of which so many positions wait that they may not go on.
+        """
+        start, stop = self.stages.start(stage), self.stages.stops[stage]
+        own = [front for front in fronts if start <= front.at < stop]
+        if stage == 0 and self._spreads:
+            own = self._spread(own, residents)
+        if own:
+            plan = self._planners[stage].plan(own, launch, fillers, ready)
+            return self._with_urgent(plan, {front.slot for front in own}, urgent, ready)
+        for slots in (urgent, fillers):
+            plan = self._fill(start, stop, slots, ready, limited=slots is not urgent)
+            if plan is not None and (slots is urgent or left is None or self.cost_of(plan) <= left * 1.1):
+                return plan
+        return None
+
+    def _spread(self, fronts: Sequence[Front], residents: int) -> list[Front]:
+        """Those that are under way in the stage, prompts, and so many of those that could begin."""
+        if not self._tokens:
+            share = self._costs.of(0, self.stages.stops[0], 1) / self._costs.of(0, self.stages.stops[-1], 1)
+        else:
+            share = self._costs.of(0, self.stages.stops[0], 1) / (self._layers / self._tokens)
+        most = max(1, math.ceil(residents * min(1.0, share)))
+        entering = sorted((of for of in fronts if of.at == 0 and of.rows == 1), key=lambda of: (of.since, of.slot))
+        return [of for of in fronts if of.at > 0 or of.rows > 1] + entering[:most]
+
+    def _with_urgent(
+        self, plan: LaunchPlan, own: Collection[int], urgent: Collection[int], ready: Ready
+    ) -> LaunchPlan:
+        more = {slot: count for slot in urgent if slot not in own and (count := ready(slot, plan.start, plan.stop))}
+        return LaunchPlan(plan.start, plan.stop, plan.counts, {**plan.fills, **more}) if more and plan.start else plan
+
+    def _fill(
+        self, start: int, stop: int, slots: Collection[int], ready: Ready, *, limited: bool
+    ) -> LaunchPlan | None:
+        """Of the places in a stage where positions wait, the deepest."""
+        inside = [depth for depth in self._depths if start <= depth <= stop and depth > 0]
+        for at, to in reversed([*zip(inside, inside[1:], strict=False)]):
+            fills: dict[int, int] = {}
+            room = self.launch_rows
+            for slot in slots:
+                count = ready(slot, at, to)
+                if limited:
+                    count = min(count, room - sum(fills.values()))
+                if count > 0:
+                    fills[slot] = count
+            if fills:
+                return LaunchPlan(at, to, {}, fills)
+        return None
