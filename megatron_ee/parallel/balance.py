@@ -25,20 +25,24 @@ _UNITS = 2**40  # of the whole model's duration
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Durations of a model's parts, F + X + B, in any unit.
+    """Durations of a model's parts, in any unit: F + X + B in training.
 
     Attributes:
+        layers: of each layer, the first one first.
         first, last: what the first part has beside its layers (the embedding), and the last (the final exit).
         exits: layer -> duration of the early exit after it.
         only_at_end: the exits that have to be with their layer.
     """
 
-    num_layers: int
-    layer: float
+    layers: Sequence[float]
     first: float
     last: float
     exits: Mapping[int, float]
     only_at_end: frozenset[int] = frozenset()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
 
 class _Border(NamedTuple):
@@ -72,14 +76,15 @@ class _Durations:
     """Work in whole units."""
 
     def __init__(self, work: Work) -> None:
-        total = work.num_layers * work.layer + work.first + work.last + sum(work.exits.values())
+        total = sum(work.layers) + work.first + work.last + sum(work.exits.values())
         assert total > 0, "no part takes any time"
 
         def whole(duration: float) -> int:
             return round(duration / total * _UNITS)
 
         self.num_layers = work.num_layers
-        self._layer, self._first, self._last = whole(work.layer), whole(work.first), whole(work.last)
+        self._layers_until = [0, *accumulate(map(whole, work.layers))]  # the sum of the first ones
+        self._first, self._last = whole(work.first), whole(work.last)
         self._exits = [whole(work.exits.get(layer, 0.0)) for layer in range(work.num_layers + 1)]
         self._exits_until = list(accumulate(self._exits))  # the sum of those after layers 0 to index
         self._movable = work.exits.keys() - work.only_at_end
@@ -92,7 +97,7 @@ class _Durations:
         exits = self._exits_until[stop.layer] - self._exits_until[start.layer]
         exits += self._exits[start.layer] * start.is_right - self._exits[stop.layer] * stop.is_right
         ends = self._first * (start.layer == 0) + self._last * (stop.layer == self.num_layers)
-        return (stop.layer - start.layer) * self._layer + exits + ends
+        return self._layers_until[stop.layer] - self._layers_until[start.layer] + exits + ends
 
     def of_parts(self, borders: Sequence[_Border]) -> list[int]:
         ends = [_Border(0), *borders, _Border(self.num_layers)]
