@@ -5,8 +5,9 @@ its head reads the inside of its layer.
 
 **One part a stage.** A dynamic programme over cuts and sides finds the least duration that the slowest part can have;
 a second one finds, among the cuts that keep to it, the least sum of squared durations, so that the other parts are as
-equal as can be. Both are exact: durations are rounded to whole units, some 1e-12 of the whole model's, so that what is
-equal compares equal, and then the earlier part gets more layers and an exit stays at the end of its part.
+equal as can be. Both are exact, but for rounding: durations are whole units, some 1e-12 of the whole model's, and what
+differs by no more than that of each layer and exit is equal. Of equals the earlier part gets more layers, and an exit
+stays at the end of its part.
 
 **Several parts a stage.** The slowest stage, all its parts together, matters most, then the slowest part. The best
 cuts into parts and equal layers are both improved by moving single layers between parts, and exits across borders, for
@@ -87,6 +88,7 @@ class _Durations:
         self._first, self._last = whole(work.first), whole(work.last)
         self._exits = [whole(work.exits.get(layer, 0.0)) for layer in range(work.num_layers + 1)]
         self._exits_until = list(accumulate(self._exits))  # the sum of those after layers 0 to index
+        self.rounding = work.num_layers + len(work.exits) + 2  # by so much, sums that are equal may differ
         self._movable = work.exits.keys() - work.only_at_end
 
     def borders_at(self, layer: int) -> list[_Border]:
@@ -113,7 +115,7 @@ def _equal_layers(num_layers: int, num_parts: int) -> list[_Border]:
 def _best_cuts(durations: _Durations, num_parts: int, limit: int) -> list[_Border]:
     """Exact. `limit`: what the slowest part of some cut takes."""
     slowest = max(durations.of_parts(_cut(durations, num_parts, limit, max)))
-    return _cut(durations, num_parts, slowest, lambda duration, rest: duration**2 + rest)
+    return _cut(durations, num_parts, slowest + durations.rounding, lambda duration, rest: duration**2 + rest)
 
 
 def _cut(durations: _Durations, num_parts: int, limit: int, add: Callable[[int, int], int]) -> list[_Border]:
