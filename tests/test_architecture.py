@@ -132,6 +132,7 @@ WITHOUT_TORCH = [
     ),
     *(PACKAGE / f"inference/{name}.py" for name in ("prompts", "savings", "text", "work")),
     PACKAGE / "inference/declared_exits.py",
+    PACKAGE / "inference/exit_depths.py",
     PACKAGE / "inference/exit_rule.py",
     PACKAGE / "inference/ledger.py",
     PACKAGE / "inference/opening.py",
@@ -140,6 +141,7 @@ WITHOUT_TORCH = [
     *(PACKAGE / "inference/scheduling").rglob("*.py"),
     *(PACKAGE / f"inference/speculation/{name}.py" for name in ("law", "pace")),
     PACKAGE / "inference/show.py",
+    PACKAGE / "inference/stage_layout.py",
     PACKAGE / "inference/text.py",
 ]
 

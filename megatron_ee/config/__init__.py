@@ -3,6 +3,7 @@
 from megatron_ee.config.errors import ConfigError
 from megatron_ee.config.exit_losses import DistillationConfig, GateKind, GateLossConfig, WeightScheduleConfig
 from megatron_ee.config.inference import (
+    DecodingParallelConfig,
     DolaParams,
     ExitParams,
     InferenceConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DecodingParallelConfig",
     "DistillationConfig",
     "DolaParams",
     "ExitParams",

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from megatron_ee.config.checks_decoding import stage_problems
 from megatron_ee.config.checks_exits import exit_problems
 from megatron_ee.config.checks_layout import layout_problems
 from megatron_ee.config.checks_model import length_problems
@@ -44,6 +45,7 @@ def problems_of(config: "Config") -> Problems:
     yield from _training_problems(config)
     yield from optimizer_problems(config)
     yield from tuning_problems(config)
+    yield from stage_problems(config.inference.parallel, config.model.num_layers)
     yield from _name_problems(config)
 
 

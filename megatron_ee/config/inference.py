@@ -197,6 +197,23 @@ class KvCacheConfig(Section):
     )
 
 
+class DecodingParallelConfig(Section):
+    """How a model is split over the processes that decode with it. It changes no token."""
+
+    pipeline: PositiveInt = Field(
+        1,
+        description="stages; processes that were started are shared out evenly, and those of a stage share matrices",
+    )
+    layout: Literal["equal", "survival"] | Layers = Field(
+        "equal",
+        description="equal: the slowest stage as fast as can be where every token runs all layers; survival: where "
+        "tokens leave as in `depths`; or a list, the number of layers of each stage",
+    )
+    depths: Text | None = Field(
+        None, description="for survival: the file that python -m megatron_ee.inference --depths wrote"
+    )
+
+
 class InferenceConfig(Section):
     """How text is generated when a request does not say otherwise."""
 
@@ -205,6 +222,7 @@ class InferenceConfig(Section):
     max_batch_size: PositiveInt = Field(16, description="sequences decoded together")
     scheduling: SchedulingParams = SchedulingParams()
     kv_cache: KvCacheConfig = KvCacheConfig()
+    parallel: DecodingParallelConfig = DecodingParallelConfig()
     prefill_chunk: PositiveInt = Field(512, description="positions of a prompt that run through the model at once")
     pack_weights: bool = Field(
         True, description="on a CPU in fp32, a second copy of the matrices, laid out for several rows: twice the memory"

@@ -28,6 +28,8 @@ _PROMPTS = "one a line that is not blank; or a .jsonl of objects with `prompt`, 
 _INTERACTIVE = "continue each line that is typed; Ctrl-C ends a text, Ctrl-D the session"
 _OUTPUT = "write texts, tokens and depths there, a line of JSON for each prompt, instead of printing them"
 
+_DEPTHS = "write there how many tokens came out after which layer, for inference.parallel.layout=survival"
+
 
 def main() -> int:
     arguments = _parse()
@@ -44,7 +46,7 @@ def main() -> int:
                 if arguments.compare:
                     compare(llm, prompts, all_policies=arguments.kv_policies)
                 else:
-                    _run(Session(llm), prompts, arguments.output)
+                    _run(Session(llm), prompts, arguments.output, arguments.depths)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -70,13 +72,15 @@ def _one_speaks(llm: LLM) -> Iterator[None]:
             yield
 
 
-def _run(session: Session, prompts: Sequence[Prompt], output: Path | None) -> None:
+def _run(session: Session, prompts: Sequence[Prompt], output: Path | None, depths: Path | None) -> None:
     if not prompts:
         session.converse()
     elif output is None:
         session.show(prompts)
     else:
         session.write(prompts, output)
+    if depths is not None:
+        session.write_depths(depths)
     session.close()
 
 
@@ -87,6 +91,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--prompts", action="append", default=[], type=Path, metavar="FILE", help=_PROMPTS)
     parser.add_argument("--interactive", action="store_true", help=_INTERACTIVE)
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help=_OUTPUT)
+    parser.add_argument("--depths", type=Path, metavar="FILE.json", help=_DEPTHS)
     parser.add_argument("--compare", action="store_true", help="full depth against exits, for several thresholds")
     parser.add_argument("--kv-policies", action="store_true", help="with --compare: every KV policy, too")
     parser.add_argument("settings", nargs="*", metavar="[CONFIG] key.path=value")
@@ -94,10 +99,10 @@ def _parse() -> argparse.Namespace:
     has_prompts = bool(arguments.prompt or arguments.prompts)
     if has_prompts == arguments.interactive:
         parser.error("give prompts, by --prompt or --prompts, or --interactive")
-    if arguments.interactive and (arguments.compare or arguments.output):
-        parser.error("--interactive goes with neither --compare nor --output")
-    if arguments.compare and arguments.output:
-        parser.error("--compare prints a table and writes no --output")
+    if arguments.interactive and (arguments.compare or arguments.output or arguments.depths):
+        parser.error("--interactive goes with none of --compare, --output and --depths")
+    if arguments.compare and (arguments.output or arguments.depths):
+        parser.error("--compare prints a table and writes neither --output nor --depths")
     if arguments.kv_policies and not arguments.compare:
         parser.error("--kv-policies goes with --compare")
     return arguments

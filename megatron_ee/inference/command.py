@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from megatron_ee.errors import UserError
 from megatron_ee.inference.asking import Prompt
 from megatron_ee.inference.completion import Completion, Piece, completions, in_order
+from megatron_ee.inference.exit_depths import write_depths
 from megatron_ee.inference.llm import LLM
 from megatron_ee.inference.request import Emission, Logprobs
 from megatron_ee.inference.savings import savings_of
@@ -73,6 +75,16 @@ class Session:
                 continue
             summary = Summary(self._emissions[before:], time.perf_counter() - started)
             print(f"\n[{summary.line(self._num_layers)}]" if summary.emissions else "")
+
+    def write_depths(self, path: Path) -> None:
+        """Write how many tokens came out after which layer, which is what a layout by survival reads.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        tokens = Counter(emission.exit_layer for emission in self._emissions)
+        if self._llm.is_first:
+            write_depths(path, tokens, num_layers=self._num_layers, exit=self._llm.config.inference.exit)
 
     def close(self) -> None:
         """Print the table."""

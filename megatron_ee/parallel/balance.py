@@ -5,8 +5,9 @@ its head reads the inside of its layer.
 
 **One part a stage.** A dynamic programme over cuts and sides finds the least duration that the slowest part can have;
 a second one finds, among the cuts that keep to it, the least sum of squared durations, so that the other parts are as
-equal as can be. Both are exact: durations are rounded to whole units, some 1e-12 of the whole model's, so that what is
-equal compares equal, and then the earlier part gets more layers and an exit stays at the end of its part.
+equal as can be. Both are exact, but for rounding: durations are whole units, some 1e-12 of the whole model's, and what
+differs by no more than that of each layer and exit is equal. Of equals the earlier part gets more layers, and an exit
+stays at the end of its part.
 
 **Several parts a stage.** The slowest stage, all its parts together, matters most, then the slowest part. The best
 cuts into parts and equal layers are both improved by moving single layers between parts, and exits across borders, for
@@ -25,20 +26,24 @@ _UNITS = 2**40  # of the whole model's duration
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Durations of a model's parts, F + X + B, in any unit.
+    """Durations of a model's parts, in any unit: F + X + B in training.
 
     Attributes:
+        layers: of each layer, the first one first.
         first, last: what the first part has beside its layers (the embedding), and the last (the final exit).
         exits: layer -> duration of the early exit after it.
         only_at_end: the exits that have to be with their layer.
     """
 
-    num_layers: int
-    layer: float
+    layers: Sequence[float]
     first: float
     last: float
     exits: Mapping[int, float]
     only_at_end: frozenset[int] = frozenset()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
 
 class _Border(NamedTuple):
@@ -72,16 +77,18 @@ class _Durations:
     """Work in whole units."""
 
     def __init__(self, work: Work) -> None:
-        total = work.num_layers * work.layer + work.first + work.last + sum(work.exits.values())
+        total = sum(work.layers) + work.first + work.last + sum(work.exits.values())
         assert total > 0, "no part takes any time"
 
         def whole(duration: float) -> int:
             return round(duration / total * _UNITS)
 
         self.num_layers = work.num_layers
-        self._layer, self._first, self._last = whole(work.layer), whole(work.first), whole(work.last)
+        self._layers_until = [0, *accumulate(map(whole, work.layers))]  # the sum of the first ones
+        self._first, self._last = whole(work.first), whole(work.last)
         self._exits = [whole(work.exits.get(layer, 0.0)) for layer in range(work.num_layers + 1)]
         self._exits_until = list(accumulate(self._exits))  # the sum of those after layers 0 to index
+        self.rounding = work.num_layers + len(work.exits) + 2  # by so much, sums that are equal may differ
         self._movable = work.exits.keys() - work.only_at_end
 
     def borders_at(self, layer: int) -> list[_Border]:
@@ -92,7 +99,7 @@ class _Durations:
         exits = self._exits_until[stop.layer] - self._exits_until[start.layer]
         exits += self._exits[start.layer] * start.is_right - self._exits[stop.layer] * stop.is_right
         ends = self._first * (start.layer == 0) + self._last * (stop.layer == self.num_layers)
-        return (stop.layer - start.layer) * self._layer + exits + ends
+        return self._layers_until[stop.layer] - self._layers_until[start.layer] + exits + ends
 
     def of_parts(self, borders: Sequence[_Border]) -> list[int]:
         ends = [_Border(0), *borders, _Border(self.num_layers)]
@@ -108,7 +115,7 @@ def _equal_layers(num_layers: int, num_parts: int) -> list[_Border]:
 def _best_cuts(durations: _Durations, num_parts: int, limit: int) -> list[_Border]:
     """Exact. `limit`: what the slowest part of some cut takes."""
     slowest = max(durations.of_parts(_cut(durations, num_parts, limit, max)))
-    return _cut(durations, num_parts, slowest, lambda duration, rest: duration**2 + rest)
+    return _cut(durations, num_parts, slowest + durations.rounding, lambda duration, rest: duration**2 + rest)
 
 
 def _cut(durations: _Durations, num_parts: int, limit: int, add: Callable[[int, int], int]) -> list[_Border]:

@@ -80,8 +80,7 @@ def _placements(
         return (StagePlacement(layers=depth),)
     assert costs is not None, "an automatic layout of several parts needs costs"
     work = Work(
-        num_layers=depth,
-        layer=costs.layer,
+        layers=(costs.layer,) * depth,
         first=costs.embedding,
         last=0.0 if depth in exits.layers else costs.exits[exits.head_of(depth)],
         exits={layer: costs.exits[exits.head_of(layer)] for layer in exits.layers},

@@ -122,6 +122,15 @@ def valid_trees(draw: st.DrawFn) -> dict[str, Any]:
         },
         "optimizer": {"lr": lr, "min_lr": lr * draw(probabilities), "beta1": draw(st.floats(0, 1, exclude_max=True))},
         "inference": {
+            "parallel": draw(
+                st.sampled_from(
+                    [
+                        {},
+                        {"pipeline": len(stages), "layout": stages},
+                        {"pipeline": len(stages), "layout": "survival", "depths": "a depths.json"},
+                    ]
+                )
+            ),
             "sampling": draw(sampling_params()),
             "exit": {
                 "mode": draw(st.sampled_from(["full", "early_exit"])),

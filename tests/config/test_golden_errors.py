@@ -113,6 +113,10 @@ ONE_FIELD: Cases = {
             "inference: {exit: {exits: 3}}",
             "1:20: inference.exit.exits: 3 must be a list or null",
         ),
+        "an integer for a list or a name": (
+            "inference: {parallel: {layout: 4}}",
+            "1:24: inference.parallel.layout: 4 must be 'equal', 'survival' or a list",
+        ),
         "an integer for a list or auto": ("parallel: {layout: 3}", "1:12: parallel.layout: 3 must be 'auto' or a list"),
         "a string in a list": (
             "exits:\n  layers:\n    - 2\n    - four",
@@ -132,6 +136,10 @@ ONE_FIELD: Cases = {
     },
     "out of range": {
         "zero": ("optimizer: {lr: 0}", "1:13: optimizer.lr: 0 must be a positive number"),
+        "a stage without layers": (
+            "inference: {parallel: {pipeline: 2, layout: [8, 0]}}",
+            "1:49: inference.parallel.layout.1: 0 must be a positive integer",
+        ),
         "zero stages": ("parallel: {pipeline: 0}", "1:12: parallel.pipeline: 0 must be a positive integer"),
         "zero or auto": ("parallel: {data: 0}", "1:12: parallel.data: 0 must be a positive integer or 'auto'"),
         "negative": ("checkpoint: {interval: -1}", "1:14: checkpoint.interval: -1 must be a non-negative integer"),
@@ -223,6 +231,11 @@ ONE_FIELD: Cases = {
             "inference: {exit: {draft_exit: first, draft_length: 0}}",
             "1:20: inference.exit.draft_exit: 'first' must be a positive integer or 'auto'",
             "1:39: inference.exit.draft_length: 0 must be a positive integer or 'auto'",
+        ),
+        "layout of decoding": (
+            "inference: {parallel: {layout: survive}}",
+            "1:24: inference.parallel.layout: 'survive' must be 'equal', 'survival' or a list; "
+            "did you mean 'survival'?",
         ),
         "schedule": (
             "parallel: {schedule: interleave}",
@@ -471,6 +484,34 @@ BETWEEN_FIELDS: Cases = {
         "of a layout with too few entries": (
             "parallel:\n  pipeline: 2\n  chunks: 2\n  schedule: interleaved\n  layout: [{layers: 4}, {layers: 4}]",
             "5:3: parallel.layout: needs an entry for each of 2 stages x 2 chunks, not 2",
+        ),
+    },
+    "stages of decoding": {
+        "more than layers": (
+            "inference: {parallel: {pipeline: 9}}",
+            "1:24: inference.parallel.pipeline: 9 stages need at least 9 layers, not 8",
+        ),
+        "of too few entries, and of too many layers": (
+            "inference: {parallel: {pipeline: 3, layout: [2, 7]}}",
+            "1:37: inference.parallel.layout: needs a number of layers for each of 3 stages, not 2 of them",
+            "1:37: inference.parallel.layout: its layers add up to 9, not to num_layers = 8",
+        ),
+        "of a list alone": (
+            "inference: {parallel: {layout: [2, 6]}}",
+            "1:24: inference.parallel.layout: needs a number of layers for the one stage, not 2 of them",
+        ),
+        "by survival, without depths": (
+            "inference: {parallel: {pipeline: 2, layout: survival}}",
+            "1:13: inference.parallel.depths: null, but layout survival needs a file that "
+            "python -m megatron_ee.inference --depths wrote",
+        ),
+        "with depths that nobody reads": (
+            "inference: {parallel: {pipeline: 2, layout: [3, 5], depths: depths.json}}",
+            "1:53: inference.parallel.depths: 'depths.json' is for layout survival, not [3, 5]",
+        ),
+        "all alike, with depths": (
+            "inference: {parallel: {depths: depths.json}}",
+            "1:24: inference.parallel.depths: 'depths.json' is for layout survival, not equal",
         ),
     },
     "an exit on a border": {

@@ -17,6 +17,7 @@ from helpers.ranks import RankPool
 from helpers.runs import run_config, train_and_save, write_small_dataset
 
 from megatron_ee.inference.__main__ import main, split_settings
+from megatron_ee.inference.exit_depths import read_depths
 from megatron_ee.parallel.mesh import Mesh
 
 SHORT = ("inference.sampling.max_new_tokens=6", "inference.sampling.ignore_eos=true")
@@ -78,6 +79,37 @@ def test_texts_go_into_a_file_as_json(run: Path, tmp_path: Path, capsys: pytest.
         assert "exit_logprobs" not in record
 
 
+@pytest.mark.parametrize("drafts", [False, True])
+def test_depths_are_counted_over_all_texts(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drafts: bool
+) -> None:
+    """As the table has them, whether texts go to a file or not; a drafted token comes out at full depth."""
+    (tmp_path / "in.txt").write_text("deeper \nwhile ")
+    path = tmp_path / "depths.json"
+    arguments = ["--prompt", "early ", "--prompts", str(tmp_path / "in.txt"), "--depths", str(path)]
+    arguments += ["--output", str(tmp_path / "out.jsonl")] if drafts else []
+    settings = ("inference.exit.mode=speculative", "inference.exit.draft_exit=2") if drafts else ()
+    status, out, err = _call(capsys, run, *arguments, "inference.exit.threshold=0.2", *settings)
+    assert (status, err) == (0, "")
+    tokens = read_depths(path, (2, 5), 8)
+    (said,) = re.findall(r"^tokens by exit layer +(.*)$", out, re.MULTILINE)
+    assert said == ", ".join(f"{layer}: {count}" for layer, count in tokens.items())
+    assert sum(tokens.values()) == 18
+    if drafts:
+        assert tokens == {8: 18}
+        assert any(any(json.loads(line)["draft_exits"]) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    else:
+        assert len(tokens) > 1
+
+
+def test_depths_that_cannot_be_written_are_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = _call(capsys, run, "--prompt", "early ", "--depths", str(tmp_path))
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert err.startswith(f"{tmp_path}: ")
+
+
 def test_comparing_begins_with_full_depth(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ("--prompt", "early ", "--prompt", "deeper ")
     status, out, err = _call(capsys, run, *prompts, "--compare", "inference.sampling.temperature=3.0")
@@ -100,6 +132,10 @@ def test_comparing_begins_with_full_depth(run: Path, capsys: pytest.CaptureFixtu
         (["--prompts", "no-file"], "no-file: No such file or directory"),
         (["--prompt", "a", "inference.exit.measure=gate"], "gate"),
         (["--prompt", "a", "--output", "no-folder/out.jsonl"], "no-folder/out.jsonl: No such file or directory"),
+        (
+            ["--prompt", "a", "inference.parallel.layout=survival"],
+            "inference.parallel.depths: null, but layout survival",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -125,8 +161,10 @@ def test_a_wrong_prompt_leaves_a_file_as_it_is(run: Path, tmp_path: Path, capsys
     [
         ([], "give prompts, by --prompt or --prompts, or --interactive"),
         (["--prompt", "a", "--interactive"], "give prompts, by --prompt or --prompts, or --interactive"),
-        (["--interactive", "--compare"], "--interactive goes with neither --compare nor --output"),
-        (["--prompt", "a", "--compare", "--output", "f"], "--compare prints a table and writes no --output"),
+        (["--interactive", "--compare"], "--interactive goes with none of --compare, --output and --depths"),
+        (["--interactive", "--depths", "f"], "--interactive goes with none of --compare, --output and --depths"),
+        (["--prompt", "a", "--compare", "--output", "f"], "--compare prints a table and writes neither --output"),
+        (["--prompt", "a", "--compare", "--depths", "f"], "--compare prints a table and writes neither --output"),
         (["--prompt", "a", "--kv-policies"], "--kv-policies goes with --compare"),
     ],
 )

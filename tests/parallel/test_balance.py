@@ -19,8 +19,10 @@ def works(draw: st.DrawFn, max_layers: int) -> Work:
     layers = draw(st.sets(st.integers(1, num_layers - 1))) if num_layers > 1 else set()
     exits = {layer: draw(DURATIONS) for layer in sorted(layers)}
     at_end = draw(st.sets(st.sampled_from(sorted(layers)))) if layers else set()
-    layer = draw(st.one_of(st.integers(1, 6).map(float), st.floats(0.1, 10)))
-    return Work(num_layers, layer, draw(DURATIONS), draw(DURATIONS), exits, frozenset(at_end))
+    one = st.one_of(st.integers(1, 6).map(float), st.floats(0.1, 10))
+    alike = st.builds(lambda layer: (layer,) * num_layers, one)
+    layers_alike_or_not = st.one_of(alike, st.tuples(one, *[DURATIONS] * (num_layers - 1)))
+    return Work(draw(layers_alike_or_not), draw(DURATIONS), draw(DURATIONS), exits, frozenset(at_end))
 
 
 def _durations(work: Work, placements: tuple[StagePlacement, ...]) -> list[float]:
@@ -35,7 +37,7 @@ def _durations(work: Work, placements: tuple[StagePlacement, ...]) -> list[float
         assert not (start in own and start in work.only_at_end)
         placed += own
         ends = work.first * (start == 0) + work.last * (stop == work.num_layers)
-        durations.append(placement.layers * work.layer + sum(work.exits[layer] for layer in own) + ends)
+        durations.append(sum(work.layers[start:stop]) + sum(work.exits[layer] for layer in own) + ends)
     assert sorted(placed) == sorted(work.exits)
     return durations
 
@@ -80,18 +82,23 @@ def test_with_several_parts_a_stage_it_is_never_worse_than_equal_layers(work: Wo
 
 
 def test_of_equals_the_first_parts_have_more_layers_and_exits_stay_at_ends() -> None:
-    work = Work(8, 1.0, 0.0, 0.0, {3: 0.0, 6: 0.0})
+    work = Work((1.0,) * 8, 0.0, 0.0, {3: 0.0, 6: 0.0})
     assert balance(work, 3) == tuple(StagePlacement(layers=layers) for layers in (3, 3, 2))
 
 
 def test_an_exit_goes_to_the_cheaper_side_of_its_border_unless_it_reads_its_layer() -> None:
     exits = dict.fromkeys((2, 3, 4), 1.0)
-    left, right = balance(Work(8, 1.0, 0.0, 1.0, exits), 2)
+    left, right = balance(Work((1.0,) * 8, 0.0, 1.0, exits), 2)
     assert (left.layers, left.exits_at_end, right.exits_at_start) == (4, False, True), "2 exits and the final one: 6, 6"
-    left, right = balance(Work(8, 1.0, 0.0, 1.0, exits, only_at_end=frozenset({4})), 2)
+    left, right = balance(Work((1.0,) * 8, 0.0, 1.0, exits, only_at_end=frozenset({4})), 2)
     assert (left.layers, left.exits_at_end, right.exits_at_start) == (4, True, False), "7 and 5"
 
 
 def test_an_expensive_head_takes_layers_from_its_stage() -> None:
-    assert [part.layers for part in balance(Work(32, 1.0, 0.0, 2.4, {}), 4)] == [9, 9, 8, 6]
-    assert [part.layers for part in balance(Work(9, 1.0, 3.0, 3.0, {}), 3)] == [2, 5, 2]
+    assert [part.layers for part in balance(Work((1.0,) * 32, 0.0, 2.4, {}), 4)] == [9, 9, 8, 6]
+    assert [part.layers for part in balance(Work((1.0,) * 9, 3.0, 3.0, {}), 3)] == [2, 5, 2]
+
+
+def test_cheap_layers_go_together() -> None:
+    work = Work((1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.0), 0.0, 0.0, {})
+    assert [part.layers for part in balance(work, 3)] == [2, 2, 5]
