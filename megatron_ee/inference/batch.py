@@ -1,17 +1,17 @@
 """A batch of sequences that decode together, each token as deep as it needs to go."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from megatron_ee.inference.answering import at_exit, at_the_end
-from megatron_ee.inference.answers import Answers, Said, Spoken, take_in
+from megatron_ee.inference.answers import Said, Spoken, take_in
 from megatron_ee.inference.beginning import begin
 from megatron_ee.inference.blocks import Blocks
-from megatron_ee.inference.depth_walk import Arrival, DepthWalk, Leg
+from megatron_ee.inference.depth_walk import DepthWalk
 from megatron_ee.inference.exit_decisions import ExitDecisions
-from megatron_ee.inference.luggage import has_luggage
+from megatron_ee.inference.flights import Flight
+from megatron_ee.inference.luggage import has_luggage, with_states_before
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.sampling import NoTokenError
@@ -19,26 +19,6 @@ from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
 from megatron_ee.inference.scheduling.planner import Planner
 from megatron_ee.inference.scheduling.strategies.compaction import Compaction
 from megatron_ee.inference.sequences import DecodingSequence
-
-
-@dataclass(slots=True)
-class Flight:
-    """A launch that is under way.
-
-    Attributes:
-        sequences: by slot, of all its rows: whoever has their slots when it ends.
-        asks: somebody is asked where it ends.
-        tells: there may be something to tell of it that is not known beforehand.
-        arrival, answers: where its layers are.
-    """
-
-    plan: LaunchPlan
-    leg: Leg
-    sequences: Mapping[int, DecodingSequence]
-    asks: bool
-    tells: bool
-    arrival: Arrival | None = None
-    answers: Answers = field(default_factory=dict)
 
 
 class Batch:
@@ -212,7 +192,9 @@ class Batch:
         else:
             leg = self.walk.waiting({**plan.counts, **plan.fills}, plan.start, plan.stop)
         asks = any(self._is_asked(sequences[slot], plan.stop) for slot in plan.counts)
-        tells = asks or (plan.stop in self._stages.borders and any(has_luggage(sequences[slot]) for slot in plan.counts))
+        tells = asks or (
+            plan.stop in self._stages.borders and any(has_luggage(sequences[slot]) for slot in plan.counts)
+        )
         flight = Flight(plan, leg, sequences, asks, tells)
         if self._stages.holds(plan.start):
             self._run(flight, tokens)
@@ -222,14 +204,14 @@ class Batch:
     def arrive(self, flight: Flight) -> Spoken:
         """End a launch. Sequences that have left in the meantime are left out of it."""
         plan = flight.plan
-        entering = {slot: flight.sequences[slot] for slot in plan.counts}
+        entering = flight.entering
         output_NH = flight.arrival.output_NH if flight.arrival is not None else None
         if self._ring is not None:
-            flight.answers, output_NH = self._ring.arrive(flight, entering, self._model.runner)
+            flight.answers, output_NH = self._ring.arrive(flight, self._model.runner)
         gone = {slot for slot, of in flight.sequences.items() if self._sequences.get(slot) is not of}
         self.walk.land(flight.leg, output_NH, gone=gone)
         self._under_way.difference_update(slot for slot in entering if slot not in gone)
-        for slot, sequence in entering.items():
+        for sequence in entering.values():
             sequence.come_to(plan.stop, self._launch)
             if plan.stop == self._num_layers and sequence.unfed:  # a part of a prompt makes way for the next
                 sequence.at = 0
@@ -298,34 +280,19 @@ class Batch:
         if sequence.unfed:
             return False
         rule = sequence.rule
-        return (
-            layer == self._num_layers or sequence.drafts_at(layer) or layer in rule.thresholds or layer in rule.heard
-        )
+        return layer == self._num_layers or sequence.drafts_at(layer) or layer in rule.thresholds or layer in rule.heard
 
     def _run(self, flight: Flight, tokens: Mapping[int, Sequence[int]] | None) -> None:
-        plan = flight.plan
-        entering = {slot: flight.sequences[slot] for slot in plan.counts}
-        arrival = self._with_previous(self.walk.run(flight.leg, tokens), flight)
+        entering, stop = flight.entering, flight.plan.stop
+        arrival = self.walk.run(flight.leg, tokens)
+        if self._stages.count > 1:
+            arrival = with_states_before(arrival, flight.plan, entering, self._model.exits)
         flight.arrival = arrival
         if flight.asks:
-            is_end = plan.stop == self._num_layers
+            is_end = stop == self._num_layers
             flight.answers = at_the_end(arrival, entering) if is_end else at_exit(arrival, entering, self.decisions)
         if self._ring is not None:
-            self._ring.depart(flight, entering, self._model.runner)
-
-    def _with_previous(self, arrival: Arrival, flight: Flight) -> Arrival:
-        """A stage that begins or ends between two exits passes on the state at the first of them."""
-        comparing = {slot: of for slot in flight.plan.counts if (of := flight.sequences[slot]).rule.compares_states}
-        if not comparing or self._stages.count == 1:
-            return arrival
-        if flight.plan.start not in (0, *self._model.exits):
-            previous = {slot: of.previous_H for slot, of in comparing.items() if of.previous_H is not None}
-            arrival = arrival._replace(previous=previous)
-        is_exit = flight.plan.stop in self._model.exits
-        states = {} if is_exit else arrival.states_before(comparing)
-        for slot, of in comparing.items():
-            of.previous_H = states.get(slot)
-        return arrival
+            self._ring.depart(flight, self._model.runner)
 
     def _count(self, plan: LaunchPlan) -> None:
         """What full depth would have run for the same tokens; see `savings_of`."""

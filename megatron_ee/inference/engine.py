@@ -4,12 +4,13 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_ee.inference.answers import Spoken
 from megatron_ee.inference.batch import Batch
+from megatron_ee.inference.launches import launches_of
 from megatron_ee.inference.request import Emission, Failure, Request
 from megatron_ee.inference.sampling import NoTokenError
 from megatron_ee.inference.scheduling.fronts import Front
 from megatron_ee.inference.scheduling.planner import Planner
+from megatron_ee.inference.scheduling.stage_planner import StagePlanner
 from megatron_ee.inference.sequences import DecodingSequence
 
 
@@ -26,7 +27,7 @@ class _Task:
 
 class Engine:
     """Requests wait until there is room, first come, first served. No token depends on who else is there, on the order
-    of arrival, on the strategy, or on how often a request had to make way.
+    of arrival, on the strategy, on stages, or on how often a request had to make way.
 
     Nothing in here looks at a clock: the engines of several ranks that are told the same do the same.
 
@@ -36,13 +37,13 @@ class Engine:
 
     Args:
         batch: empty.
-        planner: says what runs next.
+        planner: says what runs next; a pipeline's plans for each of its stages.
         whole: a request is taken in when there are blocks for its longest answer; otherwise when there are some for its
             prompt, and where they run out later, the ones that came last make way and start over.
     """
 
-    def __init__(self, batch: Batch, planner: Planner, *, whole: bool = True) -> None:
-        self.batch, self._planner, self._whole = batch, planner, whole
+    def __init__(self, batch: Batch, planner: Planner | StagePlanner, *, whole: bool = True) -> None:
+        self.batch, self._launches, self._whole = batch, launches_of(batch, planner), whole
         self.num_paused = 0
         self._tasks: dict[int, _Task] = {}
         self._waiting: list[_Task] = []
@@ -85,22 +86,21 @@ class Engine:
             self.batch.remove(task.slot)
 
     def step(self, now: float = 0.0) -> list[tuple[int, Emission | Failure]]:
-        """Run one launch. Returns what is said with it: of a request, by its number, a token or several. After one with
-        `finish`, or a failure, there are no more.
+        """Run one launch; on a pipeline, as many as its stages have time for. Returns what is said with it: of a
+        request, by its number, a token or several. After one with `finish`, or a failure, there are no more.
 
         Args:
             now: for deadlines, on any clock that goes forward.
         """
         said = self._end_late(now)
         self._admit()
-        said += [(self._inside[slot].number, emission or _SILENT) for slot, emission in self._run(self._fronts())]
+        said += [
+            (self._inside[slot].number, emission or _SILENT) for slot, emission in self._launches.step(self._fronts())
+        ]
         for number, of in said:
             if isinstance(of, Failure) or of.finish is not None:
                 self.abort(number)
         return said
-
-    def _run(self, fronts: Sequence[Front]) -> Spoken:
-        return self.batch.launch(self.batch.plan(self._planner, fronts)) if fronts else []
 
     def _end_late(self, now: float) -> list[tuple[int, Emission | Failure]]:
         late = [of.number for of in self._tasks.values() if of.deadline is not None and of.deadline <= now]

@@ -10,16 +10,20 @@ from megatron_ee.checkpoint.folders import CheckpointError, is_huggingface
 from megatron_ee.checkpoint.models import has_tokenizer
 from megatron_ee.checkpoint.sharded import differences, model_state, shape_of_trunk
 from megatron_ee.checkpoint.sources import ModelSource, open_source
-from megatron_ee.config import Config, ParallelConfig
+from megatron_ee.config import Config, InferenceConfig, ParallelConfig
 from megatron_ee.device import Device
 from megatron_ee.inference.borders import stop_token_ids, tokens_before_text
 from megatron_ee.inference.declared_exits import exits_to_decode
+from megatron_ee.inference.facts import ModelFacts, facts_of
 from megatron_ee.inference.measures import MEASURES, measure_of_logits
 from megatron_ee.inference.opened import OpenedModel
+from megatron_ee.inference.ring import Pipeline, Ring
+from megatron_ee.inference.stage_layout import stage_stops
+from megatron_ee.inference.stages import Stages
 from megatron_ee.inference.weight_layout import arrange_weights
 from megatron_ee.model.precision import DTYPES
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.layout import place
+from megatron_ee.parallel.chunks import Chunk
 from megatron_ee.parallel.mesh import Mesh, launched_ranks, open_mesh
 from megatron_ee.parallel.world import MeshError
 from megatron_ee.plugins import load_plugins
@@ -28,7 +32,8 @@ from megatron_ee.tokenizer import BYTES, Tokenizer, open_tokenizer
 
 def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dtype | None = None) -> OpenedModel:
     """Open a step folder, whatever layout wrote it, or a Hugging Face folder. Processes that torchrun started together
-    split its matrices between them (tensor parallelism); each then has to make the same calls.
+    are the stages of `inference.parallel.pipeline`, and those of a stage split its matrices between them (tensor
+    parallelism). Each then has to make the same calls.
 
     Args:
         dtype: to decode in, instead of the checkpoint's own.
@@ -38,7 +43,7 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
         FieldError: see `exits_to_decode`.
         MeshError: the model does not divide over so many processes.
     """
-    parallel = ParallelConfig(tensor=launched_ranks())
+    parallel = _parallel(config.inference.parallel.pipeline)
     mesh = open_mesh(parallel, device)
     source = open_source(folder, mesh, reads_all=config.checkpoint.verify)
     description = source.description
@@ -50,7 +55,9 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
     else:
         tokenizer = open_checkpoint_tokenizer(folder, description)
     _check_split(description, parallel.tensor)
-    stage = _load_stage(source, description, mesh, device, dtype)
+    stages = _stages(description, config.inference, mesh)
+    stage = _load_stage(source, description, stages, mesh, device, dtype)
+    pipeline = _join(stage, stages, mesh) if stages.count > 1 else None
     added = load_plugins(config.plugins).exit_measures
     return OpenedModel(
         stage,
@@ -61,18 +68,49 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
         begin=tokens_before_text(folder, tokenizer),
         max_positions=description.model.max_position_embeddings,
         packs_weights=config.inference.pack_weights,
+        pipeline=pipeline,
     )
 
 
+def _parallel(pipeline: int) -> ParallelConfig:
+    """How the processes that were started share the model."""
+    ranks = launched_ranks()
+    if ranks % pipeline:
+        processes = "1 process doesn't" if ranks == 1 else f"{ranks} processes don't"
+        raise MeshError("inference.parallel.pipeline", f"{processes} divide into {pipeline} stages")
+    return ParallelConfig(tensor=ranks // pipeline, pipeline=pipeline)
+
+
+def _stages(description: Description, inference: InferenceConfig, mesh: Mesh) -> Stages:
+    if mesh.pipeline_size == 1:
+        return Stages((description.model.num_layers,))
+    stops = stage_stops(description.model, description.exits, inference, description.vocab_size)
+    return Stages(stops, mesh.pipeline_rank)
+
+
+def _join(stage: Stage, stages: Stages, mesh: Mesh) -> Pipeline:
+    """What its stages know of the whole model together, and how they reach each other."""
+    parts = mesh.gather(facts_of(stage))
+    ring = Ring(mesh, stages, hidden_size=stage.model.hidden_size, dtype=stage.config.params_dtype)
+    return Pipeline(stages, ModelFacts.joined(parts), ring)
+
+
 def _load_stage(
-    source: ModelSource, description: Description, mesh: Mesh, device: Device, dtype: torch.dtype | None
+    source: ModelSource,
+    description: Description,
+    stages: Stages,
+    mesh: Mesh,
+    device: Device,
+    dtype: torch.dtype | None,
 ) -> Stage:
-    """The whole model, laid out for decoding."""
-    (chunks,) = place(description.model, description.exits, ParallelConfig())
+    """The layers that are here, laid out for decoding. An exit where a stage ends is on that stage, so that a token
+    that leaves comes back at once."""
+    first, last = stages.held(0, description.model.num_layers)
+    exits = (*description.exits.layers, description.model.num_layers)
     stage = Stage(
         description.model,
         description.exits,
-        chunks,
+        [Chunk(first, last, tuple(layer for layer in exits if first < layer <= last))],
         vocab_size=description.vocab_size,
         groups=mesh.groups,
         device=device,

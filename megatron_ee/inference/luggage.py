@@ -4,12 +4,14 @@ its draft, and where confidence compares hidden states, the one at the exit befo
 Shapes: V vocabulary, H hidden size.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from megatron_ee.inference.answers import Answers, Drafted, Said, Silence
+from megatron_ee.inference.depth_walk import Arrival
+from megatron_ee.inference.scheduling.fronts import LaunchPlan
 from megatron_ee.inference.sequences import DecodingSequence
 
 Header = list[list[Any]]
@@ -19,9 +21,24 @@ Header = list[list[Any]]
 def has_luggage(sequence: DecodingSequence) -> bool:
     """Whether it may have any: a question that all processes answer alike."""
     rule = sequence.rule
-    return (
-        sequence.draft is not None or sequence.wants_passed or len(rule.heard) > 0 or rule.compares_states
-    )
+    return sequence.draft is not None or sequence.wants_passed or len(rule.heard) > 0 or rule.compares_states
+
+
+def with_states_before(
+    arrival: Arrival, plan: LaunchPlan, sequences: Mapping[int, DecodingSequence], exits: Sequence[int]
+) -> Arrival:
+    """A stage that begins or ends between two exits gets, and passes on, the states at the first of them."""
+    comparing = {slot: of for slot, of in sequences.items() if of.rule.compares_states}
+    if not comparing:
+        return arrival
+    if plan.start not in (0, *exits):
+        arrival = arrival._replace(
+            previous={slot: of.previous_H for slot, of in comparing.items() if of.previous_H is not None}
+        )
+    states = {} if plan.stop in exits else arrival.states_before(comparing)
+    for slot, of in comparing.items():
+        of.previous_H = states.get(slot)
+    return arrival
 
 
 def pack(sequences: Mapping[int, DecodingSequence], answers: Answers) -> tuple[Header, torch.Tensor | None]:
@@ -38,7 +55,7 @@ def pack(sequences: Mapping[int, DecodingSequence], answers: Answers) -> tuple[H
     ]
     if not found:
         return [], None
-    header = [[slot, what, number, str(of.dtype).removeprefix("torch."), of.numel()] for slot, what, number, of in found]
+    header = [[slot, what, number, _name(of.dtype), of.numel()] for slot, what, number, of in found]
     return header, torch.cat([of.contiguous().view(torch.uint8).flatten() for *_, of in found])
 
 
@@ -50,7 +67,7 @@ def size_of(header: Header) -> int:
 def unpack(header: Header, packed: torch.Tensor, sequences: Mapping[int, DecodingSequence]) -> None:
     """Give sequences what has come with them."""
     sizes = [count * _dtype(name).itemsize for *_, name, count in header]
-    for (slot, what, number, name, _), own in zip(header, packed.split(sizes), strict=True):
+    for (slot, what, number, name, _), own in zip(header, torch.split(packed, sizes), strict=True):
         tensor, sequence = own.clone().view(_dtype(name)), sequences[slot]
         if what == "passed":
             sequence.passed[number] = tensor
@@ -85,9 +102,11 @@ def _put(of: list[torch.Tensor], number: int, tensor: torch.Tensor) -> None:
     of.append(tensor)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
     assert isinstance(found, torch.dtype), name
     return found
-
-

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,16 +22,13 @@ import torch.distributed as dist
 from megatron_ee.errors import UserError
 from megatron_ee.inference.answers import Answers
 from megatron_ee.inference.facts import ModelFacts
+from megatron_ee.inference.flights import Flight
 from megatron_ee.inference.luggage import pack, size_of, unpack
 from megatron_ee.inference.runner import Runner
-from megatron_ee.inference.sequences import DecodingSequence
 from megatron_ee.inference.stages import Stages
 from megatron_ee.inference.wire import answers_in, answers_out, decode, encode, work_in, work_out
 from megatron_ee.inference.work import Work
 from megatron_ee.parallel.mesh import Mesh
-
-if TYPE_CHECKING:
-    from megatron_ee.inference.batch import Flight
 
 _FIRST_BYTES = 1024
 """Of a message; mostly they hold all of it."""
@@ -71,11 +68,11 @@ class Ring:
         self._under_way: list[tuple[dist.Work, torch.Tensor]] = []
         self._told = Work()
 
-    def depart(self, flight: "Flight", entering: Mapping[int, DecodingSequence], runner: Runner) -> None:
+    def depart(self, flight: Flight, runner: Runner) -> None:
         """Send what has come of a launch on this stage."""
         self._under_way = [of for of in self._under_way if not of[0].is_completed()]
         assert flight.arrival is not None
-        crosses = self._crosses(flight)
+        crosses, entering = self._crosses(flight), flight.entering
         header, packed = pack(entering, flight.answers) if crosses and flight.tells else ([], None)
         if flight.tells:
             work, self._told = runner.work - self._told, runner.work + Work()
@@ -95,16 +92,14 @@ class Ring:
                 if packed is not None:
                     self._send(packed, self._own + 1, self._states)
 
-    def arrive(
-        self, flight: "Flight", entering: Mapping[int, DecodingSequence], runner: Runner
-    ) -> tuple[Answers, torch.Tensor | None]:
+    def arrive(self, flight: Flight, runner: Runner) -> tuple[Answers, torch.Tensor | None]:
         """What has come of a launch on whatever stage: answers, and states [N, H] that go on here."""
         stage = self._stages.of(flight.plan.start)
         if stage == self._own:
             assert flight.arrival is not None
             return flight.answers, flight.arrival.output_NH
         answers: Answers = {}
-        states_NH, header = None, []
+        states_NH, header, entering = None, [], flight.entering
         if flight.tells:
             message = self._hear(stage)
             answers, header = answers_in(message["answers"]), message["luggage"]
@@ -119,7 +114,7 @@ class Ring:
                     unpack(header, self._receive((size_of(header),), torch.uint8, stage), entering)
         return answers, states_NH
 
-    def states_of(self, flight: "Flight", slots: Sequence[int]) -> torch.Tensor | None:
+    def states_of(self, flight: Flight, slots: Sequence[int]) -> torch.Tensor | None:
         """The states of the newest rows of sequences, [N, H], on the launch's stage and all deeper ones."""
         stage = self._stages.of(flight.plan.start)
         if stage == self._own:
@@ -141,7 +136,7 @@ class Ring:
             dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._messages)
         return bool(agreed)
 
-    def _crosses(self, flight: "Flight") -> bool:
+    def _crosses(self, flight: Flight) -> bool:
         """Whether its rows come to the next stage."""
         return flight.plan.stop in self._stages.borders
 

@@ -30,9 +30,7 @@ class Runner:
         work: what heads and projections have run; whoever makes launches counts those of layers.
     """
 
-    def __init__(
-        self, stage: Stage, vocab_size: int, *, packs: bool, attending: Collection[int] | None = None
-    ) -> None:
+    def __init__(self, stage: Stage, vocab_size: int, *, packs: bool, attending: Collection[int] | None = None) -> None:
         self.stage, self._vocab_size = stage, vocab_size
         self.work = Work()
         self._group = stage.tp_group

@@ -1,4 +1,4 @@
-"""Which layers run where: the stages of a pipeline, of which this process holds one, or all of them. Imports no torch."""
+"""Which layers run where: the stages of a pipeline, of which this process holds one, or all. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

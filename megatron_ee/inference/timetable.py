@@ -58,8 +58,6 @@ class Timetable(Generic[Flight]):
         if not self._under_way:
             return []
         first = min(self._under_way.values(), key=lambda of: of.end)
-        ending = {
-            stage for stage, of in self._under_way.items() if of.end <= first.end + _TOGETHER * first.cost
-        }
+        ending = {stage for stage, of in self._under_way.items() if of.end <= first.end + _TOGETHER * first.cost}
         self.now = max(self._under_way[stage].end for stage in ending)
         return [self._under_way.pop(stage).flight for stage in sorted(ending, reverse=True)]

@@ -100,9 +100,9 @@ class Mesh:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
-    def gather(self, value: str) -> list[str]:
-        """All ranks' values, by rank."""
-        values = [""] * self.world_size
+    def gather(self, value: Result) -> list[Result]:
+        """All ranks' values, by rank. They have to be picklable."""
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 

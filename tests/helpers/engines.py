@@ -12,7 +12,6 @@ from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.blocks import Blocks
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.opened import OpenedModel
-from megatron_ee.inference.pipeline_engine import PipelineEngine
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.ring import Pipeline
 from megatron_ee.inference.scheduling.strategies.named import make_planner, make_stage_planner
@@ -62,11 +61,11 @@ def engine_of(
         keeps_prefixes=keeps_prefixes,
     )
     costs, depths = model.launch_costs, model.depths
-    if stops or model.pipeline is not None:
+    if model.pipeline is not None:
         stage_planner = make_stage_planner(
             params, costs, model.stages, depths, residents=residents, prefill_chunk=chunk
         )
-        return PipelineEngine(batch, stage_planner, whole=whole)
+        return Engine(batch, stage_planner, whole=whole)
     planner = make_planner(params, costs, depths, residents=residents, prefill_chunk=chunk)
     return Engine(batch, planner, whole=whole)
 

@@ -42,7 +42,7 @@ class Planner:
         counts = {front.slot: front.rows for front in sorted(taken)}  # neighbours' keys are read without a copy
         on_their_way = {front.slot for front in fronts if front.at > self._entry or front.slot in counts}
         room = None if self._strategy.carries else self.launch_rows - len(counts)
-        fills = _fills([slot for slot in fillers if slot not in on_their_way], start, stop, ready, room)
+        fills = fills_of([slot for slot in fillers if slot not in on_their_way], start, stop, ready, room)
         return LaunchPlan(start, stop, counts, fills)
 
     def _within_limits(self, fronts: Iterable[Front]) -> list[Front]:
@@ -58,7 +58,8 @@ class Planner:
         return taken
 
 
-def _fills(slots: Sequence[int], start: int, stop: int, ready: Ready, room: int | None) -> Mapping[int, int]:
+def fills_of(slots: Iterable[int], start: int, stop: int, ready: Ready, room: int | None) -> Mapping[int, int]:
+    """Positions of sequences that wait at `start`, as many as there is room for; None: all."""
     fills: dict[int, int] = {}
     for slot in slots if start else ():
         count = ready(slot, start, stop)

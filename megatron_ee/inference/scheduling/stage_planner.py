@@ -11,14 +11,17 @@ come.
 
 import math
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 from megatron_ee.inference.scheduling.costs import SegmentCosts
 from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
-from megatron_ee.inference.scheduling.planner import Planner, Ready
+from megatron_ee.inference.scheduling.planner import Planner, Ready, fills_of
 from megatron_ee.inference.stages import Stages
 
 _REMEMBERED = 256
 """Tokens after which older ones count less in how deep tokens go."""
+_IN_TIME = 1.1
+"""What is filled in may take so much longer than it takes until somebody may come: estimates are no better."""
 
 
 class StagePlanner:
@@ -90,11 +93,11 @@ class StagePlanner:
         if own:
             plan = self._planners[stage].plan(own, launch, fillers, ready)
             return self._with_urgent(plan, {front.slot for front in own}, urgent, ready)
-        for slots in (urgent, fillers):
-            plan = self._fill(start, stop, slots, ready, limited=slots is not urgent)
-            if plan is not None and (slots is urgent or left is None or self.cost_of(plan) <= left * 1.1):
-                return plan
-        return None
+        if (catching_up := self._fill(start, stop, urgent, ready, room=None)) is not None:
+            return catching_up
+        filling = self._fill(start, stop, fillers, ready, room=self.launch_rows)
+        is_in_time = filling is not None and (left is None or self.cost_of(filling) <= left * _IN_TIME)
+        return filling if is_in_time else None
 
     def _spread(self, fronts: Sequence[Front], residents: int) -> list[Front]:
         """Those that are under way in the stage, prompts, and so many of those that could begin."""
@@ -106,26 +109,16 @@ class StagePlanner:
         entering = sorted((of for of in fronts if of.at == 0 and of.rows == 1), key=lambda of: (of.since, of.slot))
         return [of for of in fronts if of.at > 0 or of.rows > 1] + entering[:most]
 
-    def _with_urgent(
-        self, plan: LaunchPlan, own: Collection[int], urgent: Collection[int], ready: Ready
-    ) -> LaunchPlan:
+    def _with_urgent(self, plan: LaunchPlan, own: Collection[int], urgent: Collection[int], ready: Ready) -> LaunchPlan:
         more = {slot: count for slot in urgent if slot not in own and (count := ready(slot, plan.start, plan.stop))}
         return LaunchPlan(plan.start, plan.stop, plan.counts, {**plan.fills, **more}) if more and plan.start else plan
 
     def _fill(
-        self, start: int, stop: int, slots: Collection[int], ready: Ready, *, limited: bool
+        self, start: int, stop: int, slots: Collection[int], ready: Ready, *, room: int | None
     ) -> LaunchPlan | None:
         """Of the places in a stage where positions wait, the deepest."""
         inside = [depth for depth in self._depths if start <= depth <= stop and depth > 0]
-        for at, to in reversed([*zip(inside, inside[1:], strict=False)]):
-            fills: dict[int, int] = {}
-            room = self.launch_rows
-            for slot in slots:
-                count = ready(slot, at, to)
-                if limited:
-                    count = min(count, room - sum(fills.values()))
-                if count > 0:
-                    fills[slot] = count
-            if fills:
+        for at, to in reversed([*pairwise(inside)]):
+            if fills := fills_of(slots, at, to, ready, room):
                 return LaunchPlan(at, to, {}, fills)
         return None

@@ -1,0 +1,33 @@
+"""A launch that is under way."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_ee.inference.answers import Answers
+from megatron_ee.inference.depth_walk import Arrival, Leg
+from megatron_ee.inference.scheduling.fronts import LaunchPlan
+from megatron_ee.inference.sequences import DecodingSequence
+
+
+@dataclass(slots=True)
+class Flight:
+    """
+    Attributes:
+        sequences: by slot, of all its rows: others may have their slots when it ends.
+        asks: somebody is asked where it ends.
+        tells: there may be something to tell of it that is not known beforehand.
+        arrival, answers: where its layers are.
+    """
+
+    plan: LaunchPlan
+    leg: Leg
+    sequences: Mapping[int, DecodingSequence]
+    asks: bool
+    tells: bool
+    arrival: Arrival | None = None
+    answers: Answers = field(default_factory=dict)
+
+    @property
+    def entering(self) -> Mapping[int, DecodingSequence]:
+        """Those whose tokens are on their way."""
+        return {slot: self.sequences[slot] for slot in self.plan.counts}

@@ -1,0 +1,62 @@
+"""How an engine launches: one launch after the other, or one on each stage of a pipeline."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from megatron_ee.inference.answers import Spoken
+from megatron_ee.inference.batch import Batch
+from megatron_ee.inference.flights import Flight
+from megatron_ee.inference.scheduling.fronts import Front
+from megatron_ee.inference.scheduling.planner import Planner
+from megatron_ee.inference.scheduling.stage_planner import StagePlanner
+from megatron_ee.inference.timetable import Timetable
+
+
+class Launches(Protocol):
+    def step(self, fronts: Sequence[Front]) -> Spoken:
+        """Run something of these, which are all that may go on. Returns what is said with it."""
+        ...
+
+
+def launches_of(batch: Batch, planner: Planner | StagePlanner) -> Launches:
+    return PipelineLaunches(batch, planner) if isinstance(planner, StagePlanner) else SingleLaunches(batch, planner)
+
+
+class SingleLaunches:
+    def __init__(self, batch: Batch, planner: Planner) -> None:
+        self._batch, self._planner = batch, planner
+
+    def step(self, fronts: Sequence[Front]) -> Spoken:
+        return self._batch.launch(self._batch.plan(self._planner, fronts)) if fronts else []
+
+
+class PipelineLaunches:
+    """A step begins launches on all stages that have nothing to do, and ends those that end next."""
+
+    def __init__(self, batch: Batch, planner: StagePlanner) -> None:
+        self._batch, self._planner = batch, planner
+        self._timetable: Timetable[Flight] = Timetable(planner.stages.count)
+
+    def step(self, fronts: Sequence[Front]) -> Spoken:
+        for stage in self._timetable.free:
+            self._begin(stage, fronts)
+        spoken = [said for flight in self._timetable.end() for said in self._batch.arrive(flight)]
+        for _, emission in spoken:
+            if emission is not None:
+                self._planner.saw(emission.exit_layer)
+        return spoken
+
+    def _begin(self, stage: int, fronts: Sequence[Front]) -> None:
+        planner, batch = self._planner, self._batch
+        plan = planner.plan(
+            stage,
+            fronts,
+            batch.num_launches,
+            batch.fillers(planner.carries),
+            batch.ready,
+            residents=batch.num_going,
+            left=self._timetable.left(stage),
+            urgent=batch.crowded,
+        )
+        if plan is not None:
+            self._timetable.begin(stage, batch.depart(plan), planner.cost_of(plan))
