@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.launches import launches_of
 from megatron_ee.inference.request import Emission, Failure, Request
+from megatron_ee.inference.ring import StageLostError
 from megatron_ee.inference.sampling import NoTokenError
 from megatron_ee.inference.scheduling.fronts import Front
 from megatron_ee.inference.scheduling.planner import Planner
@@ -45,6 +46,7 @@ class Engine:
     def __init__(self, batch: Batch, planner: Planner | StagePlanner, *, whole: bool = True) -> None:
         self.batch, self._launches, self._whole = batch, launches_of(batch, planner), whole
         self.num_paused = 0
+        self._lost: StageLostError | None = None
         self._tasks: dict[int, _Task] = {}
         self._waiting: list[_Task] = []
         self._inside: dict[int, _Task] = {}
@@ -68,7 +70,10 @@ class Engine:
 
         Raises:
             FieldError: see `Batch.begin`.
+            StageLostError: a stage is lost, and the engine of no use any more.
         """
+        if self._lost is not None:
+            raise self._lost
         task = _Task(priority, self._next, self.batch.begin(request), deadline)
         self._next += 1
         self._tasks[task.number] = task
@@ -84,6 +89,14 @@ class Engine:
         else:
             del self._inside[task.slot]
             self.batch.remove(task.slot)
+
+    def close(self) -> None:
+        """Forget all requests, and leave nothing under way. Where stages are in other processes, these must not end, nor
+        make another engine, before."""
+        if self._lost is None:
+            for number in list(self._tasks):
+                self.abort(number)
+            self._launches.settle()
 
     def step(self, now: float = 0.0) -> list[tuple[int, Emission | Failure]]:
         """Run one launch; on a pipeline, as many as its stages have time for. Returns what is said with it: of a

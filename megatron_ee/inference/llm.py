@@ -3,9 +3,9 @@
 Opening a model chooses this process's device, so nothing here imports megatron-core before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from megatron_ee.checkpoint.folders import find_model
 from megatron_ee.config import Config, ExitParams, SamplingParams
@@ -15,7 +15,7 @@ from megatron_ee.inference.completion import Completion, Piece, completions
 from megatron_ee.inference.growing_text import GrowingText
 from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.inference.request import Failure, Request
-from megatron_ee.inference.scheduling.strategies.named import make_planner
+from megatron_ee.inference.scheduling.strategies.named import planner_for
 from megatron_ee.inference.work import Work
 from megatron_ee.log import quiet_dependencies
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Prompts = Prompt | Sequence[Prompt]
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 Exits = ExitParams | Sequence[ExitParams] | None
+Result = TypeVar("Result")
 
 
 class LLM:
@@ -100,7 +101,15 @@ class LLM:
     @property
     def is_first(self) -> bool:
         """Whether this is the first of the processes that hold the model together; alone it is."""
-        return self.model.stage.tp_group.rank() == 0
+        return self.model.mesh is None or self.model.mesh.is_main
+
+    def from_first(self, work: Callable[[], Result]) -> Result:
+        """What a function returns on the first of them, which alone calls it; on all of them.
+
+        Raises:
+            UserError: the function raised it there.
+        """
+        return work() if self.model.mesh is None else self.model.mesh.from_main(work)
 
     @property
     def work(self) -> Work:
@@ -140,8 +149,13 @@ class LLM:
             blocks=blocks,
             keeps_prefixes=settings.kv_cache.keep_prefixes,
         )
-        planner = make_planner(
-            settings.scheduling, model.launch_costs, model.depths, residents=residents, prefill_chunk=chunk
+        planner = planner_for(
+            settings.scheduling,
+            model.launch_costs,
+            model.stages,
+            model.depths,
+            residents=residents,
+            prefill_chunk=chunk,
         )
         return Engine(batch, planner, whole=settings.kv_cache.admission == "answer")
 
@@ -160,6 +174,7 @@ class LLM:
                         del texts[index]
                     yield piece
         finally:
+            engine.close()
             self._work += engine.batch.walk.work
 
 

@@ -58,10 +58,15 @@ class Ring:
     """
     Args:
         mesh: whose pipeline ranks are the stages.
+        timeout: after which a stage that does not answer is lost.
+
+    Raises:
+        StageLostError: by all methods: a stage does not answer, which it names; other stages have been told.
     """
 
-    def __init__(self, mesh: Mesh, stages: Stages, *, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, mesh: Mesh, stages: Stages, *, hidden_size: int, dtype: torch.dtype, timeout: timedelta) -> None:
         assert stages.own is not None
+        self._timeout = timeout
         self._stages, self._own, self._ranks = stages, stages.own, mesh.pipeline_ranks
         self._hidden_size, self._dtype, self._device = hidden_size, dtype, mesh.device.torch
         self._states, self._messages = mesh.links.activations, mesh.new_message_group()
@@ -133,7 +138,9 @@ class Ring:
         """Whether something holds in all stages; all have to ask."""
         agreed = torch.tensor(int(holds))
         with self._naming(None):
-            dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._messages)
+            work = dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._messages, async_op=True)
+            assert work is not None, "all are in the group"
+            work.wait(self._timeout)
         return bool(agreed)
 
     def _crosses(self, flight: Flight) -> bool:
@@ -184,10 +191,10 @@ class Ring:
     ) -> torch.Tensor:
         work = dist.irecv(tensor, src=self._ranks[stage], group=group)
         assert work is not None, "both ends are in the group"
-        if timeout is None:
-            work.wait()
+        if tensor.is_cuda:
+            work.wait()  # its stream waits, and not the host: NCCL has a time-out of its own
         else:
-            work.wait(timeout)
+            work.wait(timeout or self._timeout)
         return tensor
 
     @contextmanager

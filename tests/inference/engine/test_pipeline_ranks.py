@@ -58,9 +58,7 @@ def _served(model: OpenedModel, strategy: str, seed: int) -> list[list[Emission]
     """Texts that come and go in an order of their own, with too little memory."""
     requests, numbers = _requests(seed), random.Random(seed)
     params = SchedulingParams.model_validate({"strategy": strategy, "launch_rows": numbers.choice([None, 3])})
-    planner = make_stage_planner(
-        params, model.launch_costs, model.stages, model.depths, residents=5, prefill_chunk=6
-    )
+    planner = make_stage_planner(params, model.launch_costs, model.stages, model.depths, residents=5, prefill_chunk=6)
     batch = Batch(model, slots=5, capacity=32, prefill_chunk=6, blocks=Blocks(5, 40, 2), keeps_prefixes=seed % 2 > 0)
     engine = Engine(batch, planner, whole=False)
     texts: dict[int, list[Emission]] = {}
