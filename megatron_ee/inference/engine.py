@@ -4,10 +4,10 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_ee.errors import StageLostError
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.launches import launches_of
 from megatron_ee.inference.request import Emission, Failure, Request
-from megatron_ee.inference.ring import StageLostError
 from megatron_ee.inference.sampling import NoTokenError
 from megatron_ee.inference.scheduling.fronts import Front
 from megatron_ee.inference.scheduling.planner import Planner
@@ -58,6 +58,11 @@ class Engine:
         return not self._tasks
 
     @property
+    def is_lost(self) -> bool:
+        """Whether a stage in another process is gone, so that nothing can be served any more."""
+        return self._lost is not None
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -91,8 +96,8 @@ class Engine:
             self.batch.remove(task.slot)
 
     def close(self) -> None:
-        """Forget all requests, and leave nothing under way. Where stages are in other processes, these must not end, nor
-        make another engine, before."""
+        """Forget all requests, and leave nothing under way. Where stages are in other processes, none of these may end,
+        or make another engine, before."""
         if self._lost is None:
             for number in list(self._tasks):
                 self.abort(number)
@@ -105,15 +110,28 @@ class Engine:
         Args:
             now: for deadlines, on any clock that goes forward.
         """
+        try:
+            return self._step(now)
+        except StageLostError as error:
+            return self._end_all(error)
+
+    def _step(self, now: float) -> list[tuple[int, Emission | Failure]]:
         said = self._end_late(now)
         self._admit()
-        said += [
-            (self._inside[slot].number, emission or _SILENT) for slot, emission in self._launches.step(self._fronts())
-        ]
+        spoken = self._launches.step(self._fronts())
+        said += [(self._inside[slot].number, emission or _SILENT) for slot, emission in spoken]
         for number, of in said:
             if isinstance(of, Failure) or of.finish is not None:
                 self.abort(number)
         return said
+
+    def _end_all(self, error: StageLostError) -> list[tuple[int, Emission | Failure]]:
+        """What a lost stage held of requests is nowhere else."""
+        numbers, self._lost = list(self._tasks), error
+        self._tasks.clear()
+        self._waiting.clear()
+        self._inside.clear()
+        return [(number, Failure(str(error))) for number in numbers]
 
     def _end_late(self, now: float) -> list[tuple[int, Emission | Failure]]:
         late = [of.number for of in self._tasks.values() if of.deadline is not None and of.deadline <= now]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from megatron_ee.checkpoint.folders import find_model
 from megatron_ee.config import Config, ExitParams, SamplingParams
-from megatron_ee.errors import FieldError, UserError
+from megatron_ee.errors import FieldError, StageLostError, UserError
 from megatron_ee.inference.asking import Asking, Prompt
 from megatron_ee.inference.completion import Completion, Piece, completions
 from megatron_ee.inference.growing_text import GrowingText
@@ -84,6 +84,7 @@ class LLM:
         Raises:
             UserError: a prompt or its settings don't fit the model: the message names it, as prompts.3, and nothing has
                 been decoded. Or a prompt's logits are no numbers.
+            StageLostError: the process of another stage is gone.
         """
         requests, pieces = self._begin(prompts, sampling, exit)
         whole = dict(completions(requests, pieces))
@@ -165,7 +166,8 @@ class LLM:
             while texts:
                 for index, emission in engine.step():
                     if isinstance(emission, Failure):
-                        raise UserError(f"prompts.{index}: {emission.reason}")
+                        kind = StageLostError if engine.is_lost else UserError
+                        raise kind(f"prompts.{index}: {emission.reason}")
                     if index not in texts:
                         continue  # of several tokens an earlier one has ended the text, by a stop string
                     piece = texts[index].take(emission)
