@@ -34,3 +34,9 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The end of a message that says which names are right."""
     nearest = nearest_name(name, names, likeness=0.7)  # these are often short: a gpu is no cpu
     return f"; did you mean {nearest!r}?" if nearest else ""
+
+
+class StageLostError(UserError):
+    """Another process that holds a part of the model has died, or hangs. This one is of no use any more; it should end
+    by `os._exit`, since a process that ends as usual waits for messages that will never come.
+    """

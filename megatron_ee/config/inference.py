@@ -175,7 +175,9 @@ class SchedulingParams(Section):
         "make it smaller; rebatch: rows that go deeper wait for others, while new tokens begin",
     )
     launch_rows: PositiveInt | None = Field(
-        None, description="tokens that fill a launch; more sequences than that wait for their turn; null: all of them"
+        None,
+        description="tokens that fill a launch; more sequences than that wait for their turn; null: all of them, or "
+        "on a pipeline so many that its stages have as much to do",
     )
     max_wait: PositiveInt = Field(16, description="launches after which a row that waits goes on, whoever goes with it")
 
@@ -211,6 +213,9 @@ class DecodingParallelConfig(Section):
     )
     depths: Text | None = Field(
         None, description="for survival: the file that python -m megatron_ee.inference --depths wrote"
+    )
+    timeout: PositiveFloat = Field(
+        300.0, description="seconds after which a stage that does not answer is lost, and with it all requests"
     )
 
 

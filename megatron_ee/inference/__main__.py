@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from megatron_ee.checkpoint.folders import find_model
-from megatron_ee.errors import UserError
+from megatron_ee.errors import StageLostError, UserError
 from megatron_ee.inference.asking import Prompt
 from megatron_ee.inference.command import Session
 from megatron_ee.inference.comparison import compare
@@ -47,6 +47,10 @@ def main() -> int:
                     compare(llm, prompts, all_policies=arguments.kv_policies)
                 else:
                     _run(Session(llm), prompts, arguments.output, arguments.depths)
+    except StageLostError as error:
+        print(error, file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(2)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -226,6 +226,11 @@ class Batch:
         self._go_on(dict.fromkeys(slot for slot, _ in spoken), flight)
         return spoken
 
+    def settle(self) -> None:
+        """Wait until all stages have ended what was under way."""
+        if self._ring is not None:
+            self._ring.settle()
+
     def step(self) -> list[tuple[int, Emission]]:
         """One token of every sequence whose text goes on, or several of those that speculate; see `launch`.
 

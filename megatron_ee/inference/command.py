@@ -63,7 +63,7 @@ class Session:
         """Continue each line that is typed, until there are no more; Ctrl-C ends a text, or between texts all."""
         self._print_legend()
         asks = "> " if sys.stdin.isatty() else ""
-        while (prompt := _ask(asks)) is not None:
+        while (prompt := self._llm.from_first(lambda: _ask(asks))) is not None:
             started, before = time.perf_counter(), len(self._emissions)
             try:
                 for piece in self._counted(self._llm.stream(prompt)):

@@ -4,6 +4,7 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_ee.errors import StageLostError
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.launches import launches_of
 from megatron_ee.inference.request import Emission, Failure, Request
@@ -45,6 +46,7 @@ class Engine:
     def __init__(self, batch: Batch, planner: Planner | StagePlanner, *, whole: bool = True) -> None:
         self.batch, self._launches, self._whole = batch, launches_of(batch, planner), whole
         self.num_paused = 0
+        self._lost: StageLostError | None = None
         self._tasks: dict[int, _Task] = {}
         self._waiting: list[_Task] = []
         self._inside: dict[int, _Task] = {}
@@ -54,6 +56,11 @@ class Engine:
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._tasks
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a stage in another process is gone, so that nothing can be served any more."""
+        return self._lost is not None
 
     @property
     def num_waiting(self) -> int:
@@ -68,7 +75,10 @@ class Engine:
 
         Raises:
             FieldError: see `Batch.begin`.
+            StageLostError: a stage is lost, and the engine of no use any more.
         """
+        if self._lost is not None:
+            raise self._lost
         task = _Task(priority, self._next, self.batch.begin(request), deadline)
         self._next += 1
         self._tasks[task.number] = task
@@ -85,6 +95,14 @@ class Engine:
             del self._inside[task.slot]
             self.batch.remove(task.slot)
 
+    def close(self) -> None:
+        """Forget all requests, and leave nothing under way. Where stages are in other processes, none of these may end,
+        or make another engine, before."""
+        if self._lost is None:
+            for number in list(self._tasks):
+                self.abort(number)
+            self._launches.settle()
+
     def step(self, now: float = 0.0) -> list[tuple[int, Emission | Failure]]:
         """Run one launch; on a pipeline, as many as its stages have time for. Returns what is said with it: of a
         request, by its number, a token or several. After one with `finish`, or a failure, there are no more.
@@ -92,15 +110,28 @@ class Engine:
         Args:
             now: for deadlines, on any clock that goes forward.
         """
+        try:
+            return self._step(now)
+        except StageLostError as error:
+            return self._end_all(error)
+
+    def _step(self, now: float) -> list[tuple[int, Emission | Failure]]:
         said = self._end_late(now)
         self._admit()
-        said += [
-            (self._inside[slot].number, emission or _SILENT) for slot, emission in self._launches.step(self._fronts())
-        ]
+        spoken = self._launches.step(self._fronts())
+        said += [(self._inside[slot].number, emission or _SILENT) for slot, emission in spoken]
         for number, of in said:
             if isinstance(of, Failure) or of.finish is not None:
                 self.abort(number)
         return said
+
+    def _end_all(self, error: StageLostError) -> list[tuple[int, Emission | Failure]]:
+        """What a lost stage held of requests is nowhere else."""
+        numbers, self._lost = list(self._tasks), error
+        self._tasks.clear()
+        self._waiting.clear()
+        self._inside.clear()
+        return [(number, Failure(str(error))) for number in numbers]
 
     def _end_late(self, now: float) -> list[tuple[int, Emission | Failure]]:
         late = [of.number for of in self._tasks.values() if of.deadline is not None and of.deadline <= now]

@@ -17,6 +17,10 @@ class Launches(Protocol):
         """Run something of these, which are all that may go on. Returns what is said with it."""
         ...
 
+    def settle(self) -> None:
+        """End what is under way; all sequences have left."""
+        ...
+
 
 def launches_of(batch: Batch, planner: Planner | StagePlanner) -> Launches:
     return PipelineLaunches(batch, planner) if isinstance(planner, StagePlanner) else SingleLaunches(batch, planner)
@@ -28,6 +32,9 @@ class SingleLaunches:
 
     def step(self, fronts: Sequence[Front]) -> Spoken:
         return self._batch.launch(self._batch.plan(self._planner, fronts)) if fronts else []
+
+    def settle(self) -> None:
+        pass
 
 
 class PipelineLaunches:
@@ -45,6 +52,12 @@ class PipelineLaunches:
             if emission is not None:
                 self._planner.saw(emission.exit_layer)
         return spoken
+
+    def settle(self) -> None:
+        while flights := self._timetable.end():
+            for flight in flights:
+                self._batch.arrive(flight)
+        self._batch.settle()
 
     def _begin(self, stage: int, fronts: Sequence[Front]) -> None:
         planner, batch = self._planner, self._batch

@@ -3,19 +3,19 @@
 Opening a model chooses this process's device, so nothing here imports megatron-core before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from megatron_ee.checkpoint.folders import find_model
 from megatron_ee.config import Config, ExitParams, SamplingParams
-from megatron_ee.errors import FieldError, UserError
+from megatron_ee.errors import FieldError, StageLostError, UserError
 from megatron_ee.inference.asking import Asking, Prompt
 from megatron_ee.inference.completion import Completion, Piece, completions
 from megatron_ee.inference.growing_text import GrowingText
 from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.inference.request import Failure, Request
-from megatron_ee.inference.scheduling.strategies.named import make_planner
+from megatron_ee.inference.scheduling.strategies.named import planner_for
 from megatron_ee.inference.work import Work
 from megatron_ee.log import quiet_dependencies
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Prompts = Prompt | Sequence[Prompt]
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 Exits = ExitParams | Sequence[ExitParams] | None
+Result = TypeVar("Result")
 
 
 class LLM:
@@ -83,6 +84,7 @@ class LLM:
         Raises:
             UserError: a prompt or its settings don't fit the model: the message names it, as prompts.3, and nothing has
                 been decoded. Or a prompt's logits are no numbers.
+            StageLostError: the process of another stage is gone.
         """
         requests, pieces = self._begin(prompts, sampling, exit)
         whole = dict(completions(requests, pieces))
@@ -100,7 +102,15 @@ class LLM:
     @property
     def is_first(self) -> bool:
         """Whether this is the first of the processes that hold the model together; alone it is."""
-        return self.model.stage.tp_group.rank() == 0
+        return self.model.mesh is None or self.model.mesh.is_main
+
+    def from_first(self, work: Callable[[], Result]) -> Result:
+        """What a function returns on the first of them, which alone calls it; on all of them.
+
+        Raises:
+            UserError: the function raised it there.
+        """
+        return work() if self.model.mesh is None else self.model.mesh.from_main(work)
 
     @property
     def work(self) -> Work:
@@ -140,8 +150,13 @@ class LLM:
             blocks=blocks,
             keeps_prefixes=settings.kv_cache.keep_prefixes,
         )
-        planner = make_planner(
-            settings.scheduling, model.launch_costs, model.depths, residents=residents, prefill_chunk=chunk
+        planner = planner_for(
+            settings.scheduling,
+            model.launch_costs,
+            model.stages,
+            model.depths,
+            residents=residents,
+            prefill_chunk=chunk,
         )
         return Engine(batch, planner, whole=settings.kv_cache.admission == "answer")
 
@@ -151,7 +166,8 @@ class LLM:
             while texts:
                 for index, emission in engine.step():
                     if isinstance(emission, Failure):
-                        raise UserError(f"prompts.{index}: {emission.reason}")
+                        kind = StageLostError if engine.is_lost else UserError
+                        raise kind(f"prompts.{index}: {emission.reason}")
                     if index not in texts:
                         continue  # of several tokens an earlier one has ended the text, by a stop string
                     piece = texts[index].take(emission)
@@ -160,6 +176,7 @@ class LLM:
                         del texts[index]
                     yield piece
         finally:
+            engine.close()
             self._work += engine.batch.walk.work
 
 

@@ -1,6 +1,7 @@
 """Opens a checkpoint or a Hugging Face folder for decoding."""
 
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
     _check_split(description, parallel.tensor)
     stages = _stages(description, config.inference, mesh)
     stage = _load_stage(source, description, stages, mesh, device, dtype)
-    pipeline = _join(stage, stages, mesh) if stages.count > 1 else None
+    pipeline = _join(stage, stages, mesh, config.inference.parallel.timeout) if stages.count > 1 else None
     added = load_plugins(config.plugins).exit_measures
     return OpenedModel(
         stage,
@@ -68,6 +69,7 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
         begin=tokens_before_text(folder, tokenizer),
         max_positions=description.model.max_position_embeddings,
         packs_weights=config.inference.pack_weights,
+        mesh=mesh,
         pipeline=pipeline,
     )
 
@@ -88,10 +90,11 @@ def _stages(description: Description, inference: InferenceConfig, mesh: Mesh) ->
     return Stages(stops, mesh.pipeline_rank)
 
 
-def _join(stage: Stage, stages: Stages, mesh: Mesh) -> Pipeline:
+def _join(stage: Stage, stages: Stages, mesh: Mesh, timeout: float) -> Pipeline:
     """What its stages know of the whole model together, and how they reach each other."""
     parts = mesh.gather(facts_of(stage))
-    ring = Ring(mesh, stages, hidden_size=stage.model.hidden_size, dtype=stage.config.params_dtype)
+    size, dtype = stage.model.hidden_size, stage.config.params_dtype
+    ring = Ring(mesh, stages, hidden_size=size, dtype=dtype, timeout=timedelta(seconds=timeout))
     return Pipeline(stages, ModelFacts.joined(parts), ring)
 
 

@@ -15,6 +15,7 @@ from megatron_ee.inference.speculation.costs import CALLS, draft_costs
 from megatron_ee.inference.speculation.law import DraftCosts
 from megatron_ee.inference.stages import Stages, depths_of
 from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.mesh import Mesh
 from megatron_ee.plugins import choose
 from megatron_ee.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class OpenedModel:
         begin: tokens that come before a prompt that is given as a text.
         max_positions: longest sequence that the model was made for; None: it doesn't say.
         packs_weights: see `Product`.
+        mesh: of the processes that hold the model together; None: there is only this one.
         pipeline: of which the stage is a part; None: it is the whole model.
     """
 
@@ -41,6 +43,7 @@ class OpenedModel:
     begin: tuple[int, ...] = ()
     max_positions: int | None = None
     packs_weights: bool = True
+    mesh: Mesh | None = None
     pipeline: Pipeline | None = None
 
     @cached_property

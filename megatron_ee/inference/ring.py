@@ -9,8 +9,10 @@ deadlock.
 Shapes: N rows, H hidden size.
 """
 
+import re
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ee.errors import UserError
+from megatron_ee.errors import StageLostError
 from megatron_ee.inference.answers import Answers
 from megatron_ee.inference.facts import ModelFacts
 from megatron_ee.inference.flights import Flight
@@ -35,10 +37,6 @@ _FIRST_BYTES = 1024
 _LENGTH = struct.Struct("<q")
 _LAST_WORDS = timedelta(seconds=2)
 """For a stage that has lost another to say so."""
-
-
-class StageLostError(UserError):
-    """A stage does not answer; its requests cannot be ended."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,21 @@ class Ring:
     """
     Args:
         mesh: whose pipeline ranks are the stages.
+        timeout: after which a stage that does not answer is lost.
+
+    Raises:
+        StageLostError: by all methods: a stage does not answer, which it names; other stages have been told.
     """
 
-    def __init__(self, mesh: Mesh, stages: Stages, *, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, mesh: Mesh, stages: Stages, *, hidden_size: int, dtype: torch.dtype, timeout: timedelta) -> None:
         assert stages.own is not None
+        self._timeout = timeout
         self._stages, self._own, self._ranks = stages, stages.own, mesh.pipeline_ranks
         self._hidden_size, self._dtype, self._device = hidden_size, dtype, mesh.device.torch
         self._states, self._messages = mesh.links.activations, mesh.new_message_group()
         self._under_way: list[tuple[dist.Work, torch.Tensor]] = []
         self._told = Work()
+        self._early: dict[int, list[dict[str, Any]]] = {stage: [] for stage in self._others}
 
     def depart(self, flight: Flight, runner: Runner) -> None:
         """Send what has come of a launch on this stage."""
@@ -83,9 +87,7 @@ class Ring:
                 "work": work_out(work),
                 "luggage": header,
             }
-            with self._naming(None):
-                for other in self._others:
-                    self._tell(message, other)
+            self._tell_all(message)
         if crosses:
             with self._naming(self._own + 1):
                 self._send(flight.arrival.output_NH, self._own + 1, self._states)
@@ -101,7 +103,7 @@ class Ring:
         answers: Answers = {}
         states_NH, header, entering = None, [], flight.entering
         if flight.tells:
-            message = self._hear(stage)
+            message = self._hear(stage, "answers")
             answers, header = answers_in(message["answers"]), message["luggage"]
             for slot, count in message["drawn"]:
                 entering[slot].draws.skip_to(count)
@@ -131,10 +133,18 @@ class Ring:
 
     def agree(self, holds: bool) -> bool:
         """Whether something holds in all stages; all have to ask."""
-        agreed = torch.tensor(int(holds))
-        with self._naming(None):
-            dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._messages)
-        return bool(agreed)
+        self._tell_all({"holds": holds})
+        return all([holds, *(self._hear(stage, "holds")["holds"] for stage in self._others)])
+
+    def settle(self) -> None:
+        """Wait until all stages have heard everything: then a process may end, and others may see that it has."""
+        self.agree(True)
+        for stage in self._others:
+            with suppress(RuntimeError):
+                self._tell({"settled": True}, stage)
+        for stage in self._others:
+            with suppress(RuntimeError):
+                self._next_message(stage)
 
     def _crosses(self, flight: Flight) -> bool:
         """Whether its rows come to the next stage."""
@@ -143,6 +153,11 @@ class Ring:
     @property
     def _others(self) -> list[int]:
         return [stage for stage in range(self._stages.count) if stage != self._own]
+
+    def _tell_all(self, message: Mapping[str, Any]) -> None:
+        for stage in self._others:
+            with self._naming(stage):
+                self._tell(message, stage)
 
     def _tell(self, message: Mapping[str, Any], stage: int) -> None:
         """Its length goes in front."""
@@ -154,12 +169,22 @@ class Ring:
         if len(whole) > _FIRST_BYTES:
             self._send(whole[_FIRST_BYTES:], stage, self._messages)
 
-    def _hear(self, stage: int) -> dict[str, Any]:
-        with self._naming(stage):
-            message = self._next_message(stage)
-        if "lost" in message:
-            raise StageLostError(message["lost"])
-        return message
+    def _hear(self, stage: int, kind: str) -> dict[str, Any]:
+        """The next message of a kind. One that asks may come before what is told of a launch that is still under way in
+        this process's plans."""
+        early = self._early[stage]
+        found = next((message for message in early if kind in message), None)
+        if found is not None:
+            early.remove(found)
+            return found
+        while True:
+            with self._naming(stage):
+                message = self._next_message(stage)
+            if "lost" in message:
+                raise StageLostError(message["lost"])
+            if kind in message:
+                return message
+            early.append(message)
 
     def _next_message(self, stage: int, timeout: timedelta | None = None) -> dict[str, Any]:
         first = self._take(torch.empty(_FIRST_BYTES, dtype=torch.uint8), stage, self._messages, timeout)
@@ -184,39 +209,42 @@ class Ring:
     ) -> torch.Tensor:
         work = dist.irecv(tensor, src=self._ranks[stage], group=group)
         assert work is not None, "both ends are in the group"
-        if timeout is None:
-            work.wait()
+        if tensor.is_cuda:
+            work.wait()  # its stream waits, and not the host: NCCL has a time-out of its own
         else:
-            work.wait(timeout)
+            work.wait(timeout or self._timeout)
         return tensor
 
     @contextmanager
-    def _naming(self, stage: int | None) -> Iterator[None]:
-        """Whom it is about when messages fail: a stage that has lost another says so before it ends."""
+    def _naming(self, stage: int) -> Iterator[None]:
+        """Whom it is about when messages fail: this stage, or the one that it has lost itself, as it says then."""
         try:
             yield
         except RuntimeError as error:
-            lost = self._last_words(self._others if stage is None else [stage])
-            if lost is None:
-                where = "a stage" if stage is None else f"stage {stage} (rank {self._ranks[stage]})"
-                lost = f"{where} does not answer: {str(error).splitlines()[0]}"
+            reason = f"stage {stage} (rank {self._ranks[stage]}) does not answer: {_reason(error)}"
+            lost = self._last_words(stage) or reason
             self._pass_on(lost)
             raise StageLostError(lost) from error
 
-    def _last_words(self, stages: Collection[int]) -> str | None:
-        """What one of them says of another that it has lost."""
-        for stage in stages:
-            with suppress(RuntimeError):
-                while "lost" not in (message := self._next_message(stage, _LAST_WORDS)):
-                    pass
-                return str(message["lost"])
+    def _last_words(self, stage: int) -> str | None:
+        with suppress(RuntimeError):
+            while "lost" not in (message := self._next_message(stage, _LAST_WORDS)):
+                pass
+            return str(message["lost"])
         return None
 
     def _pass_on(self, lost: str) -> None:
         """To all that are there."""
+        self._under_way.clear()
         for stage in self._others:
             with suppress(RuntimeError):
                 self._tell({"lost": lost}, stage)
-        for work, _ in self._under_way:
-            with suppress(RuntimeError):
-                work.wait(_LAST_WORDS)
+        deadline = time.monotonic() + _LAST_WORDS.total_seconds()
+        while time.monotonic() < deadline and not all(work.is_completed() for work, _ in self._under_way):
+            time.sleep(0.01)
+
+
+def _reason(error: RuntimeError) -> str:
+    """Of what gloo says, the first sentence, without the place in its source."""
+    first_line = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0])
+    return first_line.partition(". ")[0]

@@ -102,3 +102,9 @@ def test_an_expensive_head_takes_layers_from_its_stage() -> None:
 def test_cheap_layers_go_together() -> None:
     work = Work((1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.0), 0.0, 0.0, {})
     assert [part.layers for part in balance(work, 3)] == [2, 2, 5]
+
+
+def test_slowest_parts_that_rounding_alone_tells_apart_are_equal() -> None:
+    """18, 16, 2 and 9, 9, 18, in units that none of them is a whole number of."""
+    work = Work((9.0, 9.0, 8.0, 2.0), 0.0, 0.0, {3: 8.0}, only_at_end=frozenset({3}))
+    assert [part.layers for part in balance(work, 3)] == [1, 1, 2]

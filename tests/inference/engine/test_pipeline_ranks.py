@@ -58,18 +58,19 @@ def _served(model: OpenedModel, strategy: str, seed: int) -> list[list[Emission]
     """Texts that come and go in an order of their own, with too little memory."""
     requests, numbers = _requests(seed), random.Random(seed)
     params = SchedulingParams.model_validate({"strategy": strategy, "launch_rows": numbers.choice([None, 3])})
-    planner = make_stage_planner(
-        params, model.launch_costs, model.stages, model.depths, residents=5, prefill_chunk=6
-    )
+    planner = make_stage_planner(params, model.launch_costs, model.stages, model.depths, residents=5, prefill_chunk=6)
     batch = Batch(model, slots=5, capacity=32, prefill_chunk=6, blocks=Blocks(5, 40, 2), keeps_prefixes=seed % 2 > 0)
     engine = Engine(batch, planner, whole=False)
     texts: dict[int, list[Emission]] = {}
     while len(texts) < len(requests) or not engine.is_idle:
+        if numbers.random() < 0.02 and texts:
+            engine.abort(numbers.choice([*texts]))
         if len(texts) < len(requests) and numbers.random() < 0.4:
             texts[engine.add(requests[len(texts)])] = []
         for number, emission in engine.step():
             assert isinstance(emission, Emission)
             texts[number].append(emission)
+    engine.close()
     return list(texts.values())
 
 
@@ -86,23 +87,33 @@ def _alone(step: Path, config: Config, seeds: list[int]) -> list[list[list[Emiss
     return [[texts_of(model, [wanted])[0] for wanted in _requests(seed)] for seed in seeds]
 
 
-def _of(texts: list[list[Emission]]) -> list[Text]:
-    return [[(of.token, of.exit_layer) for of in text] for text in texts]
+def _of(text: list[Emission]) -> Text:
+    return [(of.token, of.exit_layer) for of in text]
 
 
-@pytest.mark.parametrize("layout", [(5, 3), (3, 3, 2), (2, 2, 2, 2)], ids=str)
+def _exits_heard(of: Emission) -> dict[int, float]:
+    return {layer: round(one.token, 9) for layer, one in (of.exit_logprobs or {}).items()}
+
+
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 30), marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize(("layout", "tensor"), [((5, 3), 1), ((3, 3, 2), 1), ((2, 2, 2, 2), 1), ((3, 5), 2)], ids=str)
 def test_stages_serve_what_one_process_says_alone(
-    tmp_path: Path, mesh: Mesh, ranks: RankPool, layout: tuple[int, ...]
+    tmp_path: Path, mesh: Mesh, ranks: RankPool, layout: tuple[int, ...], tensor: int, seeds: range
 ) -> None:
     config, _ = save_random_run(tmp_path / "run", mesh, **EXITS)
-    step, seeds = tmp_path / "run/checkpoints/step_00000007", [0, 1]
-    (alone,) = ranks.run(1, _alone, step, config, seeds)
+    step = tmp_path / "run/checkpoints/step_00000007"
+    (alone,) = ranks.run(1, _alone, step, config, list(seeds))
     parallel = {"pipeline": len(layout), "layout": layout}
     inference = config.inference.model_copy(update={"parallel": type(config.inference.parallel)(**parallel)})
     cut = config.model_copy(update={"inference": inference})
-    first, *others = ranks.run(len(layout), _serve, step, cut, seeds)
+    first, *others = ranks.run(len(layout) * tensor, _serve, step, cut, list(seeds))
     assert all(other == first for other in others)
     assert {of.exit_layer for texts in alone for text in texts for of in text} == {2, 5, 8}
     for strategy, served in first.items():
         for seed, expected, texts in zip(seeds, alone, served, strict=True):
-            assert _of(texts) == _of(expected), f"{strategy}, seed {seed}"
+            for number, (text, whole) in enumerate(zip(texts, expected, strict=True)):
+                where = f"{strategy}, seed {seed}, request {number}"
+                assert _of(text) == _of(whole[: len(text)]), where
+                assert [_exits_heard(of) for of in text] == [_exits_heard(of) for of in whole[: len(text)]], where
+            num_whole = sum(len(text) == len(whole) for text, whole in zip(texts, expected, strict=True))
+            assert num_whole >= len(texts) // 2, "most are not aborted"

@@ -54,3 +54,18 @@ def make_stage_planner(
         own = [depth for depth in depths if stages.start(stage) <= depth <= stop]
         planners.append(make_planner(params, costs, own, residents=residents, prefill_chunk=prefill_chunk))
     return StagePlanner(planners, costs, stages, depths, spreads=params.launch_rows is None)
+
+
+def planner_for(
+    params: SchedulingParams,
+    costs: SegmentCosts,
+    stages: Stages,
+    depths: Sequence[int],
+    *,
+    residents: int,
+    prefill_chunk: int,
+) -> Planner | StagePlanner:
+    """Of a pipeline, or of a model that is in one piece; see `make_stage_planner`."""
+    if stages.count == 1:
+        return make_planner(params, costs, depths, residents=residents, prefill_chunk=prefill_chunk)
+    return make_stage_planner(params, costs, stages, depths, residents=residents, prefill_chunk=prefill_chunk)
