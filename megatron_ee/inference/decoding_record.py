@@ -197,9 +197,12 @@ def _launch(value: Mapping[str, Any], stops: tuple[int, ...], where: str) -> Rec
     start, stop = (_whole(layer, 0, f"{where}.layers") for layer in layers)
     if not (stops[stage - 1] if stage else 0) <= start < stop <= stops[stage]:
         raise ValueError(f"{where}.layers: {layers} are not of stage {stage}")
-    counts = (_whole(value[name], 0, f"{where}.{name}") for name in ("tokens", "rows", "filled"))
+    tokens, rows, filled = (_whole(value[name], 0, f"{where}.{name}") for name in ("tokens", "rows", "filled"))
+    if tokens > rows or rows + filled == 0:
+        raise ValueError(f"{where}.rows: {tokens} tokens cannot have {rows} rows, with {filled} filled")
     seconds = None if value["seconds"] is None else _times(value["seconds"], f"{where}.seconds")
-    return RecordedLaunch(stage, start, stop, *counts, _times(value["virtual"], f"{where}.virtual"), seconds)
+    virtual = _times(value["virtual"], f"{where}.virtual")
+    return RecordedLaunch(stage, start, stop, tokens, rows, filled, virtual, seconds)
 
 
 def _check_names(fields: Mapping[str, Any], names: set[str], where: str) -> None:
