@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_ee.errors import StageLostError
 from megatron_ee.inference.batch import Batch
+from megatron_ee.inference.decoding_record import Recorder
 from megatron_ee.inference.launches import launches_of
 from megatron_ee.inference.request import Emission, Failure, Request
 from megatron_ee.inference.sampling import NoTokenError
@@ -41,10 +42,13 @@ class Engine:
         planner: says what runs next; a pipeline's plans for each of its stages.
         whole: a request is taken in when there are blocks for its longest answer; otherwise when there are some for its
             prompt, and where they run out later, the ones that came last make way and start over.
+        recorder: notes a pipeline's launches.
     """
 
-    def __init__(self, batch: Batch, planner: Planner | StagePlanner, *, whole: bool = True) -> None:
-        self.batch, self._launches, self._whole = batch, launches_of(batch, planner), whole
+    def __init__(
+        self, batch: Batch, planner: Planner | StagePlanner, *, whole: bool = True, recorder: Recorder | None = None
+    ) -> None:
+        self.batch, self._launches, self._whole = batch, launches_of(batch, planner, recorder), whole
         self.num_paused = 0
         self._lost: StageLostError | None = None
         self._tasks: dict[int, _Task] = {}

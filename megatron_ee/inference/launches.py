@@ -1,10 +1,12 @@
 """How an engine launches: one launch after the other, or one on each stage of a pipeline."""
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_ee.inference.answers import Spoken
 from megatron_ee.inference.batch import Batch
+from megatron_ee.inference.decoding_record import Recorder
 from megatron_ee.inference.flights import Flight
 from megatron_ee.inference.scheduling.fronts import Front
 from megatron_ee.inference.scheduling.planner import Planner
@@ -22,8 +24,14 @@ class Launches(Protocol):
         ...
 
 
-def launches_of(batch: Batch, planner: Planner | StagePlanner) -> Launches:
-    return PipelineLaunches(batch, planner) if isinstance(planner, StagePlanner) else SingleLaunches(batch, planner)
+def launches_of(batch: Batch, planner: Planner | StagePlanner, recorder: Recorder | None = None) -> Launches:
+    """
+    Args:
+        recorder: of a pipeline's launches.
+    """
+    if isinstance(planner, StagePlanner):
+        return PipelineLaunches(batch, planner, recorder)
+    return SingleLaunches(batch, planner)
 
 
 class SingleLaunches:
@@ -40,9 +48,11 @@ class SingleLaunches:
 class PipelineLaunches:
     """A step begins launches on all stages that have nothing to do, and ends those that end next."""
 
-    def __init__(self, batch: Batch, planner: StagePlanner) -> None:
-        self._batch, self._planner = batch, planner
+    def __init__(self, batch: Batch, planner: StagePlanner, recorder: Recorder | None = None) -> None:
+        self._batch, self._planner, self._recorder = batch, planner, recorder
         self._timetable: Timetable[Flight] = Timetable(planner.stages.count)
+        if recorder is not None:
+            recorder.begin(planner.stages.stops)
 
     def step(self, fronts: Sequence[Front]) -> Spoken:
         for stage in self._timetable.free:
@@ -72,4 +82,9 @@ class PipelineLaunches:
             urgent=batch.crowded,
         )
         if plan is not None:
-            self._timetable.begin(stage, batch.depart(plan), planner.cost_of(plan))
+            began = time.perf_counter()
+            flight, cost = batch.depart(plan), planner.cost_of(plan)
+            if self._recorder is not None:
+                now, seconds = self._timetable.now, (began, time.perf_counter())
+                self._recorder.note(stage, plan, (now, now + cost), seconds if flight.arrival is not None else None)
+            self._timetable.begin(stage, flight, cost)

@@ -4,8 +4,8 @@ import json
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,10 @@ class SegmentCosts:
 
     def of_head(self, layer: int, rows: float) -> float:
         return cost_of(self.heads[layer], rows) if layer in self.heads else 0.0
+
+    def cut_at(self, borders: Collection[int]) -> "SegmentCosts":
+        """With segments that end there too, where stages do: the layers of one cost the same."""
+        return replace(self, segments=_cut(self.segments, borders), stores=_cut(self.stores, borders))
 
 
 def estimated_costs(
@@ -186,6 +190,14 @@ def _is_whole(value: Any) -> bool:
 
 def _within(curves: Mapping[Segment, Curve], start: int, stop: int, rows: float) -> float:
     return sum(cost_of(curve, rows) for (first, last), curve in curves.items() if start <= first and last <= stop)
+
+
+def _cut(curves: Mapping[Segment, Curve], borders: Collection[int]) -> Mapping[Segment, Curve]:
+    return {
+        (first, last): tuple((rows, cost * (last - first) / (stop - start)) for rows, cost in curve)
+        for (start, stop), curve in curves.items()
+        for first, last in pairwise([start, *sorted(border for border in set(borders) if start < border < stop), stop])
+    }
 
 
 def _line(read: float, calls: float, row: float) -> Curve:

@@ -40,7 +40,7 @@ class Planner:
         taken = self._within_limits(self._strategy.choose(fronts, launch))
         start, stop = taken[0].at, min(front.stop for front in taken)
         counts = {front.slot: front.rows for front in sorted(taken)}  # neighbours' keys are read without a copy
-        on_their_way = {front.slot for front in fronts if front.at > self._entry or front.slot in counts}
+        on_their_way = {front.slot for front in fronts if front.at > self._entry or front.at == start}
         room = None if self._strategy.carries else self.launch_rows - len(counts)
         fills = fills_of([slot for slot in fillers if slot not in on_their_way], start, stop, ready, room)
         return LaunchPlan(start, stop, counts, fills)

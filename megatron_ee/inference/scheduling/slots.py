@@ -41,6 +41,23 @@ class SlotUse:
         return (self.taken / slots, self.filled / slots, self.empty / slots) if slots else (0.0, 0.0, 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class StageUse:
+    """What a stage of a pipeline did, in shares of the time.
+
+    Attributes:
+        real: it ran tokens on their way, whatever ran along.
+        filled: it ran nothing but rows that had time.
+    """
+
+    real: float = 0.0
+    filled: float = 0.0
+
+    @property
+    def idle(self) -> float:
+        return max(0.0, 1 - self.real - self.filled)
+
+
 class SlotCounter:
     """
     Args:

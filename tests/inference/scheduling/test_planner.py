@@ -110,3 +110,13 @@ def test_one_token_begins_alone_only_where_few_went_deeper_before(all_went_deepe
             assert depth_of_the_next({depth: 4}, launch) == depth
     assert depth_of_the_next({0: 4}, 30) == 0
     assert depth_of_the_next({2: 3, 5: 1, 0: 1}, 30) == (2 if all_went_deeper else 0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_waits_where_a_stage_begins_is_no_filling_if_it_is_on_its_way(strategy: str) -> None:
+    """Its newest row waits there, too."""
+    params = SchedulingParams.model_validate({"strategy": strategy, "launch_rows": 1})
+    costs = estimated_costs([1.0] * 8, DEPTHS[1:-1], row=0.05)
+    planner = make_planner(params, costs, DEPTHS[1:], residents=8, prefill_chunk=16)
+    plan = planner.plan([Front(0, 2, 1, 5, 0), Front(1, 2, 2, 5, 1)], 3, [0, 1], lambda *_: 2)
+    assert (plan.counts, plan.fills) == ({0: 1}, {})
