@@ -57,7 +57,7 @@ def _read(folder: Any, read_model: ModelReader | None) -> ModelConfig:
         return read_model(Path(folder))
     except UserError:
         raise
-    except ValueError as error:  # a path that no system takes
+    except (ValueError, OSError) as error:  # a path that no system takes, or one that cannot be looked at
         raise UserError(f"{folder!r}: {error}") from None
 
 

@@ -58,7 +58,7 @@ def load_model(folder: Path, config: Config, device: Device, *, dtype: torch.dty
     _check_split(description, parallel.tensor)
     stages = _stages(description, config.inference, mesh)
     stage = _load_stage(source, description, stages, mesh, device, dtype)
-    pipeline = _join(stage, stages, mesh, config.inference.parallel.timeout) if stages.count > 1 else None
+    pipeline = join_stages(stage, stages, mesh, config.inference.parallel.timeout) if stages.count > 1 else None
     added = load_plugins(config.plugins).exit_measures
     return OpenedModel(
         stage,
@@ -90,8 +90,12 @@ def _stages(description: Description, inference: InferenceConfig, mesh: Mesh) ->
     return Stages(stops, mesh.pipeline_rank)
 
 
-def _join(stage: Stage, stages: Stages, mesh: Mesh, timeout: float) -> Pipeline:
-    """What its stages know of the whole model together, and how they reach each other."""
+def join_stages(stage: Stage, stages: Stages, mesh: Mesh, timeout: float) -> Pipeline:
+    """What the stages of a mesh know of the whole model together, and how they reach each other. Collective.
+
+    Args:
+        timeout: see `Ring`, in seconds.
+    """
     parts = mesh.gather(facts_of(stage))
     size, dtype = stage.model.hidden_size, stage.config.params_dtype
     ring = Ring(mesh, stages, hidden_size=size, dtype=dtype, timeout=timedelta(seconds=timeout))

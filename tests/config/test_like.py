@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_ee.checkpoint.description import Description, Progress, write_description
@@ -218,6 +218,7 @@ def _load_like(config: Config, other: ModelConfig) -> Config:
 
 
 @given(st.text())
+@example("a" * 5000)
 @settings(max_examples=50, deadline=None)
 def test_any_folder_is_read_or_explained(folder: str) -> None:
     Path("run.yaml").write_text(
