@@ -63,7 +63,7 @@ def draw_waits(axes: Axes, served: Served, *, unit: Unit, rate: str) -> None:
 
 
 def draw_slots(axes: Axes, served: Served) -> None:
-    """A bar for each segment of each strategy, in groups by residents."""
+    """A bar for each segment of each strategy, and of a pipeline for the time of each stage; in groups by residents."""
     labels: list[str] = []
     places: list[float] = []
     bars: dict[str, list[float]] = {name: [] for name in SHARES}
@@ -74,6 +74,12 @@ def draw_slots(axes: Axes, served: Served) -> None:
                 places.append(place)
                 labels.append(f"{name}, {number}: layers {start + 1} to {stop}")
                 for kind, value in zip(SHARES, use.shares, strict=True):
+                    bars[kind].append(value)
+                place += 1.0
+            for stage, of in enumerate(report.stages):
+                places.append(place)
+                labels.append(f"{name}, {number}: time of stage {stage}")
+                for kind, value in zip(SHARES, of.shares, strict=True):
                     bars[kind].append(value)
                 place += 1.0
             place += 0.4
