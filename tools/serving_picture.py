@@ -92,5 +92,6 @@ def draw_slots(axes: Axes, served: Served) -> None:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False)
-    axes.set_title("slots of launches", loc="left", fontsize=10)
+    has_stages = any(of.stages for reports in served.values() for of in reports.values())
+    axes.set_title("slots of launches" + ", and stages" * has_stages, loc="left", fontsize=10)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3, fontsize=9, frameon=False)
