@@ -173,3 +173,19 @@ def test_every_token_is_said_once_and_no_stage_does_two_things(strategy: str, da
         for lane in recorder.record.lanes(clock):
             assert all(one[1] <= other[0] for (_, one), (_, other) in pairwise(lane))
     assert all(0 <= of.real <= 1 and 0 <= of.filled <= 1 and of.real + of.filled <= 1 + 1e-9 for of in served.stages)
+
+
+@pytest.mark.parametrize("residents", [2, 8])
+def test_nobody_is_held_back_where_rows_cost_nothing(residents: int) -> None:
+    """Equal launches keep step, and every token moves on with each: the longest text takes hardly longer than alone."""
+    requests = load(residents, tokens=400)
+    longest = max(sum(of.depths) for of in requests)
+    assert run(EQUAL, requests, residents).seconds == pytest.approx(longest, rel=0.01)
+
+
+@pytest.mark.parametrize("residents", [4, 8, 16])
+def test_at_full_depth_all_stages_work_where_rows_cost_something(residents: int) -> None:
+    costs = SegmentCosts({(0, 16): ((1, 16.0), (2, 20.0))})
+    served = run(EQUAL, load(residents, exiting=False), residents, costs=costs)
+    assert min(of.real for of in served.stages) > 0.95
+    assert served.tokens_per_second == pytest.approx((residents / 4) / (4 + residents / 4 - 1), rel=0.02)
