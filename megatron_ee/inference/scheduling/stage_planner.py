@@ -17,6 +17,7 @@ from megatron_ee.inference.scheduling.costs import SegmentCosts
 from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
 from megatron_ee.inference.scheduling.planner import Planner, Ready, fills_of
 from megatron_ee.inference.stages import Stages
+from megatron_ee.inference.timetable import Coming
 
 _REMEMBERED = 256
 """Tokens after which older ones count less in how deep tokens go."""
@@ -74,7 +75,7 @@ class StagePlanner:
         ready: Ready,
         *,
         residents: int,
-        left: float | None,
+        coming: Coming | None,
         urgent: Collection[int] = (),
     ) -> LaunchPlan | None:
         """The next launch of a stage that has nothing to do; None: there is none yet.
@@ -83,7 +84,7 @@ class StagePlanner:
             fronts: of all sequences that go on and are not under way.
             fillers, ready: see `Planner.plan`.
             residents: sequences that go on.
-            left: until somebody may come to the stage; None: nobody is on the way.
+            coming: who may come to the stage next; None: nobody is on the way.
             urgent: sequences of which so many positions wait that they may not go on.
         """
         start, stop = self.stages.start(stage), self.stages.stops[stage]
@@ -96,18 +97,35 @@ class StagePlanner:
         if (catching_up := self._fill(start, stop, urgent, ready, room=None)) is not None:
             return catching_up
         filling = self._fill(start, stop, fillers, ready, room=self.launch_rows)
-        is_in_time = filling is not None and (left is None or self.cost_of(filling) <= left * _IN_TIME)
-        return filling if is_in_time else None
+        return filling if filling is not None and self._is_worth_it(filling, coming) else None
+
+    def _is_worth_it(self, filling: LaunchPlan, coming: Coming | None) -> bool:
+        """It is while nobody can come before it ends; or where it makes up for the time that it keeps somebody waiting,
+        who need not take these rows along."""
+        if coming is None:
+            return True
+        rows, segment = filling.num_rows, (filling.start, filling.stop)
+        late = self._costs.of(*segment, rows) - coming.left * _IN_TIME
+        return late <= self._costs.of(*segment, rows + coming.tokens) - self._costs.of(*segment, coming.tokens)
 
     def _spread(self, fronts: Sequence[Front], residents: int) -> list[Front]:
         """Those that are under way in the stage, prompts, and so many of those that could begin."""
-        if not self._tokens:
-            share = self._costs.of(0, self.stages.stops[0], 1) / self._costs.of(0, self.stages.stops[-1], 1)
-        else:
-            share = self._costs.of(0, self.stages.stops[0], 1) / (self._layers / self._tokens)
-        most = max(1, math.ceil(residents * min(1.0, share)))
         entering = sorted((of for of in fronts if of.at == 0 and of.rows == 1), key=lambda of: (of.since, of.slot))
+        most = self._launch_size(residents)
         return [of for of in fronts if of.at > 0 or of.rows > 1] + entering[:most]
+
+    def _launch_size(self, residents: int) -> int:
+        stop = self.stages.stops[0]
+        whole = self._layers / self._tokens if self._tokens else self._costs.of(0, self.stages.stops[-1], 1)
+        spread = max(1.0, residents * min(1.0, self._costs.of(0, stop, 1) / whole))
+        few, many = math.floor(spread), math.ceil(spread)
+        # by few the first stage sets the pace, by many the way of a token through all
+        return few if few * self._first(many) >= spread * self._first(few) else many
+
+    def _first(self, tokens: int) -> float:
+        """The cost of a launch of the first stage."""
+        stop = self.stages.stops[0]
+        return self._costs.of(0, stop, tokens) + self._costs.of_head(stop, tokens)
 
     def _with_urgent(self, plan: LaunchPlan, own: Collection[int], urgent: Collection[int], ready: Ready) -> LaunchPlan:
         more = {slot: count for slot in urgent if slot not in own and (count := ready(slot, plan.start, plan.stop))}

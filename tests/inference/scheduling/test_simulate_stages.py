@@ -1,5 +1,6 @@
 """Simulated pipelines against closed forms, and what holds for any load on any stages."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -171,5 +172,5 @@ def test_every_token_is_said_once_and_no_stage_does_two_things(strategy: str, da
     assert rows == sum(of.prompt + len(of.depths) - 1 for of in requests), "every token enters once"
     for clock in ("virtual", "seconds"):
         for lane in recorder.record.lanes(clock):
-            assert all(one[1] <= other[0] for (_, one), (_, other) in zip(lane, lane[1:], strict=False))
+            assert all(one[1] <= other[0] for (_, one), (_, other) in itertools.pairwise(lane))
     assert all(0 <= of.real <= 1 and 0 <= of.filled <= 1 and of.real + of.filled <= 1 + 1e-9 for of in served.stages)
