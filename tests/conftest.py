@@ -2,18 +2,24 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from helpers.ranks import RankPool
+from hypothesis import settings
 
-from megatron_ee.config import ParallelConfig
+from megatron_ee.config import ParallelConfig, load_config
 from megatron_ee.device import Device, choose_device
 from megatron_ee.log import quiet_dependencies
+
+# How long an example takes says more of the machine than of what is tested; what fails elsewhere is to be found again.
+settings.register_profile("tests", deadline=None, print_blob=True)
+settings.load_profile("tests")
 
 quiet_dependencies()
 _CPU = choose_device("cpu")
 
-from helpers.long_run import StartedRun, write_long_run  # noqa: E402  (needs a chosen device, as the next does)
+from helpers.long_run import StartedRun, read_losses, train_to_the_end, write_long_run  # noqa: E402  (needs a chosen device, as the next does)
 
 from megatron_ee.parallel.mesh import Mesh, close_mesh, open_mesh  # noqa: E402
 
@@ -55,9 +61,8 @@ def start_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Started
 
 
 @pytest.fixture(scope="session")
-def undisturbed(start_run: Callable[..., StartedRun]) -> list[dict[str, float]]:
-    """The losses of a long run that was left alone."""
-    run = start_run("undisturbed")
-    status, said = run.end()
-    assert status == 0, said
-    return run.losses()
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> list[dict[str, float]]:
+    """The losses of a long run that was left alone, in ranks that are there already."""
+    config = load_config(write_long_run(tmp_path_factory.mktemp("undisturbed")), ["name=undisturbed"])
+    ranks.run(2, train_to_the_end, config)
+    return read_losses(Path(config.runs) / config.name)

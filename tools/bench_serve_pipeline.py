@@ -25,7 +25,7 @@ from megatron_ee.inference.scheduling.workload import Depths
 SHARES = {4: 0.4, 8: 0.2, 12: 0.1, 16: 0.3}
 """Where tokens leave, of 16 layers."""
 EQUAL, SURVIVAL = (4, 8, 12, 16), (2, 5, 9, 16)
-GOAL_OF_BOUND = 0.9
+GOAL_OF_IDEAL = 0.9
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 
 
@@ -80,6 +80,15 @@ def courses_of(costs: SegmentCosts, streams: int, tokens: int) -> dict[str, Cour
     }
 
 
+def ideal(course: Course) -> float:
+    """Of one stream over full depth, with every head that is asked: (L c + h) / (E[l] c + E[asked] h)."""
+    layer, head = course.costs.of(0, 1, 1), course.costs.of_head(max(SHARES), 1)
+    depths = [depth for of in course.depths for depth in of]
+    asked = [sum(place <= depth for place in SHARES) for depth in depths]
+    full = max(SHARES) * layer + head
+    return full * len(depths) / (sum(depths) * layer + sum(asked) * head)
+
+
 def pipeline_measures(sizes: PipelineSizes) -> Iterator[tuple[list[str], list[Measure]]]:
     """For each number of streams a table, and measures."""
     costs = measured_costs(sizes)
@@ -101,10 +110,12 @@ def _measures(
         context = _context(course, of[name], sizes)
         yield measure_of(f"pipeline_over_full_{name}_s{streams}", over, "higher", aa, context)
         if streams == 1 and course.stops == EQUAL:
-            bound = len(EQUAL) / mean_stages(course)
-            yield measure_of(
-                f"pipeline_of_bound_{name}_s1", [one / bound for one in over], "higher", aa, context, GOAL_OF_BOUND
-            )
+            for what, bound, goal in (
+                ("of_bound", len(EQUAL) / mean_stages(course), None),
+                ("of_ideal", ideal(course), GOAL_OF_IDEAL),
+            ):
+                values = [one / bound for one in over]
+                yield measure_of(f"pipeline_{what}_{name}_s1", values, "higher", aa, context, goal)
         if course.stops == SURVIVAL:
             equal = of[name.replace("survival", "equal")]
             yield measure_of(f"pipeline_{name}_over_equal_s{streams}", _over(of[name], equal), "higher", aa, context)
@@ -114,7 +125,7 @@ def _table(streams: int, courses: dict[str, Course], of: dict[str, list[Ran]]) -
     shares = ", ".join(f"{share:.0%} after {layer}" for layer, share in SHARES.items())
     lines = [
         f"{len(EQUAL)} stages that sleep, {streams} stream{'s' * (streams > 1)}; tokens leave: {shares}",
-        f"{'stages, missing KV':<22}{'tokens/s':>9}{'/full':>8}{'P/E[s]':>8}{'A/A':>7}"
+        f"{'stages, missing KV':<22}{'tokens/s':>9}{'/full':>8}{'P/E[s]':>8}{'ideal':>8}{'A/A':>7}"
         "   stages' time on tokens + filling alone",
     ]
     aa = statistics.median(_over(of["full_again"], of["full"]))
@@ -124,12 +135,15 @@ def _table(streams: int, courses: dict[str, Course], of: dict[str, list[Ran]]) -
         ran = of[name]
         speed = statistics.median(one.tokens / one.seconds for one in ran)
         bound = 1.0 if course.full else len(course.stops) / mean_stages(course)
+        best = f"{ideal(course):.2f}x" if streams == 1 and not course.full else ""
         busy = "  ".join(
             f"{_median([one.real[stage] for one in ran]):.0%}+{_median([one.filled[stage] for one in ran]):.0%}"
             for stage in range(len(course.stops))
         )
         over = statistics.median(_over(ran, of["full"]))
-        lines.append(f"{name.replace('_', ' '):<22}{speed:>9.1f}{over:>7.2f}x{bound:>7.2f}x{aa:>7.3f}   {busy}")
+        lines.append(
+            f"{name.replace('_', ' '):<22}{speed:>9.1f}{over:>7.2f}x{bound:>7.2f}x{best:>8}{aa:>7.3f}   {busy}"
+        )
     return lines
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_ee.checkpoint.folders import find_model
 from megatron_ee.errors import FieldError, StageLostError, UserError
+from megatron_ee.exit_status import is_first_of_node, leave_status
 from megatron_ee.inference.asking import Prompt
 from megatron_ee.inference.command import Session
 from megatron_ee.inference.comparison import compare
@@ -33,7 +34,12 @@ _DEPTHS = "write there how many tokens came out after which layer, for inference
 
 
 def main() -> int:
-    arguments = _parse()
+    status = _run_all(_parse())
+    leave_status(status)
+    return status
+
+
+def _run_all(arguments: argparse.Namespace) -> int:
     config_file, overrides = split_settings(arguments.settings)
     quiet_dependencies()
     try:
@@ -42,6 +48,9 @@ def main() -> int:
             prompts += read_prompts(path)
         folder = find_model(arguments.checkpoint)
         with open_decoding_config(folder, overrides, config_file=config_file) as config:
+            if arguments.stages:
+                print(config.inference.parallel.pipeline)
+                return 0
             recorder = Recorder() if arguments.record else None
             if recorder is not None and config.inference.parallel.pipeline == 1:
                 raise FieldError("inference.parallel.pipeline", "1, and --record notes what several stages do")
@@ -56,9 +65,11 @@ def main() -> int:
     except StageLostError as error:
         print(error, file=sys.stderr)
         sys.stdout.flush()
+        leave_status(2)
         os._exit(2)
     except UserError as error:
-        print(error, file=sys.stderr)
+        if is_first_of_node():
+            print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -103,6 +114,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help=_OUTPUT)
     parser.add_argument("--depths", type=Path, metavar="FILE.json", help=_DEPTHS)
     parser.add_argument("--record", type=Path, metavar="FILE.json", help=_RECORD)
+    parser.add_argument("--stages", action="store_true", help="print the number of stages, and do no more")
     parser.add_argument("--compare", action="store_true", help="full depth against exits, for several thresholds")
     parser.add_argument("--kv-policies", action="store_true", help="with --compare: every KV policy, too")
     parser.add_argument("settings", nargs="*", metavar="[CONFIG] key.path=value")

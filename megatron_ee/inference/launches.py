@@ -78,7 +78,7 @@ class PipelineLaunches:
             batch.fillers(planner.carries),
             batch.ready,
             residents=batch.num_going,
-            left=self._timetable.left(stage),
+            coming=self._timetable.coming(stage),
             urgent=batch.crowded,
         )
         if plan is not None:
@@ -87,4 +87,4 @@ class PipelineLaunches:
             if self._recorder is not None:
                 now, seconds = self._timetable.now, (began, time.perf_counter())
                 self._recorder.note(stage, plan, (now, now + cost), seconds if flight.arrival is not None else None)
-            self._timetable.begin(stage, flight, cost)
+            self._timetable.begin(stage, flight, cost, len(plan.counts))

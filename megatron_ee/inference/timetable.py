@@ -5,7 +5,7 @@ they really take: so they need not ask each other what happens next. Imports no 
 """
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 _TOGETHER = 0.1
 """Launches that end within this share of the cost of the one that ends first end with it: estimates are no better, and
@@ -14,10 +14,23 @@ a stage that began anew at once would miss what the others bring."""
 Flight = TypeVar("Flight")
 
 
+class Coming(NamedTuple):
+    """What may come to a stage next.
+
+    Attributes:
+        left: the time until then.
+        tokens: at most.
+    """
+
+    left: float
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class _UnderWay(Generic[Flight]):
     flight: Flight
     cost: float
+    tokens: int
     end: float
 
 
@@ -43,15 +56,21 @@ class Timetable(Generic[Flight]):
         """The first stage's first."""
         return [of.flight for _, of in sorted(self._under_way.items())]
 
-    def left(self, stage: int) -> float | None:
-        """The time until something may come to a stage: from the one before, or, as tokens return, from anywhere to the
-        first. None: nothing is under way there."""
-        ends = [of.end for number, of in self._under_way.items() if stage == 0 or number == stage - 1]
-        return min(ends) - self.now if ends else None
+    def coming(self, stage: int) -> Coming | None:
+        """From the stage before, or, as tokens return, from anywhere to the first. None: nothing is under way there."""
+        coming = [of for number, of in self._under_way.items() if stage == 0 or number == stage - 1]
+        if not coming:
+            return None
+        first = min(of.end for of in coming)
+        return Coming(first - self.now, sum(of.tokens for of in coming if of.end == first))
 
-    def begin(self, stage: int, flight: Flight, cost: float) -> None:
+    def begin(self, stage: int, flight: Flight, cost: float, tokens: int) -> None:
+        """
+        Args:
+            tokens: on their way in it.
+        """
         assert stage not in self._under_way, f"stage {stage} is busy"
-        self._under_way[stage] = _UnderWay(flight, cost, self.now + cost)
+        self._under_way[stage] = _UnderWay(flight, cost, tokens, self.now + cost)
 
     def end(self) -> list[Flight]:
         """Those that end next, the deepest first; the clock goes on to then."""

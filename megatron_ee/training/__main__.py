@@ -3,12 +3,12 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import open_config
 from megatron_ee.errors import UserError
+from megatron_ee.exit_status import is_first_of_node, leave_status
 from megatron_ee.log import quiet_dependencies
 from megatron_ee.parallel.world import check_world
 from megatron_ee.training.operations.attempts import COMPLETE, REFUSED, STOPPED
@@ -46,21 +46,16 @@ def main() -> int:
 
             status = _train(build_trainer(config, device, stop_requests))
     except UserError as error:
-        if _is_first_of_node():
+        if is_first_of_node():
             print(error, file=sys.stderr)
         status = REFUSED
     stop_requests.ignore()
-    if _is_first_of_node() and (path := os.environ.get("EXIT_STATUS_FILE")):
-        Path(path).write_text(f"{status}\n")
+    leave_status(status)
     return COMPLETE if status == STOPPED and _is_under_torchrun() else status
 
 
 def _is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _is_first_of_node() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _train(trainer: "Trainer") -> int:

@@ -44,7 +44,7 @@ class FinalExit:
     """The final exit of one micro-batch, for the other exits of its chunk.
 
     Attributes:
-        hidden_SBH: at its tap.
+        hidden_SBH: at its tap, detached.
         likeliest_SB: its likeliest tokens, once it has run.
     """
 
@@ -57,7 +57,7 @@ class FinalExit:
         """What `Stage.projection_input` gives for it; computed once, and where it is asked for."""
         if self._teacher is None:
             layer = stage.model.num_layers
-            features_SBH = samples.features(stage, layer, self.hidden_SBH.detach())
+            features_SBH = samples.features(stage, layer, self.hidden_SBH)
             self._teacher = Teacher(*stage.projection_input(features_SBH, layer))
         return self._teacher
 

@@ -102,7 +102,8 @@ class StageStep:
             taps = {tap: hidden_SBH for tap, hidden_SBH in taps.items() if tap.layer in self._weights}
         if is_trained or (chunk.exits and not self._has_backward):
             at_final_SBH = taps.get(Tap(self._stage.model.num_layers))
-            final = FinalExit(at_final_SBH) if at_final_SBH is not None else None
+            # detached: a hook in the same graph holds it, and would keep the graph for good
+            final = FinalExit(at_final_SBH.detach()) if at_final_SBH is not None else None
             self._live[action.chunk, action.microbatch] = _LiveMicrobatch(x_SBH, y_SBH, taps, final)
         return y_SBH
 

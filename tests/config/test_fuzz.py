@@ -154,7 +154,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(valid_trees())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_what_is_written_reads_back_equal(path: Path, tree: dict[str, Any]) -> None:
     config = Config.model_validate(tree)
     path.write_text(to_yaml(config), encoding="utf-8", newline="")
@@ -164,7 +164,7 @@ def test_what_is_written_reads_back_equal(path: Path, tree: dict[str, Any]) -> N
 
 
 @given(valid_trees(), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_mutated_tree_loads_or_is_explained(path: Path, tree: dict[str, Any], data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 3))):
         _mutate(tree, data)
@@ -173,7 +173,7 @@ def test_a_mutated_tree_loads_or_is_explained(path: Path, tree: dict[str, Any], 
 
 
 @given(valid_trees(), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_whatever_loads_is_estimated_or_explained(path: Path, tree: dict[str, Any], data: st.DataObject) -> None:
     processes_of_pipeline = tree["parallel"]["tensor"] * tree["parallel"]["pipeline"]
     fitting = st.integers(1, 3).map(lambda data_size: data_size * processes_of_pipeline)
@@ -186,7 +186,7 @@ def test_whatever_loads_is_estimated_or_explained(path: Path, tree: dict[str, An
 
 
 @given(valid_trees(), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_mutated_text_loads_or_is_explained(path: Path, tree: dict[str, Any], data: st.DataObject) -> None:
     text = yaml.safe_dump(tree)
     start = data.draw(st.integers(0, len(text)))
@@ -197,7 +197,7 @@ def test_mutated_text_loads_or_is_explained(path: Path, tree: dict[str, Any], da
 
 
 @given(st.one_of(st.text(), st.tuples(st.from_regex(r"[a-z]+(\.[a-z0-9]+){0,3}"), texts).map("=".join)))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_override_loads_or_is_explained(path: Path, override: str) -> None:
     path.write_text("name: run\nmodel: {num_layers: 8, hidden_size: 64, num_attention_heads: 4}\n" + TRAINING)
     _loads_or_explains(path, override)

@@ -189,7 +189,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(models(), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_resolved_config_reads_back_equal_and_only_what_differs_is_refused(
     fields: dict[str, Any], data: st.DataObject
 ) -> None:
@@ -219,7 +219,7 @@ def _load_like(config: Config, other: ModelConfig) -> Config:
 
 @given(st.text())
 @example("a" * 5000)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_folder_is_read_or_explained(folder: str) -> None:
     Path("run.yaml").write_text(
         f"name: run\n{TRAINING}model: {{num_layers: 1, hidden_size: 2, num_attention_heads: 1}}"

@@ -4,7 +4,7 @@ import time
 from unittest.mock import patch
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ee.data import packing
@@ -16,7 +16,6 @@ LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=60).map(lambda lengths: np
 KEYS = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 50))
 
 
-@settings(deadline=None)
 @given(LENGTHS, KEYS, st.integers(1, 6))
 def test_every_conversation_is_whole_and_there_once(lengths: np.ndarray, key: tuple[int, int], num_open: int) -> None:
     seed, epoch = key
@@ -28,7 +27,6 @@ def test_every_conversation_is_whole_and_there_once(lengths: np.ndarray, key: tu
     assert np.concatenate([*sequences, packed.order[:0]]).tolist() == packed.order.tolist()
 
 
-@settings(deadline=None)
 @given(LENGTHS, KEYS)
 def test_order_depends_on_seed_and_epoch_alone(lengths: np.ndarray, key: tuple[int, int]) -> None:
     seed, epoch = key
@@ -57,7 +55,6 @@ def test_sequences_are_nearly_full_and_packing_takes_a_moment() -> None:
     assert lengths.sum() / (len(packed) * 2048) > 0.97
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 200), max_size=30))
 def test_a_sequence_of_any_epoch_is_the_same_whenever_it_is_asked_for(indices: list[int]) -> None:
     lengths = np.arange(1, 17)

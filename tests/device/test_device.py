@@ -48,7 +48,8 @@ def test_more_ranks_than_gpus_is_an_error_under_cuda(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("gpus", [0, *(pytest.param(gpus, marks=pytest.mark.slow) for gpus in (1, 2))])
 def test_view_is_inert_with_device_cuda(gpus: int) -> None:
-    """In a fresh process: with CUDA chosen nothing is replaced, and without GPUs choosing CUDA is refused."""
+    """In a fresh process: with CUDA chosen nothing is replaced, and without GPUs choosing CUDA is refused; so is
+    a choice that comes after megatron-core."""
     printed = _fresh_process(f"""
         import sys, torch
         torch.cuda.is_available = lambda: {gpus} > 0
@@ -63,6 +64,12 @@ def test_view_is_inert_with_device_cuda(gpus: int) -> None:
         assert before == (list(sys.meta_path), torch.Tensor.type, torch.Tensor.cuda)
         from megatron.core.tensor_parallel import layers
         assert layers.torch is torch
+        try:
+            choose_device("cpu")
+        except RuntimeError as error:
+            assert "before the device was chosen" in str(error)
+        else:
+            print("chosen too late")
     """)
     assert printed == ("nccl" if gpus else "refused")
 
@@ -102,34 +109,11 @@ def test_torch_outside_megatron_is_unchanged() -> None:
         assert random._lazy_call(lambda: 7) == 7
         assert layers.torch.compile(answers) is layers.torch.compile(dynamic=True)(answers) is answers
         assert not {"torch._inductor", "wandb"} & sys.modules.keys(), "what takes longest to import"
+        compiled = torch.compile(lambda x: x * 2 + 1, backend="eager")
+        assert compiled(torch.ones(1)).item() == 3.0, "torch._dynamo breaks where torch.cuda is another for everybody"
         print("unchanged")
     """)
     assert printed == "unchanged"
-
-
-def test_choosing_the_device_too_late_is_refused() -> None:
-    printed = _fresh_process("""
-        import megatron.core
-        from megatron_ee.device import choose_device
-        try:
-            choose_device("cpu")
-        except RuntimeError as error:
-            print(error)
-    """)
-    assert "before the device was chosen" in printed
-
-
-def test_model_code_works_under_torch_compile_elsewhere() -> None:
-    """A view that patched torch.cuda for everybody broke torch._dynamo; ours must not."""
-    printed = _fresh_process("""
-        import torch
-        from megatron_ee.device import choose_device
-        choose_device("cpu")
-        import megatron.core
-        compiled = torch.compile(lambda x: x * 2 + 1, backend="eager")
-        print(compiled(torch.ones(1)).item())
-    """)
-    assert printed == "3.0"
 
 
 def _fresh_process(code: str) -> str:

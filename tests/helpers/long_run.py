@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from helpers.runs import write_small_dataset
+from megatron_ee.config import Config
+from megatron_ee.device import choose_device
+from megatron_ee.training.build import build_trainer
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120
@@ -34,6 +37,14 @@ def write_long_run(folder: Path) -> Path:
     path = folder / "long.yaml"
     path.write_text(CONFIG.format(folder=folder, iters=TRAIN_ITERS))
     return path
+
+
+def train_to_the_end(config: Config) -> None:
+    """On each rank."""
+    trainer = build_trainer(config, choose_device("cpu"))
+    trainer.train()
+    for logger in trainer.loggers:
+        logger.close()
 
 
 def read_losses(run: Path) -> list[dict[str, float]]:

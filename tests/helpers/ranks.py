@@ -7,7 +7,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import torch
+import torch.distributed as dist
 
 START_TIMEOUT_S = 300.0
 CASE_TIMEOUT_S = 120.0
@@ -34,30 +35,18 @@ class RankPool:
     def __init__(self, device: Literal["cpu", "cuda"] = "cpu") -> None:
         self._device = device
         self._workers: list[tuple[multiprocessing.process.BaseProcess, multiprocessing.connection.Connection]] = []
+        # Where the ranks of all cases find each other, at once: a file is only looked at now and then.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._cases = itertools.count(1)
 
     def run(self, world_size: int, case: Callable[..., Any], *args: Any) -> list[Any]:
         """What `case(*args)` returns on each rank. A rank that raises fails the test with its traceback."""
-        with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-            return self._run(world_size, folder, case, args)
-
-    def close(self) -> None:
-        """End the workers: a closed pipe tells an idle one to leave; one that hangs is killed."""
-        for _, connection in self._workers:
-            connection.close()
-        for process, _ in self._workers:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._workers.clear()
-
-    def _run(self, world_size: int, folder: str, case: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         if any(psutil.Process(process.pid).num_threads() > _MOST_THREADS for process, _ in self._workers):
             self.close()
         self._start(world_size)
-        where = (case.__code__.co_filename, case.__name__)
+        where, number = (case.__code__.co_filename, case.__name__), next(self._cases)
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
-            connection.send((where, args, rank, world_size, folder))
+            connection.send((where, args, rank, world_size, number))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + CASE_TIMEOUT_S
         while len(results) < world_size:
@@ -75,12 +64,23 @@ class RankPool:
                 results[waiting[connection]] = value  # type: ignore[index]
         return [results[rank] for rank in range(world_size)]
 
+    def close(self) -> None:
+        """End the workers: a closed pipe tells an idle one to leave; one that hangs is killed."""
+        for _, connection in self._workers:
+            connection.close()
+        for process, _ in self._workers:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._workers.clear()
+
     def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
         first = len(self._workers)
         while len(self._workers) < count:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self._device, len(self._workers)))
+            process = context.Process(target=_serve, args=(theirs, self._device, len(self._workers), self._store.port))
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -91,14 +91,13 @@ class RankPool:
             connection.recv()
 
 
-def _serve(connection: multiprocessing.connection.Connection, choice: Literal["cpu", "cuda"], local_rank: int) -> None:
+def _serve(
+    connection: multiprocessing.connection.Connection, choice: Literal["cpu", "cuda"], local_rank: int, port: int
+) -> None:
     # Without a barrier a case that ends at once closes the connections that the others are still making.
     os.environ.update(OMP_NUM_THREADS="1", TORCH_DIST_INIT_BARRIER="1")
     if choice == "cuda":
         os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_rank + 1))
-    import torch
-    import torch.distributed as dist
-
     from megatron_ee.device import choose_device
     from megatron_ee.log import quiet_dependencies
 
@@ -107,15 +106,16 @@ def _serve(connection: multiprocessing.connection.Connection, choice: Literal["c
     device = choose_device(choice)
     from megatron_ee.parallel.mesh import close_mesh
 
+    meeting_place = dist.TCPStore("127.0.0.1", port)
     cases = itertools.count(1)
     connection.send("ready")
     while True:
         try:
-            (path, name), args, rank, world_size, folder = connection.recv()
+            (path, name), args, rank, world_size, number = connection.recv()
         except EOFError:
             return
         try:
-            store = dist.FileStore(str(Path(folder) / "store"), world_size)
+            store = dist.PrefixStore(f"case {number}", meeting_place)
             dist.init_process_group(
                 device.backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
             )

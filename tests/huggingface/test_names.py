@@ -38,7 +38,7 @@ def _rows(recipe: Recipe, start: int, stop: int) -> list[tuple[str, int]]:
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(models(), st.data())
 def test_rows_are_rows_there_and_back(model: ModelConfig, data: st.DataObject) -> None:
     for name, recipe in recipes_of(model).items():

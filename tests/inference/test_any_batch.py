@@ -162,7 +162,7 @@ def _assert_as_by_full_depth(model: OpenedModel, request: Request, text: Sequenc
             assert emission.token == said[layer].choice(position)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_a_request_is_what_it_is_alone_and_keys_and_values_are_exact(mesh: Mesh, data: st.DataObject) -> None:
     model = _model(data, mesh)

@@ -28,7 +28,7 @@ def assert_consistent(blocks: Blocks) -> None:
                 assert blocks.reaches(slot, length) == is_free
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_order_of_growing_and_leaving(data: st.DataObject) -> None:
     slots, size = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))

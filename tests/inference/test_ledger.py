@@ -84,7 +84,7 @@ def _assert_equal(ledger: DepthLedger, sequence: int, naive: Positions) -> None:
     assert all(deep <= shallow for shallow, deep in pairwise(naive.depths)), "no position is deeper than one before"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_it_says_what_a_list_of_depths_says(data: st.DataObject) -> None:
     """Of two sequences, one of which is closed and opened again."""

@@ -146,7 +146,7 @@ rows = hnp.arrays(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows=rows)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_confidences_are_between_0_and_1_also_when_rounded(dtype: torch.dtype, rows: np.ndarray) -> None:
     rows_NX = torch.from_numpy(rows).to(dtype)
     same = asked(rows_NX, rows_NX * 3 if dtype != torch.float16 else rows_NX)
@@ -178,7 +178,7 @@ def test_every_measure_is_what_its_formula_says(measure: str, dtype: torch.dtype
 
 
 @given(data=st.data(), rows=rows)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_row_decides_for_itself(data: st.DataObject, rows: np.ndarray) -> None:
     """EE-LLM asks the last row of a batch for all of it."""
     order = data.draw(st.permutations(range(len(rows))))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from megatron_ee.inference.prefixes import Prefixes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_what_is_found_is_the_longest_beginning_that_nobody_has_taken(data: st.DataObject) -> None:
     """Against blocks whose whole texts are remembered."""

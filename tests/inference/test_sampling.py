@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from inference.sampling_requests import draws
 
@@ -208,7 +208,6 @@ def test_a_draw_is_where_the_cumulative_probability_passes_u(
     assert draw(p, torch.tensor([u], dtype=torch.float64)) == [token]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 2**20), min_size=1, max_size=30).filter(any),
     st.integers(0, 2**53 - 1) | st.sampled_from([0, 2**53 - 1]),

@@ -31,7 +31,7 @@ def _steps(of: list[Draws], logits_TNV: torch.Tensor) -> list[list[Choice]]:
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from([VOCAB_SIZE, 1500]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_request_alone_is_the_same_among_neighbours(
     cases: list[dict[str, Any]], seed: int, dtype: torch.dtype, vocab_size: int
 ) -> None:
@@ -119,7 +119,6 @@ def test_first_tokens_of_neighbouring_seeds_are_independent() -> None:
     assert _fits([choice.token for choice in choose(SMALL.expand(2000, -1), many)], _expected()) > 1e-3
 
 
-@settings(deadline=None)
 @given(TOKENS, st.lists(TOKENS, max_size=6), TOKENS)
 def test_history_counts_the_answer(prompt: list[int], answers: list[list[int]], drafted: list[int]) -> None:
     history, answer = History(prompt), Counter[int]()

@@ -46,7 +46,7 @@ def _theirs(logits_V: torch.Tensor, of: Draws) -> torch.Tensor:
 
 
 @given(st.lists(CASES, min_size=1, max_size=5), st.integers(0, 10**6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_batch_of_any_requests_is_distributed_as_by_transformers(cases: list[dict[str, Any]], seed: int) -> None:
     logits_NV = torch.randn(len(cases), VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)).double() * 3
     of = [draws_of(case) for case in cases]

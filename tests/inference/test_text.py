@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from helpers.tokenizers import TEXTS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ee.inference.text import Detokenizer, TextStream
@@ -89,13 +89,11 @@ def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 TORN = st.sampled_from([*EURO, *GRIN, 0xC3, 0xA9, 0x41, 0xFF, 0xED, 0xA0, 0xF4, 0x90, 0xC0, BYTES.eod, BYTES.pad])
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 257) | TORN, max_size=80))
 def test_pieces_of_any_bytes_join_to_the_whole(tokens: list[int]) -> None:
     assert "".join(_pieces(BYTES, tokens)) == BYTES.decode(tokens)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 319), max_size=60))
 def test_pieces_of_any_tokens_join_to_the_whole(tokens: list[int]) -> None:
     assert "".join(_pieces(BPE, tokens)) == BPE.decode(tokens)
@@ -105,7 +103,6 @@ MISALIGNED = _with_merges((EURO[:1], EURO[1:2]), (EURO[2:], EURO[:1]), (EURO[2:]
 BEGIN, END, END_AND_BEGIN = 257, 258, 259  # of euro signs: two bytes; the third and the first; the third and two
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(BEGIN, END_AND_BEGIN) | st.integers(0, 256), max_size=60))
 def test_tokens_that_begin_within_characters_join_too(tokens: list[int]) -> None:
     assert "".join(_pieces(MISALIGNED, tokens)) == MISALIGNED.decode(tokens)
@@ -117,7 +114,6 @@ def test_a_text_whose_tokens_never_end_with_a_character() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, BPE, MISALIGNED], ids=["bytes", "bpe", "misaligned"])
-@settings(deadline=None)
 @given(text=st.text("aé€😀\ufffd\n\u0301", max_size=30))
 def test_a_text_is_never_shown_with_half_a_character(tokenizer: Tokenizer, text: str) -> None:
     pieces = _pieces(tokenizer, tokenizer.encode(text))
@@ -164,7 +160,6 @@ def test_byte_fallback_finds_characters_again_in_a_long_run_that_is_no_text(
     assert "".join(_pieces(byte_fallback, [*run, 4])) == byte_fallback.decode([*run, 4]) == "\ufffd" * 14 + "a"
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([2, 3, 4, *(5 + byte for byte in EURO + GRIN), 5 + 0xFF]), max_size=80))
 def test_byte_fallback_never_loses_its_place(byte_fallback: HuggingFaceTokenizer, tokens: list[int]) -> None:
     """Bytes that are no text may be marked by more or fewer signs, but all that is between them comes out."""
@@ -240,7 +235,6 @@ def test_a_stop_string_is_found_at_every_split(text: str, stops: list[str]) -> N
         _check(words, stops)
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=6), max_size=4))
 def test_any_stop_strings_of_any_text(words: list[str], stops: list[str]) -> None:
     _check(words, stops)
@@ -259,7 +253,6 @@ def test_what_was_held_back_comes_at_the_end() -> None:
     assert _stream([], ["END"]) == ([""], None)
 
 
-@settings(deadline=None)
 @given(
     st.text("aé€😀", max_size=12), st.text("aé€😀", min_size=1, max_size=3), st.sampled_from([BYTES, BPE, MISALIGNED])
 )

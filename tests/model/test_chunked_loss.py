@@ -89,7 +89,7 @@ def test_equals_the_plain_version(dtype: torch.dtype, tolerance: float, chunk_ro
     _check(_case(dtype), mesh, chunk_rows, tolerance)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 9), st.integers(1, 70)),
     chunk_rows=st.integers(1, 30),

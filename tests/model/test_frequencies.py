@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -51,13 +51,11 @@ HEAD_DIMS = st.integers(1, 64).map(lambda half: 2 * half)
 THETAS = st.floats(2, 1e7)
 
 
-@settings(deadline=None)
 @given(HEAD_DIMS, THETAS, FACTORS)
 def test_linear(head_dim: int, theta: float, factor: float) -> None:
     _assert_as_transformers(head_dim, theta, {"kind": "linear", "factor": factor})
 
 
-@settings(deadline=None)
 @given(HEAD_DIMS, THETAS, FACTORS, st.floats(0.1, 8), st.floats(0.5, 32), LENGTHS)
 def test_llama3(head_dim: int, theta: float, factor: float, low: float, width: float, length: int) -> None:
     scaling = {
@@ -70,7 +68,6 @@ def test_llama3(head_dim: int, theta: float, factor: float, low: float, width: f
     _assert_as_transformers(head_dim, theta, scaling)
 
 
-@settings(deadline=None)
 @given(
     HEAD_DIMS,
     THETAS,

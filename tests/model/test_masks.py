@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.models import whole_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ee.model import masks, stage
@@ -15,7 +15,6 @@ WINDOWS = st.sets(st.none() | st.integers(1, 9), min_size=1, max_size=2)
 LIKE = torch.empty(0)
 
 
-@settings(deadline=None)
 @given(WINDOWS, st.lists(st.lists(st.integers(0, 2), min_size=7, max_size=7), min_size=1, max_size=2))
 def test_within_documents(windows: set[int | None], documents: list[list[int]]) -> None:
     masked = training_masks(windows, 7, torch.tensor(documents), LIKE)
@@ -29,7 +28,6 @@ def test_within_documents(windows: set[int | None], documents: list[list[int]]) 
                     assert mask_B1SS[row, 0, s, t] == (0 if sees else -torch.inf), (window, s, t)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_without_documents(window: int, length: int) -> None:
     masked = training_masks({window, None}, length, None, LIKE)
@@ -44,7 +42,6 @@ def test_without_documents(window: int, length: int) -> None:
         assert (mask[0, 0, s] == 0).nonzero().flatten().tolist() == list(range(max(0, s - window + 1), s + 1))
 
 
-@settings(deadline=None)
 @given(WINDOWS, st.sets(st.integers(0, 12), min_size=1))
 def test_of_rows_at_any_positions(windows: set[int | None], positions: set[int]) -> None:
     rows = sorted(positions)

@@ -140,7 +140,7 @@ def test_the_plain_version_is_the_same(name: str, mesh: Mesh) -> None:
         torch.testing.assert_close(mine.grad, wanted.grad, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0.01, 1), temperature=st.floats(0.2, 8), weighs=st.booleans(), seed=st.integers(0, 1000))
 def test_any_settings(share: float, temperature: float, weighs: bool, seed: int, mesh: Mesh) -> None:
     case, objective = _case(seed=seed), TokenObjective(weighs, share, temperature)

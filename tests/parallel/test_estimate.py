@@ -1,6 +1,8 @@
 """The estimate against what a real rank holds."""
 
 import time
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -33,6 +35,8 @@ from megatron_ee.training.assemble import build_stage
 from megatron_ee.training.gradients import StageGradients
 from megatron_ee.training.optimizers.megatron import MegatronAdamW
 from megatron_ee.training.planning import plan_step
+
+Measured = Callable[[str], list[dict[str, Any]]]
 
 CONFIGS = {
     "one stage": tiny_config(),
@@ -76,10 +80,16 @@ def _world_size(config: Config) -> int:
     return config.parallel.tensor * config.parallel.pipeline
 
 
+@pytest.fixture(scope="module")
+def measured_of(ranks: RankPool) -> Measured:
+    """What each rank of a config holds; of each config once."""
+    return cache(lambda name: ranks.run(_world_size(CONFIGS[name]), _measure, CONFIGS[name]))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_memory_is_within_ten_percent_of_what_is_measured(name: str, ranks: RankPool) -> None:
+def test_memory_is_within_ten_percent_of_what_is_measured(name: str, measured_of: Measured) -> None:
     config = CONFIGS[name]
-    measured = ranks.run(_world_size(config), _measure, config)
+    measured = measured_of(name)
     estimated = estimate(config, _world_size(config), VOCAB_SIZE)
     for stage, actual in zip(estimated.stages, measured[:: config.parallel.tensor], strict=True):
         assert stage.parameters == actual["parameters"], "exact"
@@ -89,10 +99,10 @@ def test_memory_is_within_ten_percent_of_what_is_measured(name: str, ranks: Rank
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_activations_of_a_layer(name: str, ranks: RankPool) -> None:
+def test_activations_of_a_layer(name: str, measured_of: Measured) -> None:
     """What autograd keeps of one micro-batch's layers, within a quarter."""
     config = CONFIGS[name]
-    measured = ranks.run(_world_size(config), _measure, config)
+    measured = measured_of(name)
     estimated = estimate(config, _world_size(config), VOCAB_SIZE)
     tokens = config.training.micro_batch_size * config.data.sequence_length
     plan = build_plan(

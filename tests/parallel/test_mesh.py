@@ -59,9 +59,9 @@ def test_processes_that_do_not_fit_are_refused(parallel: ParallelConfig, world_s
         data_parallel_size(parallel, world_size)
 
 
-def _train_a_step() -> int:
+def _train_a_step(schedule: str) -> int:
     before = _count_threads()
-    one_step(tiny_config(parallel={"pipeline": 2}))
+    one_step(tiny_config(exits={"layers": [2, 5]}, parallel={"pipeline": 2, "schedule": schedule}))
     assert _count_threads() > before + 10, "gloo has threads for each group"
     return before
 
@@ -70,11 +70,12 @@ def _count_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def test_a_case_leaves_no_threads_to_the_next(ranks: RankPool) -> None:
+@pytest.mark.parametrize("schedule", ["1f1b", "megatron"])
+def test_a_case_leaves_no_threads_to_the_next(ranks: RankPool, schedule: str) -> None:
     """Left alone, those of a thousand cases take more than half of the processors' time."""
-    ranks.run(2, _train_a_step)
+    ranks.run(2, _train_a_step, schedule)
     before = ranks.run(2, _count_threads)
-    ranks.run(2, _train_a_step)
+    ranks.run(2, _train_a_step, schedule)
     assert ranks.run(2, _count_threads) == before
 
 

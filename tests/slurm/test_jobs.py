@@ -38,24 +38,24 @@ def _check_that_it_went_on(run: Path, job: Job, undisturbed: Losses, *, reason: 
 
 
 def test_a_signal_before_the_time_limit_saves_and_queues_again(runs: Any, undisturbed: Losses) -> None:
-    job = runs.launch("signalled", "logging.wandb={project: slurm, mode: offline}", MAX_REQUEUES="1")
+    job = runs.launch("signalled", MAX_REQUEUES="1")
     runs.wait_until_begun("signalled", job)
     runs.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
     _check_that_it_went_on(runs.folder("signalled"), job, undisturbed, reason="SIGUSR1")
     assert job.fields()["JobName"] == "signalled"
     assert "2 local ranks" in job.log
-    (wandb_id,) = {path.read_text().strip() for path in runs.folder("signalled").glob("wandb_id")}
-    written = list(runs.folder("signalled").glob("wandb/offline-run-*/*.wandb"))
-    assert len(written) == 2, "one for each start"
-    assert {path.name for path in written} == {f"run-{wandb_id}.wandb"}, "and the same run for both"
 
 
 @pytest.mark.slow
 def test_a_preempted_job_saves_and_queues_itself_again(runs: Any, undisturbed: Losses) -> None:
-    job = runs.submit("preempted")
+    job = runs.submit("preempted", "logging.wandb={project: slurm, mode: offline}")
     runs.wait_until_begun("preempted", job)
     runs.cluster.sbatch("--partition=high", f"--nodelist={job.fields()['NodeList']}", "--wrap=true")
     _check_that_it_went_on(runs.folder("preempted"), job, undisturbed, reason="SIGTERM")
+    (wandb_id,) = {path.read_text().strip() for path in runs.folder("preempted").glob("wandb_id")}
+    written = list(runs.folder("preempted").glob("wandb/offline-run-*/*.wandb"))
+    assert len(written) == 2, "one for each start"
+    assert {path.name for path in written} == {f"run-{wandb_id}.wandb"}, "and the same run for both"
 
 
 @pytest.mark.slow

@@ -2,14 +2,16 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train_and_save, write_small_dataset
+from helpers.tools import ToolsHere
 
-TOOL = Path(__file__).parents[2] / "tools/bench_decode.py"
+Bench = Callable[..., subprocess.CompletedProcess[str]]
 FIELDS = {"measure", "value", "goal", "better", "spread", "aa", "context"}
 POLICIES = ("recompute", "fill", "propagate")
 OVER = ("over_full", "of_law", "over_huggingface")
@@ -17,9 +19,10 @@ DRAFTS = ("E2_d2", "E5_d2", "E2_dauto", "E5_dauto", "Eauto_dauto")
 OTHER_MEASURES = ("recompute_margin_0.8", "recompute_entropy_0.8", "recompute_cosine_0.9", "recompute_gate_0.7")
 
 
-def _bench(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), "--small", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """In this very process."""
+    return partial(ToolsHere(monkeypatch, capsys), "bench_decode.py", "--small")
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +34,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
     return folder / "runs/tiny"
 
 
-def test_a_small_run_writes_every_measure_and_field(tmp_path: Path, run: Path) -> None:
+def test_a_small_run_writes_every_measure_and_field(tmp_path: Path, run: Path, bench: Bench) -> None:
     output = tmp_path / "bench/decode.json"
-    done = _bench("--checkpoint", run, "--output", output)
+    done = bench("--checkpoint", run, "--output", output)
     assert done.returncode == 0, done.stderr
     measures = json.loads(output.read_text())
     settings = [f"{policy}_{threshold}" for policy in POLICIES for threshold in (0.1, 0.9)]
@@ -78,8 +81,8 @@ def test_a_small_run_writes_every_measure_and_field(tmp_path: Path, run: Path) -
     assert "one sequence: full depth" in done.stdout and "3 sequences: full depth" in done.stdout
 
 
-def test_without_its_checkpoint_it_says_how_to_make_one(tmp_path: Path) -> None:
-    done = _bench("--checkpoint", tmp_path / "none", "--output", tmp_path / "decode.json")
+def test_without_its_checkpoint_it_says_how_to_make_one(tmp_path: Path, bench: Bench) -> None:
+    done = bench("--checkpoint", tmp_path / "none", "--output", tmp_path / "decode.json")
     assert done.returncode == 2
     assert done.stderr == (
         f"checkpoint: {tmp_path}/none is not a folder; `make bench-checkpoint` trains the one that this bench is for\n"

@@ -3,17 +3,20 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from helpers.ranks import RankPool
 from helpers.runs import run_config, train_and_save, write_small_dataset
+from helpers.tools import TOOLS, ToolsHere
 
 from megatron_ee.inference.request import Emission
 from megatron_ee.inference.scheduling.costs import SegmentCosts
 from megatron_ee.inference.scheduling.simulate import SimulatedRequest
 
-TOOLS = Path(__file__).parents[2] / "tools"
+Bench = Callable[..., subprocess.CompletedProcess[str]]
 FIELDS = {"measure", "value", "goal", "better", "spread", "aa", "context"}
 POLICIES = ("recompute", "fill", "propagate")
 STRATEGIES = ("lockstep", "compaction", "rebatch")
@@ -34,10 +37,15 @@ def run(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
     return folder / "runs/tiny"
 
 
-def test_a_small_run_writes_every_measure_and_field(tmp_path: Path, run: Path) -> None:
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: Path) -> Bench:
+    """In this very process, with the small run."""
+    return partial(ToolsHere(monkeypatch, capsys), "bench_serve.py", "--small", "--checkpoint", run)
+
+
+def test_a_small_run_writes_every_measure_and_field(tmp_path: Path, bench: Bench) -> None:
     output = tmp_path / "bench/serve.json"
-    command = [sys.executable, str(TOOLS / "bench_serve.py"), "--small", "--checkpoint", str(run)]
-    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=240, check=False)
+    done = bench("--output", output)
     assert done.returncode == 0, done.stderr
     measures = json.loads(output.read_text())
     settings = [(strategy, policy) for policy in POLICIES for strategy in STRATEGIES]
@@ -71,10 +79,9 @@ def test_a_small_run_writes_every_measure_and_field(tmp_path: Path, run: Path) -
     assert filled["recompute"] == filled["propagate"] == 0 < filled["fill"]
 
 
-def test_a_load_that_is_not_there_is_one_message_and_no_file(tmp_path: Path, run: Path) -> None:
-    command = [sys.executable, str(TOOLS / "bench_serve.py"), "--small", "--checkpoint", str(run), "--only", "r17"]
+def test_a_load_that_is_not_there_is_one_message_and_no_file(tmp_path: Path, bench: Bench) -> None:
     output = tmp_path / "serve.json"
-    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=240, check=False)
+    done = bench("--only", "r17", "--output", output)
     assert (done.returncode, done.stderr) == (2, "--only: 'r17' is none of r2, r6, r2_poisson\n")
     assert not output.exists()
 

@@ -136,7 +136,7 @@ class SimulatedPipeline:
             batch.fillers,
             batch.ready,
             residents=batch.num_going,
-            left=self._timetable.left(stage),
+            coming=self._timetable.coming(stage),
             urgent=batch.crowded,
         )
         if plan is None:
@@ -152,7 +152,7 @@ class SimulatedPipeline:
         if self._recorder is not None:
             virtual = self._timetable.now, self._timetable.now + estimate
             self._recorder.note(stage, plan, virtual, (began, done))
-        self._timetable.begin(stage, _Timed(flight, done), estimate)
+        self._timetable.begin(stage, _Timed(flight, done), estimate, len(plan.counts))
 
     def _end(self, timed: _Timed) -> None:
         """Those wait who are told what exits say, and those that rows come to."""

@@ -19,6 +19,7 @@ from megatron_ee.inference.scheduling.costs import SegmentCosts
 from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
 from megatron_ee.inference.scheduling.planner import Planner, Ready, fills_of
 from megatron_ee.inference.stages import Stages
+from megatron_ee.inference.timetable import Coming
 
 _REMEMBERED = 256
 """Tokens after which older ones count less in how deep tokens go."""
@@ -82,7 +83,7 @@ class StagePlanner:
         ready: Ready,
         *,
         residents: int,
-        left: float | None,
+        coming: Coming | None,
         urgent: Collection[int] = (),
     ) -> LaunchPlan | None:
         """The next launch of a stage that has nothing to do; None: there is none yet.
@@ -91,7 +92,7 @@ class StagePlanner:
             fronts: of all sequences that go on and are not under way.
             fillers, ready: see `Planner.plan`.
             residents: sequences that go on.
-            left: until somebody may come to the stage; None: nobody is on the way.
+            coming: who may come to the stage next; None: nobody is on the way.
             urgent: sequences of which so many positions wait that they may not go on.
         """
         start, stop = self.stages.start(stage), self.stages.stops[stage]
@@ -104,28 +105,43 @@ class StagePlanner:
         if (catching_up := self._fill(start, stop, urgent, ready, room=None)) is not None:
             return catching_up
         filling = self._fill(start, stop, fillers, ready, room=self.launch_rows)
-        is_in_time = filling is not None and (left is None or self.cost_of(filling) <= left * _IN_TIME)
-        return filling if is_in_time else None
+        return filling if filling is not None and self._is_worth_it(filling, coming) else None
+
+    def _is_worth_it(self, filling: LaunchPlan, coming: Coming | None) -> bool:
+        """It is while nobody can come before it ends; or where it makes up for the time that it keeps somebody waiting,
+        who need not take these rows along."""
+        if coming is None:
+            return True
+        rows, segment = filling.num_rows, (filling.start, filling.stop)
+        late = self._costs.of(*segment, rows) - coming.left * _IN_TIME
+        return late <= self._costs.of(*segment, rows + coming.tokens) - self._costs.of(*segment, coming.tokens)
 
     def _spread(self, fronts: Sequence[Front], residents: int) -> list[Front]:
         """Those that are under way in the stage, prompts, and so many of those that could begin."""
         entering = sorted((of for of in fronts if of.at == 0 and of.rows == 1), key=lambda of: (of.since, of.slot))
-        return [of for of in fronts if of.at > 0 or of.rows > 1] + entering[: self._most(len(entering), residents)]
+        size = self._launch_size(len(entering), residents)
+        return [of for of in fronts if of.at > 0 or of.rows > 1] + entering[:size]
 
-    def _most(self, entering: int, residents: int) -> int:
-        """That begin, of those that could."""
+    def _launch_size(self, entering: int, residents: int) -> int:
+        """How many of those that could begin do."""
         mean, differ = self._costs.of(0, self.stages.stops[-1], 1), 0.0
         if self._tokens:
             mean = self._sum / self._tokens
             differ = math.sqrt(max(0.0, self._squares / self._tokens - mean * mean)) / mean
+        spread = max(1.0, residents * min(1.0, self._costs.of(0, self.stages.stops[0], 1) / mean))
+        few, many = math.floor(spread + _ROUNDING), math.ceil(spread - _ROUNDING)
+        # by few the first stage sets the pace, by many the way of a token through all
+        size = few if few * self._first(many) >= spread * self._first(few) else many
+        longest = self._first(size) * (1 + _LONGER * differ + _ROUNDING)
+        most = min(entering, math.ceil(spread * (1 + _MORE * differ) - _ROUNDING))
+        while size < most and self._first(size + 1) <= longest:
+            size += 1
+        return size
+
+    def _first(self, tokens: int) -> float:
+        """The cost of a launch of the first stage."""
         stop = self.stages.stops[0]
-        share = min(1.0, self._costs.of(0, stop, 1) / mean)
-        most = max(1, math.ceil(residents * share - _ROUNDING))
-        longest = self._costs.of(0, stop, most) * (1 + _LONGER * differ) * (1 + _ROUNDING)
-        limit = min(entering, math.ceil(residents * share * (1 + _MORE * differ) - _ROUNDING))
-        while most < limit and self._costs.of(0, stop, most + 1) <= longest:
-            most += 1
-        return most
+        return self._costs.of(0, stop, tokens) + self._costs.of_head(stop, tokens)
 
     def _with_urgent(self, plan: LaunchPlan, own: Collection[int], urgent: Collection[int], ready: Ready) -> LaunchPlan:
         more = {slot: count for slot in urgent if slot not in own and (count := ready(slot, plan.start, plan.stop))}

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,7 +139,17 @@ def _open_zero(groups: list[dict[str, Any]], config: OptimizerConfig, mesh: Mesh
     )
     for hook in zero._grad_acc_hooks:
         hook.remove()  # gradients come from the pipeline, all at once
+    for parameter in parameters:
+        _unlink(parameter)
     return zero
+
+
+def _unlink(parameter: torch.nn.Parameter) -> None:
+    """Forget what DeepSpeed's own checkpoints and accessors use. It leads from the parameter back to itself in a way
+    that hides it from Python's garbage collector: the model and its process groups would stay for good."""
+    parameter._hp_mapping = None  # type: ignore[attr-defined]
+    for name in [name for name, value in vars(parameter).items() if isinstance(value, MethodType)]:
+        delattr(parameter, name)
 
 
 def _prepare_deepspeed(device: Device) -> None:

@@ -74,7 +74,7 @@ SETTINGS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(CASES, SETTINGS)
 def test_in_fp64_it_is_the_formula(case: dict, params: DolaParams) -> None:
     final_NV, early = _logits(**case)
@@ -82,7 +82,7 @@ def test_in_fp64_it_is_the_formula(case: dict, params: DolaParams) -> None:
     _assert_as_written(final_NV, early, params, within=1e-13)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(CASES, SETTINGS)
 def test_in_fp32_it_is_the_formula(case: dict, params: DolaParams) -> None:
     final_NV, early = _logits(**case)

@@ -67,7 +67,7 @@ SETTINGS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(CASES, SETTINGS)
 @example({"shape": (2, 9), "exits": 2, "seed": 1, "whole": True, "spread": 1.0}, SledParams(top_k=4))
 def test_in_fp64_it_is_the_formula(case: dict, params: SledParams) -> None:
@@ -75,7 +75,7 @@ def test_in_fp64_it_is_the_formula(case: dict, params: SledParams) -> None:
     _assert_as_written(final_NV, early, params, within=1e-12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(CASES, SETTINGS)
 def test_in_fp32_it_is_the_formula(case: dict, params: SledParams) -> None:
     final_NV, early = _logits(**case)

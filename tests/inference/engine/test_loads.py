@@ -25,14 +25,14 @@ from megatron_ee.inference.request import Emission, Failure
 from megatron_ee.parallel.mesh import Mesh
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_load_by_any_strategy_is_each_request_alone(model: OpenedModel, data: st.DataObject) -> None:
     _assert_each_request_is_as_alone(model, data)
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_hundreds_of_loads(model: OpenedModel, data: st.DataObject) -> None:
     _assert_each_request_is_as_alone(model, data)
@@ -84,7 +84,7 @@ def _assert_each_request_is_as_alone(model: OpenedModel, data: st.DataObject) ->
         assert not ended or len(texts[number]) == len(alone)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_at_any_moment_the_cache_holds_what_the_ledger_says(model: OpenedModel, data: st.DataObject) -> None:
     """Keys and values of every position, up to where it has been, are those of its text in one pass at full depth; with

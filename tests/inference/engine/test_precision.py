@@ -7,16 +7,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.decoding import full_logits, opened, request, texts_of
+from helpers.engines import engine_of
 from helpers.models import whole_model
 from helpers.tiny import VOCAB_SIZE
 
-from megatron_ee.config import ExitParams, SchedulingParams
-from megatron_ee.inference.batch import Batch
+from megatron_ee.config import ExitParams
 from megatron_ee.inference.blocks import Blocks
-from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission, Request
-from megatron_ee.inference.scheduling.strategies.named import make_planner
 from megatron_ee.parallel.mesh import Mesh
 
 MARGIN = 1e-4
@@ -41,11 +39,10 @@ def _requests(seed: int) -> list[Request]:
     ]
 
 
-def _served(model: OpenedModel, requests: list[Request], strategy: str) -> list[list[Emission]]:
-    params = SchedulingParams.model_validate({"strategy": strategy, "launch_rows": 4})
-    planner = make_planner(params, model.launch_costs, model.depths, residents=6, prefill_chunk=6)
-    batch = Batch(model, slots=6, capacity=48, prefill_chunk=6, blocks=Blocks(6, 90, 4))
-    engine = Engine(batch, planner, whole=False)
+def _served(model: OpenedModel, requests: list[Request], strategy: str, stops: tuple[int, ...]) -> list[list[Emission]]:
+    engine = engine_of(
+        model, strategy, residents=6, chunk=6, blocks=Blocks(6, 90, 4), whole=False, stops=stops, launch_rows=4
+    )
     texts: list[list[Emission]] = [[] for _ in requests]
     for of in requests:
         engine.add(of)
@@ -72,15 +69,17 @@ def _assert_near(exact: OpenedModel, of: Request, ours: list[Emission], expected
     return 0
 
 
-@pytest.mark.parametrize("strategy", ["lockstep", "compaction", "rebatch"])
-def test_fp32_says_what_fp64_says_or_nearly(mesh: Mesh, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "stops"), [("lockstep", ()), ("compaction", ()), ("rebatch", ()), ("rebatch", (3, 6, 8))], ids=str
+)
+def test_fp32_says_what_fp64_says_or_nearly(mesh: Mesh, strategy: str, stops: tuple[int, ...]) -> None:
     exact, rounded = (opened(whole_model(mesh, exits=[2, 5], dtype=dtype)) for dtype in (torch.float64, torch.float32))
     for ours, theirs in zip(rounded.stage.parameters(), exact.stage.parameters(), strict=True):
         theirs.data.copy_(ours.data)
     parted = total = 0
     for seed in range(6):
         requests = _requests(seed)
-        for of, text in zip(requests, _served(rounded, requests, strategy), strict=True):
+        for of, text in zip(requests, _served(rounded, requests, strategy, stops), strict=True):
             (expected,) = texts_of(exact, [of])
             parted += _assert_near(exact, of, text, expected)
             total += 1

@@ -39,7 +39,7 @@ def fronts_of(draw: st.DrawFn) -> list[Front]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(fronts=fronts_of(), launch=st.integers(10, 40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_plan_is_of_one_depth_and_within_limits(strategy: str, fronts: list[Front], launch: int) -> None:
     plan = planner_of(strategy).plan(fronts, launch, [], lambda *_: 0)
     taken = [front for front in fronts if front.slot in plan.counts]
@@ -55,7 +55,7 @@ def test_a_plan_is_of_one_depth_and_within_limits(strategy: str, fronts: list[Fr
 
 @pytest.mark.parametrize("strategy", ["compaction", "rebatch"])
 @given(fronts=fronts_of(), ready=st.dictionaries(st.integers(0, 40), st.integers(0, 5)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_fills_take_what_room_there_is(strategy: str, fronts: list[Front], ready: dict[int, int]) -> None:
     plan = planner_of(strategy).plan(fronts, 10, list(ready), lambda slot, start, stop: ready[slot])
     on_their_way = {front.slot for front in fronts if front.at}

@@ -18,7 +18,7 @@ from megatron_ee.inference.scheduling.slots import SlotCounter
 
 
 @given(values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_percentiles_are_numpys(values: list[float]) -> None:
     assert Percentiles.of(values) == pytest.approx(tuple(np.percentile(values, (50, 95, 99))), rel=1e-9, abs=1e-6)
 

@@ -68,7 +68,7 @@ def test_rebatching_is_never_much_slower_than_lockstep(policy: str, row: float, 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_request_ends_with_its_own_depths_and_nobody_waits_too_long(strategy: str, data: st.DataObject) -> None:
     request = st.builds(
         SimulatedRequest,

@@ -85,20 +85,20 @@ def test_table_of_the_design(num_stages: int, head: float, fused: float, ee_llm:
 
 
 @given(cases(slowest_last=True))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_exact_where_the_last_stage_is_slowest_in_f_x_and_b(case: Case) -> None:
     """For any number of stages and of micro-batches, exits on any stages, and both schedules."""
     assert case.makespan == case.closed_form(case.slowest_stage)
 
 
 @given(cases(slowest_last=True, max_exit=0))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_fused_is_exact_where_the_last_stage_is_slowest_in_f_and_b(case: Case) -> None:
     assert case.makespan == case.closed_form(case.slowest_stage)
 
 
 @given(cases())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_bounds_for_all_costs(case: Case) -> None:
     costs = case.costs
     assert case.makespan >= case.closed_form(costs.forward[-1] + costs.exit[-1] + costs.backward[-1])
@@ -107,7 +107,7 @@ def test_bounds_for_all_costs(case: Case) -> None:
 
 
 @given(cases(), st.integers(1, 6), st.integers(1, 6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_upper_bound_for_equal_layers_and_exits_anywhere(case: Case, forward: int, backward: int) -> None:
     """With F and B equal on all stages the bound is (M-1) max(F+B+X): exact where no exits cost more than the last."""
     num_stages = len(case.costs.exit)
@@ -123,7 +123,7 @@ def test_upper_bound_for_equal_layers_and_exits_anywhere(case: Case, forward: in
 
 
 @given(cases(schedules=["gpipe"], max_exit=0))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_gpipe_without_exits_has_a_closed_form_for_all_costs(case: Case) -> None:
     assert case.makespan == case.closed_form(max(case.costs.forward) + max(case.costs.backward))
 

@@ -47,7 +47,7 @@ def test_what_is_held_does_not_grow_with_the_step(schedule: str, most: int) -> N
 
 
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(2, 5), st.integers(1, 12), st.integers(2, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_finished_send_was_received_before_the_message_that_proves_it(
     schedule: str, num_stages: int, num_microbatches: int, num_chunks: int
 ) -> None:

@@ -52,14 +52,14 @@ def equal_costs(num_stages: int, *, exits: float = 0.3, backward: float = 2.0) -
 
 
 @given(pipelines(), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_without_fills_it_is_1f1b(pipeline: Pipeline, release_exits: bool) -> None:
     filled = plan_of(pipeline, release_exits=release_exits)
     assert filled.actions == plan_of(pipeline, "1f1b", release_exits=release_exits).actions
 
 
 @given(pipelines(max_fills=30), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_fills_give_a_valid_plan_without_deadlock_and_no_more_memory(
     pipeline: Pipeline, release_exits: bool
 ) -> None:
@@ -71,7 +71,7 @@ def test_any_fills_give_a_valid_plan_without_deadlock_and_no_more_memory(
 
 
 @given(pipelines(max_fills=30), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_fill_runs_exactly_where_it_should(pipeline: Pipeline, release_exits: bool) -> None:
     plan = plan_of(pipeline, release_exits=release_exits)
     last, num_regular = pipeline.num_stages - 1, pipeline.num_microbatches
@@ -131,7 +131,7 @@ def test_fills_need_their_schedule_and_one_chunk() -> None:
 
 
 @given(st.data(), pipelines(max_fills=6), st.integers(0, 3), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_planners_own_makespan_is_the_simulators(
     data: st.DataObject, pipeline: Pipeline, transfer: int, release_exits: bool
 ) -> None:
@@ -142,7 +142,7 @@ def test_the_planners_own_makespan_is_the_simulators(
 
 
 @given(st.data(), pipelines(), st.integers(0, 3), st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_planned_fills_cost_neither_time_nor_memory(
     data: st.DataObject, pipeline: Pipeline, transfer: int, release_exits: bool
 ) -> None:
@@ -168,7 +168,7 @@ def test_fills_that_fit_a_short_step_only_are_dropped(monkeypatch: pytest.Monkey
 
 
 @given(st.data(), st.floats(0.05, 5), st.integers(2, 9), st.integers(0, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_more_fills_than_idle_time_has_room_for(
     data: st.DataObject, ratio: float, num_stages: int, more: int
 ) -> None:
@@ -250,7 +250,7 @@ def test_planner_serves_64_stages() -> None:
 
 
 @given(st.data(), pipelines(), st.floats(0, 0.2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_tolerance_is_kept_to(data: st.DataObject, pipeline: Pipeline, tolerance: float) -> None:
     costs = costs_of(data.draw, pipeline)
     fills = plan_fills(pipeline, costs, tolerance=tolerance)

@@ -70,7 +70,7 @@ def test_exits_may_wait_for_their_own_gradient() -> None:
 
 
 @given(st.sampled_from(TRAINING), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_released_exits_stand_before_their_own_gradient(
     schedule: str, num_stages: int, num_chunks: int, groups: int, early: bool
 ) -> None:
@@ -94,7 +94,7 @@ def test_one_stage_sends_nothing() -> None:
 
 
 @given(plans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_plan_is_valid_and_complete(case: tuple[Plan, list[bool]]) -> None:
     plan, has_exits = case
     check(plan)
@@ -109,7 +109,7 @@ def test_every_plan_is_valid_and_complete(case: tuple[Plan, list[bool]]) -> None
 
 
 @given(plans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_exits_run_after_the_send_and_before_the_wait_for_the_gradient(case: tuple[Plan, list[bool]]) -> None:
     plan, _ = case
     for actions in plan.actions:
@@ -123,7 +123,7 @@ def test_exits_run_after_the_send_and_before_the_wait_for_the_gradient(case: tup
 
 
 @given(plans(schedules=TRAINING))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_microbatches_alive(case: tuple[Plan, list[bool]]) -> None:
     plan, _ = case
     num_stages, num_chunks, num_microbatches = plan.num_stages, plan.num_chunks, plan.num_microbatches
@@ -139,7 +139,6 @@ def test_microbatches_alive(case: tuple[Plan, list[bool]]) -> None:
 
 
 @given(st.integers(2, 6), st.integers(1, 4), st.integers(1, 4))
-@settings(deadline=None)
 def test_chunks_divide_the_bubble(num_stages: int, num_chunks: int, groups: int) -> None:
     """T = M v (F + B) + (P - 1) (F + B) with F and B of one chunk: the bubble is that of one chunk, not of v."""
     num_microbatches, has_exits = groups * num_stages, [False] * (num_stages * num_chunks - 1) + [True]

@@ -192,7 +192,7 @@ def test_fills_keep_the_order_of_their_link() -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_action_of_a_filled_plan_can_be_left_out(data: st.DataObject) -> None:
     plan = build_plan("filled-1f1b", num_stages=3, num_microbatches=4, has_exits=[True] * 3, fills=FILLS)
     stage = data.draw(st.integers(0, 2))
@@ -202,7 +202,7 @@ def test_no_action_of_a_filled_plan_can_be_left_out(data: st.DataObject) -> None
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_two_actions_swapped_leave_a_valid_plan_or_an_invalid_one(data: st.DataObject) -> None:
     num_stages = data.draw(st.integers(1, 4))
     plan = build_plan(

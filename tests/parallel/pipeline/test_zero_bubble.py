@@ -60,7 +60,7 @@ def test_a_gradient_leaves_before_the_weights() -> None:
 
 
 @given(st.integers(1, 8), st.integers(1, 20), st.booleans(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_valid_and_no_more_held_than_on_the_first_stage_of_1f1b(
     num_stages: int, num_microbatches: int, early: bool, release: bool
 ) -> None:
@@ -74,7 +74,7 @@ def test_valid_and_no_more_held_than_on_the_first_stage_of_1f1b(
 
 
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 6), st.integers(1, 6), st.integers(0, 6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_length_with_equal_stages(
     num_stages: int, num_microbatches: int, forward: int, backward: int, weight: int
 ) -> None:
@@ -105,7 +105,7 @@ def durations(draw: st.DrawFn, *, equal: bool) -> tuple[Durations, Durations, Du
 
 
 @given(st.integers(1, 12), durations(equal=False))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_forward_and_no_backward_ends_later_than_with_1f1b(
     num_microbatches: int, drawn: tuple[Durations, Durations, Durations, Durations]
 ) -> None:
@@ -123,7 +123,7 @@ def test_no_forward_and_no_backward_ends_later_than_with_1f1b(
 
 
 @given(st.integers(1, 12), durations(equal=True))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_never_longer_than_1f1b_with_equal_stages(
     num_microbatches: int, drawn: tuple[Durations, Durations, Durations, Durations]
 ) -> None:

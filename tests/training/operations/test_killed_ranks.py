@@ -1,5 +1,6 @@
 """Ranks that are killed or stopped at any moment: the job ends, says where each was, and loses nothing."""
 
+import json
 import os
 import random
 import signal
@@ -10,9 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.long_run import TRAIN_ITERS
 
 from megatron_ee.checkpoint.folders import is_whole
-from megatron_ee.training.operations.attempts import COMPLETE
+from megatron_ee.training.operations.attempts import COMPLETE, STOPPED
 
 Losses = list[dict[str, float]]
 
@@ -42,10 +44,35 @@ def _check_that_nothing_is_lost(run: Any, undisturbed: Losses, killed: int) -> N
     assert run.outcome(2)["reason"] == "complete"
 
 
-SEEDS = [pytest.param(seed, marks=() if seed < 1 else pytest.mark.slow) for seed in range(20)]
+def test_a_run_that_loses_a_rank_and_is_told_to_stop_goes_on_as_if_nothing_had_been(
+    start_run: Callable[..., Any], undisturbed: Losses
+) -> None:
+    """One after the other, as starts take long; each by itself is below and in `test_stopping.py`."""
+    run = start_run("disturbed", MAX_RESTARTS="1")
+    run.wait_for_iteration(7)
+    _kill(run, 1)
+    run.wait_for(lambda: (run.folder / "attempts/2").exists())
+    run.process.send_signal(signal.SIGTERM)
+    status, said = run.end()
+    assert status == STOPPED, said
+    assert "restart 1 of 1" in said
+    fault, outcome = run.fault(1), run.outcome(2)
+    assert (fault["fault"], fault["rank"], fault["stage"]) == ("died", 1, 1), said
+    assert f"a rank has died: rank 1 (stage 1): iteration {fault['iteration']}, " in said
+    assert len(fault["ranks"]) == 2
+    assert "SIGTERM: stopped after iteration" in said
+    assert outcome["reason"] == "SIGTERM" and outcome["iteration"] < TRAIN_ITERS
+    assert (run.folder / f"checkpoints/step_{outcome['iteration']:08d}/format.json").exists()
+    again = start_run("disturbed")
+    status, said = again.end()
+    assert status == COMPLETE, said
+    assert again.losses() == undisturbed, "bit for bit, and in an interval of the log, too"
+    assert again.outcome(3)["reason"] == "complete"
+    assert json.loads((run.folder / "attempts/3/environment.json").read_text())["started"]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
 def test_a_rank_killed_at_any_moment_costs_nothing_but_time(
     start_run: Callable[..., Any], undisturbed: Losses, seed: int
 ) -> None:

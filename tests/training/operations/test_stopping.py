@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.long_run import write_long_run
 
 from megatron_ee.training.operations.attempts import COMPLETE, STOPPED
 from megatron_ee.training.operations.stopping import REASONS, SIGNALS, StopRequests
@@ -58,11 +61,8 @@ def test_time_is_up_after_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert REASONS[requests.reason()] == reason
 
 
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGTERM],
-    ids=lambda number: number.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_been(
     start_run: Callable[..., Any], undisturbed: Losses, number: signal.Signals
 ) -> None:
@@ -84,11 +84,13 @@ def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_been(
     assert json.loads((run.folder / "attempts/2/environment.json").read_text())["started"]
 
 
-def test_a_run_stops_by_itself_before_its_limit(start_run: Callable[..., Any]) -> None:
-    run = start_run("limited", "training.exit_duration=0.001")
-    status, said = run.end()
-    assert status == STOPPED, said
-    assert run.outcome(1)["reason"] == "exit_duration"
+def test_a_run_stops_by_itself_before_its_limit(tmp_path: Path) -> None:
+    alone = ["name=limited", "parallel.pipeline=1", "training.exit_duration=0.001"]
+    command = [sys.executable, "-m", "megatron_ee.training", str(write_long_run(tmp_path)), *alone]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == STOPPED, ended.stderr
+    outcome = json.loads((tmp_path / "runs/limited/attempts/1/outcome.json").read_text())
+    assert outcome["reason"] == "exit_duration"
 
 
 @pytest.mark.slow

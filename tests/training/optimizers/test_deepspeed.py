@@ -1,7 +1,9 @@
 """What DeepSpeed's ZeRO is given, what it keeps, and that it leaves the process alone."""
 
+import gc
 import logging
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,20 @@ def test_each_data_rank_keeps_the_share_that_is_estimated(ranks: RankPool, preci
     measured = ranks.run(4, _bytes_of_state, config)
     for rank, held in enumerate(measured):
         assert held == pytest.approx(stages[rank // 2].optimizer, abs=256), "but for steps and padding"
+
+
+def _is_freed(config: Config) -> bool:
+    mesh = open_mesh(config.parallel, choose_device("cpu"))
+    gradients, optimizer = _open(config, mesh)
+    optimizer.step(1e-3)
+    stage = weakref.ref(gradients.ddp.module)
+    del gradients, optimizer
+    gc.collect()
+    return stage() is None
+
+
+def test_a_model_is_freed_with_its_optimizer(ranks: RankPool) -> None:
+    assert ranks.run(2, _is_freed, steps_config("deepspeed", {"pipeline": 2})) == [True, True]
 
 
 def test_it_is_quiet_and_leaves_the_process_as_it_was(
