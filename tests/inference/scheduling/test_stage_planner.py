@@ -53,9 +53,10 @@ def test_as_many_begin_as_keep_all_spread() -> None:
     for depth in (2, 2, 2, 2, 8, 8, 8, 8):
         by_rows.saw(depth)
     assert _begun(by_rows) == 5, "no launch takes more than 1 + 0.6 / 2 times as long as that of 4"
-    for _ in range(2000):
-        planner.saw(8)
-    assert _begun(planner) == 3, "hardly any leaves early now"
+    full = _planner()
+    for _ in range(9):
+        full.saw(8)
+    assert _begun(full) == 3, "depths do not differ: nothing else spreads them"
     assert _begun(_planner(launch_rows=2)) == 2, "unless the config says how many"
 
 
