@@ -63,7 +63,7 @@ def draw_waits(axes: Axes, served: Served, *, unit: Unit, rate: str) -> None:
 
 
 def draw_slots(axes: Axes, served: Served) -> None:
-    """A bar for each segment of each strategy, in groups by residents."""
+    """A bar for each segment of each strategy, and of a pipeline for the time of each stage; in groups by residents."""
     labels: list[str] = []
     places: list[float] = []
     bars: dict[str, list[float]] = {name: [] for name in SHARES}
@@ -76,6 +76,12 @@ def draw_slots(axes: Axes, served: Served) -> None:
                 for kind, value in zip(SHARES, use.shares, strict=True):
                     bars[kind].append(value)
                 place += 1.0
+            for stage, of in enumerate(report.stages):
+                places.append(place)
+                labels.append(f"{name}, {number}: time of stage {stage}")
+                for kind, value in zip(SHARES, of.shares, strict=True):
+                    bars[kind].append(value)
+                place += 1.0
             place += 0.4
     left: Sequence[float] = [0.0] * len(places)
     for kind, values in bars.items():
@@ -86,5 +92,6 @@ def draw_slots(axes: Axes, served: Served) -> None:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False)
-    axes.set_title("slots of launches", loc="left", fontsize=10)
+    has_stages = any(of.stages for reports in served.values() for of in reports.values())
+    axes.set_title("slots of launches" + ", and stages" * has_stages, loc="left", fontsize=10)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3, fontsize=9, frameon=False)

@@ -1,20 +1,30 @@
-"""Show a config's training step, stage by stage: show_schedule.py CONFIG [key.path=value ...]
+"""Show what stages do, in training or in decoding: show_schedule.py CONFIG [key.path=value ...]
 
-Nothing runs: the plan is simulated, with the durations that `parallel.costs` chooses. With --output it is drawn as a
-picture too. With --trace, a step that a run has recorded (`logging.trace_iterations`) is shown beside its plan.
+Of a config it is the training step. Nothing runs: the plan is simulated, with the durations that `parallel.costs`
+chooses. With --output it is drawn as a picture too. With --trace, a step that a run has recorded
+(`logging.trace_iterations`) is shown beside its plan.
+
+    python tools/show_schedule.py --decoding FILE [--output lanes.png] [--clock seconds] [--window BEGIN END]
+
+shows the stages of a decoding pipeline as they ran, with what was filled in and where they idled: what
+`python -m megatron_ee.inference --record FILE` or `simulate_serving.py --record FILE` noted.
 """
 
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+import decoding_lanes
 
 from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import Config, open_config
 from megatron_ee.config.checks import BUILT_IN
 from megatron_ee.errors import FieldError, UserError
+from megatron_ee.inference.decoding_record import read_record
 from megatron_ee.model.vocabulary import planned_vocab_size
 from megatron_ee.parallel.costs import ESTIMATED, chunk_costs, costs_of, weight_share
 from megatron_ee.parallel.layout import describe_layout, place
@@ -46,6 +56,9 @@ def main() -> int:
     """Returns the exit status: 2 when the user has to change something."""
     arguments = _parse()
     try:
+        if arguments.decoding:
+            _show_decoding(arguments)
+            return 0
         trace = read_trace(arguments.trace) if arguments.trace else None
         with open_config(arguments.config, arguments.overrides, read_model=read_model) as config:
             shown = show(config, arguments.world_size or (trace.world_size if trace else None))
@@ -63,6 +76,24 @@ def main() -> int:
         lines += ["", str(arguments.output)]
     print("\n".join(lines))
     return 0
+
+
+def _show_decoding(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: the file is no record, or has nothing to show.
+    """
+    record, output, window = read_record(arguments.decoding), arguments.output, arguments.window
+    lines = [*decoding_lanes.lines_of(record, arguments.clock, window and tuple(window), width=arguments.width)]
+    if output and output.suffix == ".txt":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif output:
+        with _needing_matplotlib():
+            from decoding_picture import save_picture
+
+            save_picture(output, record, arguments.clock, window and tuple(window))
+    print("\n".join([*lines, *(["", str(output)] if output else [])]))
 
 
 def show(config: Config, world_size: int | None) -> Shown:
@@ -186,12 +217,8 @@ def _table(timeline: Timeline, unit: str) -> list[str]:
 
 
 def _save_picture(output: Path, shown: Shown, trace: Trace | None) -> None:
-    try:
+    with _needing_matplotlib():
         from schedule_picture import Lanes, save_picture, summary
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise UserError("--output: pictures need matplotlib: pip install 'megatron-ee[plots]'") from error
     if trace is None:
         groups, unit = [Lanes("plan", shown.timeline)], shown.unit
     else:
@@ -205,18 +232,48 @@ def _save_picture(output: Path, shown: Shown, trace: Trace | None) -> None:
     save_picture(output, groups, title=title, unit=unit)
 
 
+@contextmanager
+def _needing_matplotlib() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise UserError("--output: pictures need matplotlib: pip install 'megatron-ee[plots]'") from error
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("config", nargs="?", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--world-size", type=_at_least(1), metavar="N", help="processes; default: one pipeline's")
     parser.add_argument("--output", type=Path, metavar="PICTURE", help="draw it too, as a .png or .svg")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="a recorded step: RUN/traces/step_00000003.json")
+    decoding = parser.add_argument_group("decoding")
+    decoding.add_argument("--decoding", type=Path, metavar="FILE", help="a record of a pipeline; --output: .txt, too")
+    decoding.add_argument("--clock", choices=("virtual", "seconds"), help="of estimated costs, or real (virtual)")
+    decoding.add_argument("--window", type=float, nargs=2, metavar=("BEGIN", "END"), help="default: all of it")
     width = shutil.get_terminal_size().columns
     parser.add_argument(
         "--width", type=_at_least(NARROWEST), default=max(width, NARROWEST), help="default: the terminal's"
     )
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    _check(parser, arguments)
+    return arguments
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.decoding is None:
+        if arguments.config is None:
+            parser.error("name a CONFIG, or --decoding FILE")
+        if arguments.clock or arguments.window:
+            parser.error("--clock and --window are for --decoding")
+        return
+    if arguments.config or arguments.trace or arguments.world_size:
+        parser.error("--decoding goes with neither CONFIG nor --trace nor --world-size")
+    if arguments.window and not arguments.window[0] < arguments.window[1]:
+        parser.error(f"--window: {arguments.window[0]:g} is not before {arguments.window[1]:g}")
+    arguments.clock = arguments.clock or "virtual"
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -14,6 +14,9 @@ from it how deep each token goes and whether it stays the same. Printed is which
 YAML, or that none does. It is chosen on one half of the prompts and judged on the other. Costs are measured, unless
 they are given.
 
+With --stages, the model is cut into a pipeline, each stage in a process of its own; --record notes what each stage did,
+which show_schedule.py --decoding draws.
+
 Writes serving.json and serving.png into a folder. Not simulated: sampling, stop tokens, drafts.
 """
 
@@ -29,21 +32,30 @@ from compare_measures import pictures_of
 from serving_costs import Machine, machine_from_file, machine_from_sizes
 from serving_load import add_load_options, fill_load_options, load_of, share, whole
 from serving_runs import STRATEGIES, Setting, serve
+from serving_stages import add_stage_options, check_stage_options, line_of, stops_of
 from sweep_results import check_folder
 
 from megatron_ee.checkpoint.folders import find_model
 from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import Config, KvPolicy, open_config
-from megatron_ee.errors import UserError
+from megatron_ee.errors import FieldError, UserError
 from megatron_ee.inference.__main__ import split_settings
+from megatron_ee.inference.decoding_record import Recorder, write_record
 from megatron_ee.inference.opening import open_decoding_config
-from megatron_ee.inference.scheduling.bounds import gain_of_rebatching, most_tokens_per_second, reach_of
+from megatron_ee.inference.scheduling.bounds import (
+    gain_of_rebatching,
+    most_tokens_per_second,
+    most_tokens_per_second_of_stages,
+    reach_of,
+)
 from megatron_ee.inference.scheduling.report import Report, as_json
 from megatron_ee.inference.scheduling.report_table import table
 from megatron_ee.inference.scheduling.simulate import SimulatedRequest
 from megatron_ee.inference.scheduling.workload import write_load
+from megatron_ee.inference.stages import depths_of
 from megatron_ee.log import quiet_dependencies
 
+RECORD = "note what each stage did, for show_schedule.py --decoding FILE.json"
 PROMPTS = "one a line that is not blank; or a .jsonl of objects with `prompt`, a text or a list of tokens"
 
 
@@ -79,14 +91,20 @@ def simulate(arguments: argparse.Namespace) -> None:
         else:
             assert config is not None, "the command line has one of them"
             machine = machine_from_sizes(config)
-    load = load_of(arguments, machine.exits, machine.num_layers)
+        load = load_of(arguments, machine.exits, machine.num_layers)
+        arguments.stops = stops_of(arguments, config, load, machine.num_layers)
     if arguments.write_load:
         write_load(arguments.write_load, load)
     print(f"{len(load)} requests, {sum(len(of.depths) for of in load)} tokens; {machine.said}")
+    if len(arguments.stops) > 1:
+        print(line_of(arguments.stops))
+    elif arguments.record:
+        raise FieldError("--record", "notes the stages of a pipeline, and there is none: --stages")
+    recorder = Recorder() if arguments.record else None
     served = {}
     for residents in arguments.residents:
         served[residents] = {
-            strategy: serve(load, machine, _setting(arguments, strategy, residents))
+            strategy: serve(load, machine, _setting(arguments, strategy, residents), recorder=recorder)
             for strategy in arguments.strategies
         }
         print("", *lines_of(load, machine, _setting(arguments, "lockstep", residents), served[residents]), sep="\n")
@@ -95,10 +113,14 @@ def simulate(arguments: argparse.Namespace) -> None:
         "unit": "seconds" if arguments.costs else machine.unit.name,
         "launch_rows": arguments.launch_rows,
         "kv_policy": arguments.kv_policy,
+        "stages": arguments.stops,
         "residents": {
             str(number): {name: as_json(of) for name, of in reports.items()} for number, reports in served.items()
         },
     }
+    if recorder is not None:
+        write_record(arguments.record, recorder.record)
+        print(arguments.record)
     write(output, content)
     title = f"{len(load)} requests, {arguments.kv_policy}"
     draw(output / "serving.png", served, machine, title=title if load else "no requests")
@@ -114,20 +136,27 @@ def lines_of(
         yield "no requests"
         return
     reach = reach_of(depths, machine.exits, machine.num_layers)
-    bound = most_tokens_per_second(
-        reach,
-        machine.costs,
-        launch_rows=setting.rows,
-        kv_policy=setting.kv_policy,
-        prompt_rows=sum(of.prompt - 1 for of in load) / len(depths),
-    )
+    bound = _bound(depths, machine, setting, prompt_rows=sum(of.prompt - 1 for of in load) / len(depths))
     yield from table(reports, unit=machine.unit, rate=machine.rate, bound=bound)
     whole = {segment: machine.costs.of(*segment, 1) for segment in reach}
     share_ = sum(reach[segment] * cost for segment, cost in whole.items()) / sum(whole.values())
     yield f"mean depth share {share_:.2f}: {1 / share_:.2f}x is the most over full depth, where rows cost nothing"
-    if len(whole) == 2 and setting.residents <= setting.rows:
+    if len(whole) == 2 and setting.residents <= setting.rows and setting.stages is None:
         gain = gain_of_rebatching(list(reach.values())[1], *whole.values())
         yield f"with no more residents than launch rows, rebatching gains {gain:.2f}x there"
+
+
+def _bound(depths: Sequence[int], machine: Machine, setting: Setting, *, prompt_rows: float) -> float:
+    rows: dict[str, Any] = {
+        "launch_rows": setting.rows,
+        "kv_policy": setting.kv_policy,
+        "prompt_rows": prompt_rows,
+    }
+    if (stages := setting.stages) is None:
+        return most_tokens_per_second(reach_of(depths, machine.exits, machine.num_layers), machine.costs, **rows)
+    reach = reach_of(depths, depths_of(machine.exits, stages)[1:-1], machine.num_layers)
+    costs = machine.costs.cut_at(stages.borders)
+    return most_tokens_per_second_of_stages(reach, costs, stages, residents=setting.residents, **rows)
 
 
 def write(output: Path, content: dict[str, Any]) -> None:
@@ -176,7 +205,7 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 
 def _setting(arguments: argparse.Namespace, strategy: str, residents: int) -> Setting:
-    return Setting(strategy, residents, arguments.launch_rows, arguments.max_wait, arguments.kv_policy)
+    return Setting(strategy, residents, arguments.launch_rows, arguments.max_wait, arguments.kv_policy, arguments.stops)
 
 
 def _parse() -> argparse.Namespace:
@@ -192,6 +221,8 @@ def _parse() -> argparse.Namespace:
     how.add_argument("--max-wait", type=whole(1), default=16, metavar="N", help="launches that a row waits (16)")
     how.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, help="default: all")
     how.add_argument("--kv-policy", choices=get_args(KvPolicy), default="recompute", help="(recompute)")
+    add_stage_options(parser)
+    parser.add_argument("--record", type=Path, metavar="FILE.json", help=RECORD)
     add_load_options(parser)
     advice = parser.add_argument_group("a recommendation")
     advice.add_argument("--recommend", type=Path, metavar="PROMPTS", help=PROMPTS)
@@ -216,6 +247,9 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     has_config = bool(arguments.checkpoint or split_settings(arguments.settings)[0])
     if not has_config and not arguments.costs:
         parser.error("say what launches cost: --costs FILE, or a CONFIG or --checkpoint, whose sizes they follow")
+    check_stage_options(parser, arguments, has_config=has_config)
+    if arguments.record and (arguments.recommend or len(arguments.residents) * len(arguments.strategies) > 1):
+        parser.error("--record is of one run: give one of --residents and one of --strategies")
     if arguments.settings and not has_config:
         parser.error("key.path=value changes a config: name one, or a checkpoint")
     fill_load_options(parser, arguments)

@@ -14,11 +14,12 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from megatron_ee.checkpoint.folders import find_model
-from megatron_ee.errors import StageLostError, UserError
+from megatron_ee.errors import FieldError, StageLostError, UserError
 from megatron_ee.exit_status import is_first_of_node, leave_status
 from megatron_ee.inference.asking import Prompt
 from megatron_ee.inference.command import Session
 from megatron_ee.inference.comparison import compare
+from megatron_ee.inference.decoding_record import Recorder, write_record
 from megatron_ee.inference.llm import LLM, open_model
 from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.inference.prompts import read_prompts
@@ -28,7 +29,7 @@ _CHECKPOINT = "a run folder (its newest), a step folder or a Hugging Face folder
 _PROMPTS = "one a line that is not blank; or a .jsonl of objects with `prompt`, a text or a list of tokens"
 _INTERACTIVE = "continue each line that is typed; Ctrl-C ends a text, Ctrl-D the session"
 _OUTPUT = "write texts, tokens and depths there, a line of JSON for each prompt, instead of printing them"
-
+_RECORD = "write there what the stages of a pipeline did when, for tools/show_schedule.py --decoding"
 _DEPTHS = "write there how many tokens came out after which layer, for inference.parallel.layout=survival"
 
 
@@ -50,12 +51,17 @@ def _run_all(arguments: argparse.Namespace) -> int:
             if arguments.stages:
                 print(config.inference.parallel.pipeline)
                 return 0
-            llm = LLM.of(open_model(folder, config), config)
+            recorder = Recorder() if arguments.record else None
+            if recorder is not None and config.inference.parallel.pipeline == 1:
+                raise FieldError("inference.parallel.pipeline", "1, and --record notes what several stages do")
+            llm = LLM.of(open_model(folder, config), config, recorder=recorder)
             with _one_speaks(llm):
                 if arguments.compare:
                     compare(llm, prompts, all_policies=arguments.kv_policies)
                 else:
                     _run(Session(llm), prompts, arguments.output, arguments.depths)
+            if recorder is not None and llm.is_first:
+                write_record(arguments.record, recorder.record)
     except StageLostError as error:
         print(error, file=sys.stderr)
         sys.stdout.flush()
@@ -108,6 +114,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help=_OUTPUT)
     parser.add_argument("--depths", type=Path, metavar="FILE.json", help=_DEPTHS)
     parser.add_argument("--stages", action="store_true", help="print the number of stages, and do no more")
+    parser.add_argument("--record", type=Path, metavar="FILE.json", help=_RECORD)
     parser.add_argument("--compare", action="store_true", help="full depth against exits, for several thresholds")
     parser.add_argument("--kv-policies", action="store_true", help="with --compare: every KV policy, too")
     parser.add_argument("settings", nargs="*", metavar="[CONFIG] key.path=value")
@@ -117,8 +124,8 @@ def _parse() -> argparse.Namespace:
         parser.error("give prompts, by --prompt or --prompts, or --interactive")
     if arguments.interactive and (arguments.compare or arguments.output or arguments.depths):
         parser.error("--interactive goes with none of --compare, --output and --depths")
-    if arguments.compare and (arguments.output or arguments.depths):
-        parser.error("--compare prints a table and writes neither --output nor --depths")
+    if arguments.compare and (arguments.output or arguments.depths or arguments.record):
+        parser.error("--compare prints a table and writes none of --output, --depths and --record")
     if arguments.kv_policies and not arguments.compare:
         parser.error("--kv-policies goes with --compare")
     return arguments

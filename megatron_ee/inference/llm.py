@@ -12,6 +12,7 @@ from megatron_ee.config import Config, ExitParams, SamplingParams
 from megatron_ee.errors import FieldError, StageLostError, UserError
 from megatron_ee.inference.asking import Asking, Prompt
 from megatron_ee.inference.completion import Completion, Piece, completions
+from megatron_ee.inference.decoding_record import Recorder
 from megatron_ee.inference.growing_text import GrowingText
 from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.inference.request import Failure, Request
@@ -37,6 +38,7 @@ class LLM:
         config: the path of a config, instead of the one that a run has and of the defaults that another folder gets.
         overrides: of the config, as on a command line: ["inference.exit.threshold=0.8"].
         device: `auto`, `cpu` or `cuda`, instead of the config's.
+        recorder: notes launches, if the model is a pipeline.
 
     Attributes:
         config: its `inference` section holds where a call says nothing.
@@ -53,18 +55,19 @@ class LLM:
         config: str | Path | None = None,
         overrides: Sequence[str] = (),
         device: Literal["auto", "cpu", "cuda"] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         quiet_dependencies()
         folder = find_model(Path(path))
         overrides = [*overrides, *([f"device={device}"] if device else [])]
         with open_decoding_config(folder, overrides, config_file=Path(config) if config else None) as opened:
-            self._take(open_model(folder, opened), opened)
+            self._take(open_model(folder, opened), opened, recorder)
 
     @classmethod
-    def of(cls, model: "OpenedModel", config: Config) -> Self:
+    def of(cls, model: "OpenedModel", config: Config, *, recorder: Recorder | None = None) -> Self:
         """Around a model that is open already."""
         llm = cls.__new__(cls)
-        llm._take(model, config)
+        llm._take(model, config, recorder)
         return llm
 
     def generate(self, prompts: Prompts, sampling: Sampling = None, exit: Exits = None) -> list[Completion]:
@@ -117,8 +120,8 @@ class LLM:
         """What has been run so far, by calls whose texts have ended."""
         return self._work + self.model.runner.work
 
-    def _take(self, model: "OpenedModel", config: Config) -> None:
-        self.model, self.config, self._work = model, config, Work()
+    def _take(self, model: "OpenedModel", config: Config, recorder: Recorder | None) -> None:
+        self.model, self.config, self._work, self._recorder = model, config, Work(), recorder
         self._asking = Asking(config, model.tokenizer, model.begin, model.stop_token_ids)
 
     def _begin(self, prompts: Prompts, sampling: Sampling, exit: Exits) -> tuple[list[Request], Iterator[Piece]]:
@@ -158,7 +161,8 @@ class LLM:
             residents=residents,
             prefill_chunk=chunk,
         )
-        return Engine(batch, planner, whole=settings.kv_cache.admission == "answer")
+        is_whole = settings.kv_cache.admission == "answer"
+        return Engine(batch, planner, whole=is_whole, recorder=self._recorder)
 
     def _run(self, engine: "Engine", requests: Sequence[Request]) -> Iterator[Piece]:
         texts = {index: GrowingText(index, request, self.model.tokenizer) for index, request in enumerate(requests)}

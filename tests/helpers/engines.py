@@ -10,6 +10,7 @@ from helpers.tiny import VOCAB_SIZE
 from megatron_ee.config import ExitParams, SchedulingParams
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.blocks import Blocks
+from megatron_ee.inference.decoding_record import Recorder
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission, Request
@@ -43,11 +44,13 @@ def engine_of(
     whole: bool = True,
     keeps_prefixes: bool = False,
     stops: Sequence[int] = (),
+    recorder: Recorder | None = None,
     **scheduling: Any,
 ) -> Engine:
     """
     Args:
         stops: where stages end, of a pipeline in this process; none: there is none.
+        recorder: of its launches.
     """
     if stops:
         model = replace(model, pipeline=Pipeline(Stages(tuple(stops)), model.facts))
@@ -65,7 +68,7 @@ def engine_of(
         stage_planner = make_stage_planner(
             params, costs, model.stages, depths, residents=residents, prefill_chunk=chunk
         )
-        return Engine(batch, stage_planner, whole=whole)
+        return Engine(batch, stage_planner, whole=whole, recorder=recorder)
     planner = make_planner(params, costs, depths, residents=residents, prefill_chunk=chunk)
     return Engine(batch, planner, whole=whole)
 

@@ -17,6 +17,7 @@ from helpers.ranks import RankPool
 from helpers.runs import run_config, train_and_save, write_small_dataset
 
 from megatron_ee.inference.__main__ import main, split_settings
+from megatron_ee.inference.decoding_record import read_record
 from megatron_ee.inference.exit_depths import read_depths
 from megatron_ee.parallel.mesh import Mesh
 
@@ -133,6 +134,10 @@ def test_comparing_begins_with_full_depth(run: Path, capsys: pytest.CaptureFixtu
         (["--prompt", "a", "inference.exit.measure=gate"], "gate"),
         (["--prompt", "a", "--output", "no-folder/out.jsonl"], "no-folder/out.jsonl: No such file or directory"),
         (
+            ["--prompt", "a", "--record", "f"],
+            "inference.parallel.pipeline: 1, and --record notes what several stages do",
+        ),
+        (
             ["--prompt", "a", "inference.parallel.layout=survival"],
             "inference.parallel.depths: null, but layout survival",
         ),
@@ -163,8 +168,9 @@ def test_a_wrong_prompt_leaves_a_file_as_it_is(run: Path, tmp_path: Path, capsys
         (["--prompt", "a", "--interactive"], "give prompts, by --prompt or --prompts, or --interactive"),
         (["--interactive", "--compare"], "--interactive goes with none of --compare, --output and --depths"),
         (["--interactive", "--depths", "f"], "--interactive goes with none of --compare, --output and --depths"),
-        (["--prompt", "a", "--compare", "--output", "f"], "--compare prints a table and writes neither --output"),
-        (["--prompt", "a", "--compare", "--depths", "f"], "--compare prints a table and writes neither --output"),
+        (["--prompt", "a", "--compare", "--output", "f"], "--compare prints a table and writes none of --output"),
+        (["--prompt", "a", "--compare", "--record", "f"], "--compare prints a table and writes none of --output"),
+        (["--prompt", "a", "--compare", "--depths", "f"], "--compare prints a table and writes none of --output"),
         (["--prompt", "a", "--kv-policies"], "--kv-policies goes with --compare"),
     ],
 )
@@ -195,6 +201,19 @@ def test_of_two_processes_one_prints_what_both_decode(
     texts, _, table = _call(capsys, run, *command)[1].rpartition("\n\n")
     assert first.startswith(texts)
     assert first.count("tokens by exit layer") == table.count("tokens by exit layer") == 1
+
+
+def test_the_first_of_two_stages_records_both(run: Path, ranks: RankPool, tmp_path: Path) -> None:
+    """By the clock that all follow; the other one is its own."""
+    stages = ("inference.parallel.pipeline=2", "inference.exit.threshold=0.2")
+    path = tmp_path / "record.json"
+    ranks.run(2, _captured, run, "--prompt", "early ", "--prompt", "deeper ", "--record", str(path), *stages)
+    record = read_record(path)
+    assert len(record.stops) == 2
+    first, second = record.lanes("virtual")
+    assert first and second
+    assert all(of.seconds is not None for of, _ in first)
+    assert all(of.seconds is None for of, _ in second)
 
 
 def test_lines_from_a_pipe_are_continued_one_after_the_other(run: Path) -> None:

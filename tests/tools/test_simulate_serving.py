@@ -9,6 +9,7 @@ import pytest
 from helpers.tiny import tiny_config
 
 from megatron_ee.config import to_yaml
+from megatron_ee.inference.decoding_record import read_record
 from megatron_ee.inference.scheduling.costs import SegmentCosts, write_costs
 from megatron_ee.inference.scheduling.simulate import SimulatedRequest
 from megatron_ee.inference.scheduling.workload import read_load, write_load
@@ -99,9 +100,54 @@ def test_a_token_leaves_where_its_request_looks(
     assert capsys.readouterr().err == "load.jsonl:2: no token leaves after layer 4, only after [8]\n"
 
 
+def test_stages_are_cut_as_the_options_the_load_or_the_config_say(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    depths = ("--depths", "2:.7,5:.2,8:.1", "--requests", "20", "--prompts", "3", "--answers", "8")
+    how = ("tiny.yaml", "model.vocab_size=320", "--strategies", "compaction", *depths)
+    cut = {}
+    for options in (
+        ("--stages", "2"),
+        ("--stages", "2", "--layout", "survival"),
+        ("--stage-layers", "1,2,5"),
+        ("inference.parallel.pipeline=2",),
+        ("inference.parallel.pipeline=3", "inference.parallel.layout=[3, 3, 2]"),
+    ):
+        assert call(monkeypatch, *how, *options) == 0
+        content = json.loads(Path("runs/serving/serving.json").read_text())
+        stops = cut[options] = content["stages"]
+        assert "stages: layers 1 to " in capsys.readouterr().out
+        of = content["residents"]["16"]["compaction"]
+        assert len(of["stages"]) == len(stops)
+        assert all(sum(stage.values()) == pytest.approx(1) for stage in of["stages"])
+        assert {layers["layers"][1] for layers in of["slots"]} <= {2, 5, 8, *stops}
+    equal, survival, listed, of_config, of_list = cut.values()
+    assert equal == of_config and listed == [1, 3, 8] and of_list == [3, 6, 8]
+    assert survival[0] < equal[0], "most tokens leave early"
+    assert Path("runs/serving/serving.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_run_of_a_pipeline_is_recorded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ("--costs", "costs.json", "--strategies", "rebatch", "--record", "record.json", "--kv-policy", "fill")
+    assert call(monkeypatch, *SMALL, *how, "--stage-layers", "3,5") == 0
+    record = read_record(Path("record.json"))
+    assert record.stops == (3, 8) and record.has("seconds")
+    of = json.loads(Path("runs/serving/serving.json").read_text())["residents"]["16"]["rebatch"]
+    assert sum(slots["launches"] for slots in of["slots"]) == len(record.launches)
+    assert call(monkeypatch, *SMALL, *how) == 2
+    assert "--record: notes the stages of a pipeline, and there is none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--costs", "costs.json", "--stage-layers", "3,4"], "--stage-layers: add up to 7, and the model has 8 layers"),
+        (
+            ["tiny.yaml", "model.vocab_size=320", "--depths", "2:1", "--stages", "9"],
+            "--stages: 9 stages need at least 9",
+        ),
         (["--costs", "none.json"], "none.json: cannot be read as JSON"),
         (["--costs", "tiny.yaml"], "tiny.yaml: cannot be read as JSON"),
         (["--costs", "costs.json", "--depths", "3:1"], "--depths: no token leaves after layer 3, only after [4, 8]"),
@@ -137,6 +183,12 @@ def test_what_a_user_got_wrong_is_one_message(
         (["--costs", "c", "--depths", "4:0"], "no token leaves anywhere"),
         (["--costs", "c", "--depths", "4:1", "--residents", "0"], "0 is below 1"),
         (["--costs", "c", "--depths", "4:1", "--agreement", ".9"], "--agreement goes with --recommend"),
+        (["--costs", "c", "--depths", "4:1", "--stages", "2"], "stages are cut by a model's sizes"),
+        (["--costs", "c", "--depths", "4:1", "--stage-layers", "2,x"], "'2,x' is no list of numbers of layers"),
+        (["c", "--depths", "4:1", "--stages", "3", "--stage-layers", "4,4"], "has 2 stages, and --stages says 3"),
+        (["c", "--depths", "4:1", "--layout", "equal"], "--layout cuts a pipeline: --stages says into how many"),
+        (["--checkpoint", "r", "--recommend", "p", "--stages", "2"], "--stages does not go with --recommend"),
+        (["c", "--depths", "4:1", "--record", "r"], "--record is of one run"),
         (["--costs", "c", "--recommend", "p"], "--recommend needs the model: --checkpoint"),
         (["--checkpoint", "r", "--recommend", "p", "--depths", "4:1"], "--depths does not go with --recommend"),
         (["--checkpoint", "r", "--recommend", "p", "--kv-policy", "propagate"], "propagate changes tokens"),

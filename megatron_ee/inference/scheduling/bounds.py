@@ -4,10 +4,12 @@ q_k is the share of tokens that go through segment k, c_k(n) what n rows cost th
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from megatron_ee.config import KvPolicy
 from megatron_ee.inference.scheduling.costs import SegmentCosts
+from megatron_ee.inference.stages import Stages
 
 
 def reach_of(depths: Sequence[int], exits: Sequence[int], num_layers: int) -> Mapping[tuple[int, int], float]:
@@ -44,6 +46,37 @@ def most_tokens_per_second(
         if kv_policy == "propagate":
             cost += (1 - share) * costs.of_store(start, stop, launch_rows)
     return launch_rows / cost if cost else 0.0
+
+
+def most_tokens_per_second_of_stages(
+    reach: Mapping[tuple[int, int], float],
+    costs: SegmentCosts,
+    stages: Stages,
+    *,
+    residents: int,
+    launch_rows: int,
+    kv_policy: KvPolicy,
+    prompt_rows: float = 0.0,
+) -> float:
+    """Of a pipeline: what its slowest stage could do, if its launches were always full; or all sequences, if each of
+    their tokens were alone and nothing ever waited. Every process plans the launches of all stages; here each pays for
+    its own alone.
+
+    Args:
+        reach, costs: of segments that end where stages do, too.
+    """
+    alone = sum(
+        share * (costs.of(*segment, 1) + costs.of_head(segment[1], 1) + costs.step) for segment, share in reach.items()
+    )
+    bounds = [residents / alone] if alone else []
+    for stage, stop in enumerate(stages.stops):
+        own = {of: share for of, share in reach.items() if stages.start(stage) <= of[0] < stop}
+        bound = most_tokens_per_second(
+            own, replace(costs, token=0.0), launch_rows=launch_rows, kv_policy=kv_policy, prompt_rows=prompt_rows
+        )
+        if bound:
+            bounds.append(bound)
+    return min(bounds, default=0.0)
 
 
 def gain_of_rebatching(deeper: float, first: float, second: float) -> float:

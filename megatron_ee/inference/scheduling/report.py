@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from megatron_ee.inference.scheduling.costs import Segment
 from megatron_ee.inference.scheduling.simulate import SimulatedRun
-from megatron_ee.inference.scheduling.slots import SlotUse
+from megatron_ee.inference.scheduling.slots import SlotUse, StageUse
 
 
 class Percentiles(NamedTuple):
@@ -35,6 +35,7 @@ class Report:
         request: from a request's arrival to its last token.
         forced: tokens that left at another depth than their own.
         use: by segment.
+        stages: of a pipeline, what each did; none: there is no pipeline.
     """
 
     requests: int
@@ -45,6 +46,7 @@ class Report:
     request: Percentiles
     forced: int
     use: Mapping[Segment, SlotUse]
+    stages: Sequence[StageUse] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,6 +60,7 @@ def report_of(
     use: Mapping[Segment, SlotUse],
     *,
     forced: int = 0,
+    stages: Sequence[StageUse] = (),
 ) -> Report:
     """
     Args:
@@ -75,16 +78,17 @@ def report_of(
         request=Percentiles.of([of[-1] - arrival for arrival, of in said]),
         forced=forced,
         use=use,
+        stages=stages,
     )
 
 
 def report_of_run(run: SimulatedRun) -> Report:
-    return report_of([of.arrival for of in run.requests], run.times, run.use, forced=run.forced)
+    return report_of([of.arrival for of in run.requests], run.times, run.use, forced=run.forced, stages=run.stages)
 
 
 def as_json(report: Report) -> dict[str, Any]:
     """What a file of results has of it."""
-    return {
+    content: dict[str, Any] = {
         "requests": report.requests,
         "tokens": report.tokens,
         "seconds": report.seconds,
@@ -102,6 +106,9 @@ def as_json(report: Report) -> dict[str, Any]:
             for (start, stop), of in report.use.items()
         ],
     }
+    if report.stages:
+        content["stages"] = [dict(zip(("real", "filled", "idle"), of.shares, strict=True)) for of in report.stages]
+    return content
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float | None:

@@ -43,7 +43,7 @@ def table(
             value = _scaled(of, index, unit.factor)
             lines.append(_row(f"{title} {name} ({unit.name})" if index == 0 else f"{'':4}{name}", columns, value))
     lines.append(_line("forced exits", [str(of.forced) for of in columns]))
-    return [*lines, *_slot_lines(columns)]
+    return [*lines, *_slot_lines(columns), *_stage_lines(columns)]
 
 
 _WAITS: Mapping[str, Callable[[Report], Percentiles]] = {
@@ -62,6 +62,12 @@ def _slot_lines(columns: Sequence[Report]) -> Iterator[str]:
         yield _line("    slots: real filled empty", shares)
         if any(use is not None and use.catch_ups for use in uses):
             yield _line("    to catch up", ["-" if use is None else f"{use.catch_ups}" for use in uses])
+
+
+def _stage_lines(columns: Sequence[Report]) -> Iterator[str]:
+    for stage in range(max((len(of.stages) for of in columns), default=0)):
+        shares = [" ".join(f"{share:4.0%}" for share in of.stages[stage].shares) for of in columns]
+        yield _line(f"stage {stage}: real filled idle", shares)
 
 
 def _scaled(of: Callable[[Report], Percentiles], index: int, factor: float) -> Callable[[Report], float | None]:

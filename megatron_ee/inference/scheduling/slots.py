@@ -57,6 +57,11 @@ class StageUse:
     def idle(self) -> float:
         return max(0.0, 1 - self.real - self.filled)
 
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Real, filled, idle."""
+        return self.real, self.filled, self.idle
+
 
 class SlotCounter:
     """

@@ -1,15 +1,15 @@
 """Simulated pipelines against closed forms, and what holds for any load on any stages."""
 
-import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ee.config import SchedulingParams
+from megatron_ee.config import KvPolicy, SchedulingParams
 from megatron_ee.inference.decoding_record import Recorder
 from megatron_ee.inference.scheduling.costs import SegmentCosts
 from megatron_ee.inference.scheduling.simulate import EngineSimulator, SimulatedRequest, SimulatedRun
@@ -21,6 +21,7 @@ EXITS = (4, 8, 12)
 SHARES = {4: 0.4, 8: 0.2, 12: 0.1, 16: 0.3}
 """Of tokens, by the layers that they run."""
 MEAN_STAGES = 0.4 * 1 + 0.2 * 2 + 0.1 * 3 + 0.3 * 4
+POLICIES: tuple[KvPolicy, ...] = ("fill", "recompute", "propagate")
 FLAT = SegmentCosts({(0, 16): ((1, 16.0), (2, 16.0))})  # rows cost nothing
 BY_ROW = SegmentCosts({(0, 16): ((1, 16.0), (2, 32.0))})  # rows cost all
 
@@ -32,7 +33,7 @@ def run(
     *,
     costs: SegmentCosts = FLAT,
     exits: Sequence[int] = EXITS,
-    policy: str = "propagate",
+    policy: KvPolicy = "propagate",
     strategy: str = "compaction",
     recorder: Recorder | None = None,
     prefill_chunk: int = 512,
@@ -99,7 +100,7 @@ def test_where_rows_cost_all_equal_stages_gain_nothing_with_many_texts() -> None
 def test_the_worked_example_of_survival() -> None:
     """16 layers, of which the stages run 2, 3, 4 and 7: 1.54 times as fast as four each."""
     reach = [sum(share for depth, share in SHARES.items() if depth > layer) for layer in range(16)]
-    slowest = max(sum(reach[start:stop]) for start, stop in zip((0, *SURVIVAL), SURVIVAL, strict=False))
+    slowest = max(sum(reach[start:stop]) for start, stop in pairwise((0, *SURVIVAL)))
     assert 4 / slowest == pytest.approx(1.54, abs=0.005)
     gain = _speed(SURVIVAL, 48) / _speed(EQUAL, 48)
     assert 0.96 * 4 / slowest < gain < 1.01 * 4 / slowest
@@ -113,9 +114,7 @@ def _speed(stops: Sequence[int], residents: int, *, exiting: bool = True) -> flo
 def test_idle_stages_fill_in_what_tokens_have_skipped() -> None:
     """With one text, what waits of it never makes its deeper tokens slower, while rows that they take along do."""
     requests = load(1, tokens=300)
-    filling, carrying, ideal = (
-        run(EQUAL, requests, 1, costs=BY_ROW, policy=policy) for policy in ("fill", "recompute", "propagate")
-    )
+    filling, carrying, ideal = (run(EQUAL, requests, 1, costs=BY_ROW, policy=policy) for policy in POLICIES)
     assert ideal.seconds <= filling.seconds < carrying.seconds
     assert sum(of.filled for of in filling.stages) > 0.1
     assert sum(of.filled for of in carrying.stages) == 0
@@ -157,7 +156,7 @@ def test_every_token_is_said_once_and_no_stage_does_two_things(strategy: str, da
         residents=data.draw(st.integers(1, 6)),
         costs=SegmentCosts(segments, {8: ((1, data.draw(number)),)}, step=data.draw(st.sampled_from([0.0, 0.5]))),
         exits=(2, 5),
-        policy=data.draw(st.sampled_from(["recompute", "fill", "propagate"])),
+        policy=data.draw(st.sampled_from(POLICIES)),
         strategy=strategy,
         recorder=recorder,
         prefill_chunk=data.draw(st.sampled_from([1, 4, 64])),
@@ -172,5 +171,21 @@ def test_every_token_is_said_once_and_no_stage_does_two_things(strategy: str, da
     assert rows == sum(of.prompt + len(of.depths) - 1 for of in requests), "every token enters once"
     for clock in ("virtual", "seconds"):
         for lane in recorder.record.lanes(clock):
-            assert all(one[1] <= other[0] for (_, one), (_, other) in itertools.pairwise(lane))
+            assert all(one[1] <= other[0] for (_, one), (_, other) in pairwise(lane))
     assert all(0 <= of.real <= 1 and 0 <= of.filled <= 1 and of.real + of.filled <= 1 + 1e-9 for of in served.stages)
+
+
+@pytest.mark.parametrize("residents", [2, 8])
+def test_nobody_is_held_back_where_rows_cost_nothing(residents: int) -> None:
+    """Equal launches keep step, and every token moves on with each: the longest text takes hardly longer than alone."""
+    requests = load(residents, tokens=400)
+    longest = max(sum(of.depths) for of in requests)
+    assert run(EQUAL, requests, residents).seconds == pytest.approx(longest, rel=0.01)
+
+
+@pytest.mark.parametrize("residents", [4, 8, 16])
+def test_at_full_depth_all_stages_work_where_rows_cost_something(residents: int) -> None:
+    costs = SegmentCosts({(0, 16): ((1, 16.0), (2, 20.0))})
+    served = run(EQUAL, load(residents, exiting=False), residents, costs=costs)
+    assert min(of.real for of in served.stages) > 0.95
+    assert served.tokens_per_second == pytest.approx((residents / 4) / (4 + residents / 4 - 1), rel=0.02)
