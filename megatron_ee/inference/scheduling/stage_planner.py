@@ -119,29 +119,27 @@ class StagePlanner:
     def _spread(self, fronts: Sequence[Front], residents: int) -> list[Front]:
         """Those that are under way in the stage, prompts, and so many of those that could begin."""
         entering = sorted((of for of in fronts if of.at == 0 and of.rows == 1), key=lambda of: (of.since, of.slot))
-        size = self._launch_size(len(entering), residents)
-        return [of for of in fronts if of.at > 0 or of.rows > 1] + entering[:size]
+        return [of for of in fronts if of.at > 0 or of.rows > 1] + entering[: self._most(len(entering), residents)]
 
-    def _launch_size(self, entering: int, residents: int) -> int:
-        """How many of those that could begin do."""
+    def _most(self, entering: int, residents: int) -> int:
+        """That begin, of those that could."""
         mean, differ = self._costs.of(0, self.stages.stops[-1], 1), 0.0
         if self._tokens:
             mean = self._sum / self._tokens
             differ = math.sqrt(max(0.0, self._squares / self._tokens - mean * mean)) / mean
-        spread = max(1.0, residents * min(1.0, self._costs.of(0, self.stages.stops[0], 1) / mean))
+        spread = max(1.0, residents * min(1.0, self._first(1) / mean))
         few, many = math.floor(spread + _ROUNDING), math.ceil(spread - _ROUNDING)
         # by few the first stage sets the pace, by many the way of a token through all
-        size = few if few * self._first(many) >= spread * self._first(few) else many
-        longest = self._first(size) * (1 + _LONGER * differ + _ROUNDING)
-        most = min(entering, math.ceil(spread * (1 + _MORE * differ) - _ROUNDING))
-        while size < most and self._first(size + 1) <= longest:
-            size += 1
-        return size
+        most = few if few * self._first(many) >= spread * self._first(few) else many
+        longest = self._first(most) * (1 + _LONGER * differ) * (1 + _ROUNDING)
+        limit = min(entering, math.ceil(spread * (1 + _MORE * differ) - _ROUNDING))
+        while most < limit and self._first(most + 1) <= longest:
+            most += 1
+        return most
 
     def _first(self, tokens: int) -> float:
-        """The cost of a launch of the first stage."""
-        stop = self.stages.stops[0]
-        return self._costs.of(0, stop, tokens) + self._costs.of_head(stop, tokens)
+        """The cost of a launch of the first stage's layers."""
+        return self._costs.of(0, self.stages.stops[0], tokens)
 
     def _with_urgent(self, plan: LaunchPlan, own: Collection[int], urgent: Collection[int], ready: Ready) -> LaunchPlan:
         more = {slot: count for slot in urgent if slot not in own and (count := ready(slot, plan.start, plan.stop))}
