@@ -12,6 +12,7 @@ Shapes: N rows, H hidden size.
 import re
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from megatron_ee.parallel.mesh import Mesh
 
 _FIRST_BYTES = 1024
 """Of a message; mostly they hold all of it."""
+_MOST_UNDER_WAY = 64
+"""Messages that are kept for those who have yet to hear them."""
 _LENGTH = struct.Struct("<q")
 _LAST_WORDS = timedelta(seconds=2)
 """For a stage that has lost another to say so."""
@@ -68,23 +71,22 @@ class Ring:
         self._stages, self._own, self._ranks = stages, stages.own, mesh.pipeline_ranks
         self._hidden_size, self._dtype, self._device = hidden_size, dtype, mesh.device.torch
         self._states, self._messages = mesh.links.activations, mesh.new_message_group()
-        self._under_way: list[tuple[dist.Work, torch.Tensor]] = []
+        self._under_way: deque[tuple[dist.Work, torch.Tensor, int]] = deque()
+        self._given_up: deque[tuple[dist.Work, torch.Tensor, int]] = deque()
         self._told = Work()
         self._early: dict[int, list[dict[str, Any]]] = {stage: [] for stage in self._others}
 
     def depart(self, flight: Flight, runner: Runner) -> None:
         """Send what has come of a launch on this stage."""
-        self._under_way = [of for of in self._under_way if not of[0].is_completed()]
         assert flight.arrival is not None
         crosses, entering = self._crosses(flight), flight.entering
         header, packed = pack(entering, flight.answers) if crosses and flight.tells else ([], None)
         if flight.tells:
-            work, self._told = runner.work - self._told, runner.work + Work()
             drawn = [[slot, of.draws.num_drawn] for slot, of in entering.items() if not of.draws.is_greedy]
             message = {
                 "answers": answers_out(flight.answers),
                 "drawn": drawn,
-                "work": work_out(work),
+                "work": work_out(runner.work, self._told),
                 "luggage": header,
             }
             self._tell_all(message)
@@ -107,8 +109,7 @@ class Ring:
             answers, header = answers_in(message["answers"]), message["luggage"]
             for slot, count in message["drawn"]:
                 entering[slot].draws.skip_to(count)
-            runner.work += work_in(message["work"])
-            self._told += work_in(message["work"])
+            work_in(message["work"], runner.work, self._told)
         if self._crosses(flight) and stage + 1 == self._own:
             with self._naming(stage):
                 states_NH = self._receive((flight.leg.num_rows, self._hidden_size), self._dtype, stage)
@@ -199,7 +200,17 @@ class Ring:
         tensor = tensor.contiguous()
         work = dist.isend(tensor, dst=self._ranks[stage], group=group)
         assert work is not None, "both ends are in the group"
-        self._under_way.append((work, tensor))
+        self._under_way.append((work, tensor, stage))
+        while len(self._under_way) > _MOST_UNDER_WAY:  # gloo knows of none that it has arrived before somebody waits
+            self._arrived(*self._under_way.popleft())
+
+    def _arrived(self, work: dist.Work, tensor: torch.Tensor, stage: int) -> None:
+        """A message that a stage has yet to hear makes this one wait; whoever is behind all others never waits."""
+        with self._naming(stage):
+            if tensor.is_cuda:
+                work.wait()
+            else:
+                work.wait(self._timeout)
 
     def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, stage: int) -> torch.Tensor:
         return self._take(torch.empty(shape, dtype=dtype, device=self._device), stage, self._states)
@@ -235,13 +246,14 @@ class Ring:
 
     def _pass_on(self, lost: str) -> None:
         """To all that are there."""
-        self._under_way.clear()
+        self._given_up, self._under_way = self._under_way, deque()  # gloo waits for what is let go of
         for stage in self._others:
             with suppress(RuntimeError):
                 self._tell({"lost": lost}, stage)
         deadline = time.monotonic() + _LAST_WORDS.total_seconds()
-        while time.monotonic() < deadline and not all(work.is_completed() for work, _ in self._under_way):
-            time.sleep(0.01)
+        for work, _, _ in self._under_way:
+            with suppress(RuntimeError):
+                work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
 
 
 def _reason(error: RuntimeError) -> str:

@@ -29,16 +29,22 @@ def answers_in(found: list[Any]) -> dict[int, Answer]:
     return {slot: _answer_in(kind, *of) for slot, kind, *of in found}
 
 
-def work_out(work: Work) -> list[Any]:
-    """Of heads: layers are counted by everybody."""
-    return [[*getattr(work, name).items()] for name in _COUNTERS]
+def work_out(work: Work, told: Work) -> list[Any]:
+    """What heads have run since it was told; layers are counted by everybody. Now it is told."""
+    news = []
+    for name in _COUNTERS:
+        counts, known = getattr(work, name), getattr(told, name)
+        new = [(layer, count - known[layer]) for layer, count in counts.items() if count != known[layer]]
+        known.update(dict(new))
+        news.append(new)
+    return news
 
 
-def work_in(found: list[Any]) -> Work:
-    work = Work()
-    for name, counts in zip(_COUNTERS, found, strict=True):
-        getattr(work, name).update(dict(counts))
-    return work
+def work_in(news: list[Any], *works: Work) -> None:
+    """Add it to each of these."""
+    for name, new in zip(_COUNTERS, news, strict=True):
+        for work in works:
+            getattr(work, name).update(dict(new))
 
 
 def _answer_out(answer: Answer) -> list[Any]:

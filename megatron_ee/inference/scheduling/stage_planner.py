@@ -52,6 +52,7 @@ class StagePlanner:
         self.stages, self._planners, self._costs = stages, tuple(planners), costs
         self._depths, self._spreads = tuple(depths), spreads
         self._tokens, self._sum, self._squares = 0.0, 0.0, 0.0
+        self._known: dict[tuple[int, int, int], float] = {}
 
     @property
     def carries(self) -> bool:
@@ -62,14 +63,14 @@ class StagePlanner:
         return self._planners[0].launch_rows
 
     def cost_of(self, plan: LaunchPlan) -> float:
-        rows = self._costs.of(plan.start, plan.stop, plan.num_rows)
+        rows = self._cost(plan.start, plan.stop, plan.num_rows)
         return rows + self._costs.of_head(plan.stop, len(plan.counts))
 
     def saw(self, depth: int) -> None:
         """A token has been said after so many layers."""
         if self._tokens >= _REMEMBERED:
             self._tokens, self._sum, self._squares = self._tokens / 2, self._sum / 2, self._squares / 2
-        cost = self._costs.of(0, depth, 1)
+        cost = self._cost(0, depth, 1)
         self._tokens += 1
         self._sum += cost
         self._squares += cost * cost
@@ -113,8 +114,8 @@ class StagePlanner:
         if coming is None:
             return True
         rows, segment = filling.num_rows, (filling.start, filling.stop)
-        late = self._costs.of(*segment, rows) - coming.left * _IN_TIME
-        return late <= self._costs.of(*segment, rows + coming.tokens) - self._costs.of(*segment, coming.tokens)
+        late = self._cost(*segment, rows) - coming.left * _IN_TIME
+        return late <= self._cost(*segment, rows + coming.tokens) - self._cost(*segment, coming.tokens)
 
     def _spread(self, fronts: Sequence[Front], residents: int) -> list[Front]:
         """Those that are under way in the stage, prompts, and so many of those that could begin."""
@@ -123,7 +124,7 @@ class StagePlanner:
 
     def _most(self, entering: int, residents: int) -> int:
         """That begin, of those that could."""
-        mean, differ = self._costs.of(0, self.stages.stops[-1], 1), 0.0
+        mean, differ = self._cost(0, self.stages.stops[-1], 1), 0.0
         if self._tokens:
             mean = self._sum / self._tokens
             differ = math.sqrt(max(0.0, self._squares / self._tokens - mean * mean)) / mean
@@ -139,7 +140,7 @@ class StagePlanner:
 
     def _first(self, tokens: int) -> float:
         """The cost of a launch of the first stage's layers."""
-        return self._costs.of(0, self.stages.stops[0], tokens)
+        return self._cost(0, self.stages.stops[0], tokens)
 
     def _with_urgent(self, plan: LaunchPlan, own: Collection[int], urgent: Collection[int], ready: Ready) -> LaunchPlan:
         more = {slot: count for slot in urgent if slot not in own and (count := ready(slot, plan.start, plan.stop))}
@@ -154,3 +155,10 @@ class StagePlanner:
             if fills := fills_of(slots, at, to, ready, room):
                 return LaunchPlan(at, to, {}, fills)
         return None
+
+    def _cost(self, start: int, stop: int, rows: int) -> float:
+        """The same few are asked for at every launch."""
+        key = start, stop, rows
+        if key not in self._known:
+            self._known[key] = self._costs.of(*key)
+        return self._known[key]
