@@ -8,6 +8,7 @@ ratio is the median over rounds, and A/A of the same rounds, beside it as `aa`, 
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,9 +78,9 @@ def _pipelines(checkpoint: Path, model: "OpenedModel", *, small: bool) -> list[M
     real = bench_serve_two.SMALL if small else bench_serve_two.TwoSizes()
     prompts = Prompts(model.tokenizer, real.prompt_length).of_round(0, 64)
     measures: list[Measure] = []
-    for lines, found in (
-        *bench_serve_two.two_stage_measures(checkpoint, prompts, real),
-        *bench_serve_pipeline.pipeline_measures(sleeping),
+    for lines, found in chain(
+        bench_serve_two.two_stage_measures(checkpoint, prompts, real),
+        bench_serve_pipeline.pipeline_measures(sleeping),
     ):
         print(*lines, "", sep="\n", flush=True)
         measures += found

@@ -37,16 +37,14 @@ class PipelineSizes:
         tokens: of each.
         rounds: the first is dropped.
         hidden_size, ffn_hidden_size, vocab_size: of the layers and heads that are measured.
-        slowed: so many times as long as measured do stages sleep.
     """
 
     streams: tuple[int, ...] = (1, 4, 16)
-    tokens: int = 40
-    rounds: int = 5
-    hidden_size: int = 768
-    ffn_hidden_size: int = 2048
-    vocab_size: int = 16384
-    slowed: float = 1.0
+    tokens: int = 24
+    rounds: int = 4
+    hidden_size: int = 1536
+    ffn_hidden_size: int = 4096
+    vocab_size: int = 32768
 
 
 SMALL = PipelineSizes((1, 2), tokens=3, rounds=2, hidden_size=64, ffn_hidden_size=128, vocab_size=256)
@@ -163,7 +161,6 @@ def _context(course: Course, ran: Sequence[Ran], sizes: PipelineSizes) -> dict[s
         "layer_seconds": course.costs.segments[0, 1],
         "head_seconds": course.costs.heads[max(course.costs.heads)],
         "hidden_size": sizes.hidden_size,
-        "slowed": sizes.slowed,
         "torch": torch.__version__,
     }
 
@@ -206,8 +203,8 @@ def _measured(sizes: PipelineSizes) -> tuple[Curve, Curve]:
     heads: list[tuple[int, float]] = []
     for rows in _ROWS:
         layer, head = _timed(opened, rows)
-        layers.append((rows, layer / model.num_layers * sizes.slowed))
-        heads.append((rows, head * sizes.slowed))
+        layers.append((rows, layer / model.num_layers))
+        heads.append((rows, head))
     return curve_of(layers), curve_of(heads)
 
 

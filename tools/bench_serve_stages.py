@@ -14,13 +14,14 @@ from megatron_ee.config import ExitParams, ExitsConfig, KvPolicy, ModelConfig, P
 from megatron_ee.config import SchedulingParams as Scheduling
 from megatron_ee.device import choose_device
 from megatron_ee.inference.answers import Answer, Said
+from megatron_ee.inference.arrivals import Arrival
 from megatron_ee.inference.batch import Batch
-from megatron_ee.inference.depth_walk import Arrival
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.flights import Flight
 from megatron_ee.inference.loading import join_stages
 from megatron_ee.inference.measures import MEASURES
 from megatron_ee.inference.opened import OpenedModel
+from megatron_ee.inference.progress import is_asked
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.scheduling.costs import SegmentCosts
 from megatron_ee.inference.scheduling.strategies.named import planner_for
@@ -141,7 +142,7 @@ class SleepingBatch(Batch):
 
     def _run(self, flight: Flight, tokens: Mapping[int, Sequence[int]] | None) -> None:
         plan, costs = flight.plan, self._course.costs
-        asked = [slot for slot, of in flight.entering.items() if self._is_asked(of, plan.stop)]
+        asked = [slot for slot, of in flight.entering.items() if is_asked(of, plan.stop, self._num_layers)]
         seconds = costs.of(plan.start, plan.stop, plan.num_rows) + costs.of_head(plan.stop, len(asked))
         time.sleep(seconds)
         if plan.counts:

@@ -6,8 +6,8 @@ Shapes: N rows, V vocabulary.
 from collections.abc import Mapping
 
 from megatron_ee.inference.answers import Answer, Answers, Passed, Said, Silence
+from megatron_ee.inference.arrivals import Arrival
 from megatron_ee.inference.asked_exit import AskedExit
-from megatron_ee.inference.depth_walk import Arrival
 from megatron_ee.inference.exit_decisions import ExitDecisions
 from megatron_ee.inference.sequences import DecodingSequence
 from megatron_ee.inference.speaking import speak, speak_of_drafts

@@ -13,6 +13,7 @@ from megatron_ee.inference.exit_decisions import ExitDecisions
 from megatron_ee.inference.flights import Flight
 from megatron_ee.inference.luggage import has_luggage, with_states_before
 from megatron_ee.inference.opened import OpenedModel
+from megatron_ee.inference.progress import count, front_of, is_asked
 from megatron_ee.inference.request import Emission, Request
 from megatron_ee.inference.sampling import NoTokenError
 from megatron_ee.inference.scheduling.fronts import Front, LaunchPlan
@@ -154,7 +155,7 @@ class Batch:
         going = [(slot, of) for slot, of in self._going() if slot not in self._under_way and slot not in self._crowded]
         for slot, sequence in going:
             if slot not in self._fronts:
-                self._fronts[slot] = self._front(slot, sequence)
+                self._fronts[slot] = front_of(slot, sequence, self.walk.ledger, self._stages, prefill_chunk=self._chunk)
         return [self._fronts[slot] for slot, _ in going]
 
     def plan(self, planner: Planner, fronts: Sequence[Front]) -> LaunchPlan:
@@ -180,18 +181,18 @@ class Batch:
     def depart(self, plan: LaunchPlan) -> Flight:
         """Begin a launch: where its layers are, it is run at once. Until it arrives its rows are nowhere."""
         self._launch += 1
-        self._count(plan)
         sequences = {slot: self._sequences[slot] for slot in (*plan.counts, *plan.fills)}
         for slot in sequences:
             self._fronts.pop(slot, None)
         self._under_way.update(plan.counts)
+        count(plan, sequences, self.walk.work)
         tokens = None
         if plan.start == 0:
             tokens = {slot: sequences[slot].take(rows) for slot, rows in plan.counts.items()}
             leg = self.walk.append(plan.counts, plan.stop)
         else:
             leg = self.walk.waiting({**plan.counts, **plan.fills}, plan.start, plan.stop)
-        asks = any(self._is_asked(sequences[slot], plan.stop) for slot in plan.counts)
+        asks = any(is_asked(sequences[slot], plan.stop, self._num_layers) for slot in plan.counts)
         tells = asks or (
             plan.stop in self._stages.borders and any(has_luggage(sequences[slot]) for slot in plan.counts)
         )
@@ -266,27 +267,6 @@ class Batch:
     def _going(self) -> list[tuple[int, DecodingSequence]]:
         return [(slot, of) for slot, of in self._sequences.items() if of.finish is None and not of.is_silent]
 
-    def _front(self, slot: int, sequence: DecodingSequence) -> Front:
-        """Its prompt comes in chunks. All but the last one run through all layers, and so does all but the last token
-        where an exit's keys and values would not be exact: what comes after needs it."""
-        at, ledger = sequence.at, self.walk.ledger
-        rows = ledger.num_waiting(slot, at) if at else min(len(sequence.unfed), self._chunk)
-        if not at and rows > 1 and rows == len(sequence.unfed) and sequence.rule.kv_policy == "propagate":
-            rows -= 1
-        is_part = at == 0 and rows < len(sequence.unfed)
-        # where rows are looked at next, or meet some of their own sequence that a neighbour's launch took there
-        looked_at = self._num_layers if is_part else sequence.next_stop(at, self._num_layers)
-        stop = min(looked_at, ledger.next_waiting(slot, at), self._stages.end(at))
-        owes, verifies = sequence.rule.kv_policy != "propagate", sequence.draft is not None and sequence.draft.is_over
-        return Front(slot, at, rows, stop, sequence.since, sequence.is_drafting, owes, verifies)
-
-    def _is_asked(self, sequence: DecodingSequence, layer: int) -> bool:
-        """Whether it is looked at there, after its newest row."""
-        if sequence.unfed:
-            return False
-        rule = sequence.rule
-        return layer == self._num_layers or sequence.drafts_at(layer) or layer in rule.thresholds or layer in rule.heard
-
     def _run(self, flight: Flight, tokens: Mapping[int, Sequence[int]] | None) -> None:
         entering, stop = flight.entering, flight.plan.stop
         arrival = self.walk.run(flight.leg, tokens)
@@ -298,24 +278,6 @@ class Batch:
             flight.answers = at_the_end(arrival, entering) if is_end else at_exit(arrival, entering, self.decisions)
         if self._ring is not None:
             self._ring.depart(flight, self._model.runner)
-
-    def _count(self, plan: LaunchPlan) -> None:
-        """What full depth would have run for the same tokens; see `savings_of`."""
-        work, entering = self.walk.work, [self._sequences[slot] for slot in plan.counts]
-        if plan.start > 0:
-            joining = sum(of.joins_at == plan.start for of in entering)
-            work.turns += joining
-            work.rounds += joining == len(entering)
-            return
-        is_part = [count < len(of.unfed) for count, of in zip(plan.counts.values(), entering, strict=True)]
-        parts = sum(is_part)
-        drafting = sum(of.is_drafting and not part for of, part in zip(entering, is_part, strict=True))
-        turns = len(entering) - drafting - parts
-        work.turns += turns
-        work.rounds += turns > 0
-        work.drafts += drafting > 0
-        work.drafted += drafting
-        work.prefills += parts == len(entering)
 
     def _go_on(self, spoken: Collection[int], flight: Flight) -> None:
         """What sequences that have said something need before their next token."""

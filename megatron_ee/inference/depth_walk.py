@@ -8,12 +8,10 @@ Shapes: N rows, B sequences, H hidden size.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
-from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 
-from megatron_ee.inference.asked_exit import AskedExit
+from megatron_ee.inference.arrivals import Arrival, Features, Leg
 from megatron_ee.inference.blocks import BLOCK, Blocks
 from megatron_ee.inference.cuda_graphs import SegmentGraphs, capture_on
 from megatron_ee.inference.kv_cache import KeyValueCache
@@ -117,22 +115,22 @@ class DepthWalk:
         if own and self._agree(self.cache.are_finite(own)):
             self.prefixes.add(prompt[:ready], attending, own)
 
-    def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> "Arrival":
+    def enter(self, tokens: Mapping[int, Sequence[int]], stop: int) -> Arrival:
         """Append tokens to sequences, by slot, and run them up to `stop`. There have to be blocks for them."""
         return self._go(self.append({slot: len(new) for slot, new in tokens.items()}, stop), tokens)
 
-    def advance(self, counts: Mapping[int, int | None], start: int, stop: int) -> "Arrival":
+    def advance(self, counts: Mapping[int, int | None], start: int, stop: int) -> Arrival:
         """Run positions that wait at `start` up to `stop`; see `waiting`."""
         return self._go(self.waiting(counts, start, stop))
 
-    def append(self, counts: Mapping[int, int], stop: int) -> "Leg":
+    def append(self, counts: Mapping[int, int], stop: int) -> Leg:
         """New positions of sequences, by slot, which are to run up to `stop`."""
         for slot, count in counts.items():
             has_room = self.reserve(slot, self.ledger.length(slot) + count)
             assert has_room, f"no blocks are left for slot {slot}"
         return Leg([SequenceRows(slot, self.ledger.append(slot, count)) for slot, count in counts.items()], 0, stop)
 
-    def waiting(self, counts: Mapping[int, int | None], start: int, stop: int) -> "Leg":
+    def waiting(self, counts: Mapping[int, int | None], start: int, stop: int) -> Leg:
         """
         Args:
             counts: how many of each sequence, by slot, those first that have waited longest; None: all.
@@ -140,7 +138,7 @@ class DepthWalk:
         rows = [SequenceRows(slot, self.ledger.waiting(slot, start, stop)[:count]) for slot, count in counts.items()]
         return Leg(rows, start, stop)
 
-    def run(self, leg: "Leg", tokens: Mapping[int, Sequence[int]] | None = None) -> "Arrival":
+    def run(self, leg: Leg, tokens: Mapping[int, Sequence[int]] | None = None) -> Arrival:
         """What comes of rows, whose layers are here; they have not arrived before `land`.
 
         Args:
@@ -155,7 +153,7 @@ class DepthWalk:
             x_NH = self._states.read(leg.start, launch)
         return self._run(launch, x_NH, leg.start, leg.stop)
 
-    def land(self, leg: "Leg", output_NH: torch.Tensor | None, *, gone: Collection[int] = ()) -> None:
+    def land(self, leg: Leg, output_NH: torch.Tensor | None, *, gone: Collection[int] = ()) -> None:
         """Rows have come to where they were going.
 
         Args:
@@ -236,12 +234,12 @@ class DepthWalk:
             if number >= len(filled) or block != filled[number]:
                 self.prefixes.forget(block)
 
-    def _go(self, leg: "Leg", tokens: Mapping[int, Sequence[int]] | None = None) -> "Arrival":
+    def _go(self, leg: Leg, tokens: Mapping[int, Sequence[int]] | None = None) -> Arrival:
         arrival = self.run(leg, tokens)
         self.land(leg, arrival.output_NH)
         return arrival
 
-    def _run(self, launch: Launch, x_NH: torch.Tensor, start: int, stop: int) -> "Arrival":
+    def _run(self, launch: Launch, x_NH: torch.Tensor, start: int, stop: int) -> Arrival:
         y_NH, taps = (self._graphs or self._runner).run(x_NH, launch, start, stop)
         features = None
         for layer in self._blocks:
@@ -275,79 +273,3 @@ class DepthWalk:
     def _arrive(self, rows: Sequence[SequenceRows], start: int, stop: int) -> None:
         for slot, positions in rows:
             assert self.ledger.advance(slot, start, stop, len(positions)) == positions
-
-
-class Leg(NamedTuple):
-    """Rows on their way through layers `start + 1` to `stop`."""
-
-    rows: Sequence[SequenceRows]
-    start: int
-    stop: int
-
-    @property
-    def num_rows(self) -> int:
-        return sum(len(positions) for _, positions in self.rows)
-
-
-class Features(NamedTuple):
-    """What the block of an exit's head made of the rows of the sequences that ask it."""
-
-    launch: Launch
-    features_NH: torch.Tensor
-
-
-class Arrival(NamedTuple):
-    """Rows that have come to an exit, to where a stage ends, or to the end.
-
-    Attributes:
-        input_NH: at the exit before, or where a stage began after it; `previous` then has states of that exit, by slot.
-    """
-
-    runner: Runner
-    layer: int
-    launch: Launch
-    input_NH: torch.Tensor
-    output_NH: torch.Tensor
-    hidden_NH: torch.Tensor
-    features: Features | None
-    previous: Mapping[int, torch.Tensor] = MappingProxyType({})
-
-    def last_states(self, slots: Sequence[int]) -> torch.Tensor:
-        """Of the newest row of each of these sequences, [N, H]."""
-        (output_NH,) = _last(self.launch, dict.fromkeys(slots, 1), self.output_NH)
-        return output_NH
-
-    def states_before(self, slots: Collection[int]) -> Mapping[int, torch.Tensor]:
-        """Of the newest row of each of these sequences, at the exit before this one: [H]."""
-        (input_NH,) = _last(self.launch, dict.fromkeys(slots, 1), self.input_NH)
-        return {slot: self.previous.get(slot, x_H) for slot, x_H in zip(slots, input_NH, strict=True)}
-
-    def ask(self, slots: Sequence[int]) -> AskedExit:
-        """The exit at the last position of each of these sequences."""
-        return self.ask_last(dict.fromkeys(slots, 1))
-
-    def ask_last(self, counts: Mapping[int, int]) -> AskedExit:
-        """The exit at so many last positions of sequences, by slot, one after the other."""
-        features_NH = None
-        if self.runner.attends(self.layer):
-            assert self.features is not None, "a sequence asks an exit that it has not named"
-            (features_NH,) = _last(self.features.launch, counts, self.features.features_NH)
-        hidden_NH, output_NH, previous_NH = _last(self.launch, counts, self.hidden_NH, self.output_NH, self.input_NH)
-        if self.previous and len(counts) == len(previous_NH):
-            previous_NH = torch.stack([*self.states_before(counts).values()])
-        return AskedExit(
-            self.runner,
-            self.layer,
-            hidden_NH=hidden_NH,
-            output_NH=output_NH,
-            previous_NH=previous_NH,
-            features_NH=features_NH,
-        )
-
-
-def _last(launch: Launch, counts: Mapping[int, int], *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """So many last rows of sequences, by slot, of each tensor; no copy where they are all."""
-    if list(counts.items()) == [(slot, len(positions)) for slot, positions in launch.rows]:
-        return of
-    rows_N = torch.tensor(launch.last_rows_of(counts), device=of[0].device)
-    return tuple(x_NH[rows_N] for x_NH in of)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_ee.inference.answers import Answers
-from megatron_ee.inference.depth_walk import Arrival, Leg
+from megatron_ee.inference.arrivals import Arrival, Leg
 from megatron_ee.inference.scheduling.fronts import LaunchPlan
 from megatron_ee.inference.sequences import DecodingSequence
 

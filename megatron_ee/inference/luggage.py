@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_ee.inference.answers import Answers, Drafted, Said, Silence
-from megatron_ee.inference.depth_walk import Arrival
+from megatron_ee.inference.arrivals import Arrival
 from megatron_ee.inference.scheduling.fronts import LaunchPlan
 from megatron_ee.inference.sequences import DecodingSequence
 

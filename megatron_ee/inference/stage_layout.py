@@ -4,10 +4,12 @@ A stage takes as long for a token as the weights that it reads for it, those of 
 asked there: decoding few rows is bound by that, and attention's keys and values count for nothing. Stages work at the
 same time, on tokens of different texts, so the slowest one sets the pace.
 
-**Survival.** What few tokens reach is read for few tokens: of every layer and head, that share counts. With 16 layers
-of which .4, .2, .1 and .3 of the tokens leave after 4, 8, 12 and 16, four stages of four layers each are as slow as the
-first one, which sees every token: 4 layers' time a token. Of 2, 3, 4 and 7 layers none takes more than 2.6, and
-9.2 / 4 = 2.3 would be ideal: 1.54 times as fast, of 1.74.
+**Survival.** Where each row costs what the first one does, and nothing is made up for what tokens skip (`propagate`),
+what few tokens reach takes little time: of every layer and head, that share counts. With 16 layers of which .4, .2, .1
+and .3 of the tokens leave after 4, 8, 12 and 16, four stages of four layers each are as slow as the first one, which
+sees every token: 4 layers' time a token. Of 2, 3, 4 and 7 layers none takes more than 2.6, and 9.2 / 4 = 2.3 would be
+ideal: 1.54 times as fast, of 1.74. Where a launch costs the same for one row and for many, the longest stage sets the
+pace, and with exact policies every layer is run for every token: then equal stages are better.
 
 An exit on a border belongs to the stage before it, since a token that leaves there has to come back at once.
 """
