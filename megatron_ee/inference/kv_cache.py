@@ -70,7 +70,7 @@ class KeyValueCache:
         places = self.blocks.places(slot, positions)
         if isinstance(places, range):
             return slice(places.start, places.stop)
-        return torch.tensor(places, device=self._device)
+        return torch.tensor(places, dtype=torch.int64, device=self._device)  # also where there are none
 
     def read(self, attention: int, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [G, T, D] of the first positions of one sequence; no copy where its blocks follow each

@@ -23,6 +23,7 @@ class ToolsHere:
         with self._patch.context() as patch:
             patch.setattr(sys, "argv", command)
             patch.setattr(sys, "path", [str(TOOLS), *sys.path])
+            patch.setattr("megatron_ee.parallel.mesh.close_mesh", lambda: None)  # it is the tests', which go on
             with pytest.raises(SystemExit) as ended:
                 runpy.run_path(command[0], run_name="__main__")
         said = self._capsys.readouterr()

@@ -64,7 +64,7 @@ def _errors_of(others: Sequence[subprocess.Popen[str]]) -> list[str]:
     return [process.communicate(timeout=60)[1].strip() for process in others]
 
 
-@pytest.mark.parametrize("lost", [1, 2])
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_stage_ends_all_requests_and_processes(stages: list[subprocess.Popen[str]], lost: int) -> None:
     _wait_for_text(stages[0])
     stages[lost].kill()

@@ -128,3 +128,9 @@ def test_beyond_its_end_a_sequence_reads_zeros_and_nothing_of_anybody_else(stage
     assert blocks.spacing_of([0, 1], 5) is None
     for part_BGTD in places.read(3, 7):
         assert not part_BGTD.any()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_positions_are_nowhere(stage: Stage, order: str) -> None:
+    keys_GTD, values_GTD = cache_of(stage, order).read(3, 1, 0)
+    assert keys_GTD.shape[1] == values_GTD.shape[1] == 0

@@ -35,6 +35,7 @@ MODES: list[dict[str, Any]] = [
     {"mode": "speculative", "draft_exit": 5, "draft_length": 3},
     {"mode": "speculative", "draft_exit": 2, "draft_length": 2},
     {"mode": "sled"},
+    {"mode": "dola", "dola": {"layers": (5,)}},
 ]
 
 
@@ -54,8 +55,8 @@ def _requests(seed: int) -> list[Request]:
     ]
 
 
-def _served(model: OpenedModel, strategy: str, seed: int) -> list[list[Emission]]:
-    """Texts that come and go in an order of their own, with too little memory."""
+def _served(model: OpenedModel, strategy: str, seed: int) -> tuple[list[list[Emission]], int]:
+    """Texts that come and go in an order of their own, with too little memory; and how often one was paused."""
     requests, numbers = _requests(seed), random.Random(seed)
     params = SchedulingParams.model_validate({"strategy": strategy, "launch_rows": numbers.choice([None, 3])})
     planner = make_stage_planner(params, model.launch_costs, model.stages, model.depths, residents=5, prefill_chunk=6)
@@ -71,7 +72,7 @@ def _served(model: OpenedModel, strategy: str, seed: int) -> list[list[Emission]
             assert isinstance(emission, Emission)
             texts[number].append(emission)
     engine.close()
-    return list(texts.values())
+    return list(texts.values()), engine.num_paused
 
 
 def _serve(step: Path, config: Config, seeds: list[int]) -> dict[str, Any]:
@@ -110,10 +111,11 @@ def test_stages_serve_what_one_process_says_alone(
     assert all(other == first for other in others)
     assert {of.exit_layer for texts in alone for text in texts for of in text} == {2, 5, 8}
     for strategy, served in first.items():
-        for seed, expected, texts in zip(seeds, alone, served, strict=True):
+        for seed, expected, (texts, _) in zip(seeds, alone, served, strict=True):
             for number, (text, whole) in enumerate(zip(texts, expected, strict=True)):
                 where = f"{strategy}, seed {seed}, request {number}"
                 assert _of(text) == _of(whole[: len(text)]), where
                 assert [_exits_heard(of) for of in text] == [_exits_heard(of) for of in whole[: len(text)]], where
             num_whole = sum(len(text) == len(whole) for text, whole in zip(texts, expected, strict=True))
             assert num_whole >= len(texts) // 2, "most are not aborted"
+    assert sum(num_paused for served in first.values() for _, num_paused in served) > 0
