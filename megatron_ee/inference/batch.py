@@ -72,6 +72,8 @@ class Batch:
         self._launch = 0
         self._free = list(range(slots))
         self._sequences: dict[int, DecodingSequence] = {}
+        self._joined: dict[int, int] = {}
+        self._num_joined = 0
         self._fronts: dict[int, Front] = {}  # of those whose rows have not moved since
         self._under_way: set[int] = set()
         self._crowded: set[int] = set()  # may not go on before what waits has caught up
@@ -134,6 +136,8 @@ class Batch:
         sequence.take(num_known)
         sequence.since = self._launch
         self._sequences[slot] = sequence
+        self._num_joined += 1
+        self._joined[slot] = self._num_joined
         return slot
 
     def reserve(self, slot: int) -> bool:
@@ -196,7 +200,7 @@ class Batch:
         tells = asks or (
             plan.stop in self._stages.borders and any(has_luggage(sequences[slot]) for slot in plan.counts)
         )
-        flight = Flight(plan, leg, sequences, asks, tells)
+        flight = Flight(plan, leg, sequences, {slot: self._joined[slot] for slot in sequences}, asks, tells)
         if self._stages.holds(plan.start):
             self._run(flight, tokens)
         return flight
@@ -209,21 +213,20 @@ class Batch:
         output_NH = flight.arrival.output_NH if flight.arrival is not None else None
         if self._ring is not None:
             flight.answers, output_NH = self._ring.arrive(flight, self._model.runner)
-        gone = {slot for slot, of in flight.sequences.items() if self._sequences.get(slot) is not of}
+        gone = {slot for slot, number in flight.joined.items() if self._joined.get(slot) != number}
+        answers = {slot: answer for slot, answer in flight.answers.items() if slot not in gone}
         self.walk.land(flight.leg, output_NH, gone=gone)
         self._under_way.difference_update(slot for slot in entering if slot not in gone)
-        for sequence in entering.values():
+        for sequence in (of for slot, of in entering.items() if slot not in gone):
             sequence.come_to(plan.stop, self._launch)
             if plan.stop == self._num_layers and sequence.unfed:  # a part of a prompt makes way for the next
                 sequence.at = 0
         for slot in flight.sequences.keys() - gone:
             self._fronts.pop(slot, None)
-        spoken = [
-            (slot, said)
-            for slot, answer in flight.answers.items()
-            if slot not in gone
-            for said in take_in(entering[slot], answer)
-        ]
+        spoken = [(slot, said) for slot, answer in answers.items() for said in take_in(entering[slot], answer)]
+        for slot, answer in answers.items():
+            if isinstance(answer, Said) and answer.accepted is not None:  # the rest of its draft has been in vain
+                self.walk.work.taken_back += self.walk.take_back(slot, entering[slot].num_positions)
         self._go_on(dict.fromkeys(slot for slot, _ in spoken), flight)
         return spoken
 
@@ -257,6 +260,7 @@ class Batch:
     def remove(self, slot: int) -> None:
         """Forget a sequence, finished or not; its slot is free."""
         sequence = self._sequences.pop(slot)
+        del self._joined[slot]
         self._fronts.pop(slot, None)
         self._under_way.discard(slot)
         self._crowded.discard(slot)
@@ -282,8 +286,6 @@ class Batch:
     def _go_on(self, spoken: Collection[int], flight: Flight) -> None:
         """What sequences that have said something need before their next token."""
         layer, ledger = flight.plan.stop, self.walk.ledger
-        if layer == self._num_layers:
-            self._take_back(flight)
         going = [(slot, of) for slot, of in self._going() if slot in spoken]
         for slot, sequence in going:
             if len(sequence.draws.answer) == 1:
@@ -300,10 +302,3 @@ class Batch:
                 self._crowded.update(crowded)
             else:
                 self.walk.catch_up(crowded)
-
-    def _take_back(self, flight: Flight) -> None:
-        """Of drafts, what full depth did not accept."""
-        for slot, answer in flight.answers.items():
-            sequence = self._sequences.get(slot)
-            if isinstance(answer, Said) and answer.accepted is not None and sequence is flight.sequences[slot]:
-                self.walk.work.taken_back += self.walk.take_back(slot, sequence.num_positions)

@@ -13,7 +13,8 @@ from megatron_ee.inference.sequences import DecodingSequence
 class Flight:
     """
     Attributes:
-        sequences: by slot, of all its rows: others may have their slots when it ends.
+        sequences: by slot, of all its rows.
+        joined: by slot, when they joined: when it ends others may have their slots, or they themselves anew.
         asks: somebody is asked where it ends.
         tells: there may be something to tell of it that is not known beforehand.
         arrival, answers: where its layers are.
@@ -22,6 +23,7 @@ class Flight:
     plan: LaunchPlan
     leg: Leg
     sequences: Mapping[int, DecodingSequence]
+    joined: Mapping[int, int]
     asks: bool
     tells: bool
     arrival: Arrival | None = None

@@ -179,8 +179,12 @@ class LLM:
                         engine.abort(index)
                         del texts[index]
                     yield piece
-        finally:
+        except (GeneratorExit, UserError):  # of these all processes know, and not of an interrupt
             engine.close()
+            raise
+        else:
+            engine.close()
+        finally:
             self._work += engine.batch.walk.work
 
 

@@ -1,7 +1,7 @@
 """A batch spread over the stages of a pipeline, here in one process: each request says what it says alone."""
 
 import pytest
-from helpers.decoding import texts_of
+from helpers.decoding import request, texts_of
 from helpers.engines import (
     STRATEGIES,
     engine_of,
@@ -11,9 +11,12 @@ from helpers.engines import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_ee.config import ExitParams, SchedulingParams
 from megatron_ee.inference.blocks import Blocks
 from megatron_ee.inference.opened import OpenedModel
 from megatron_ee.inference.request import Emission
+from megatron_ee.inference.scheduling.fronts import LaunchPlan
+from megatron_ee.inference.scheduling.strategies.named import make_planner
 
 CUTS = [(2, 8), (4, 8), (5, 8), (3, 6, 8), (2, 5, 8), (1, 3, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8)]
 
@@ -76,3 +79,18 @@ def _assert_each_request_is_as_alone(model: OpenedModel, data: st.DataObject) ->
         ended = number not in aborts
         assert said(texts[number]) == said(alone[: len(texts[number])])
         assert not ended or len(texts[number]) == len(alone)
+
+
+def test_who_was_paused_and_joins_anew_takes_nothing_of_before(model: OpenedModel) -> None:
+    """Its rows are filled in on a deeper stage meanwhile, and it gets the same slot again."""
+    of = request([3, 1, 4, 1, 5], ExitParams(threshold=0.0, kv_policy="fill"), max_new_tokens=6)
+    batch = engine_of(model, "compaction", residents=1, stops=(2, 4, 8)).batch
+    planner = make_planner(SchedulingParams(), model.launch_costs, (0, 2, 4, 8), residents=1, prefill_chunk=8)
+    slot = batch.add(of)
+    text = [emission for _, emission in batch.launch(batch.plan(planner, batch.fronts()))]
+    flight = batch.depart(LaunchPlan(2, 4, {}, {slot: batch.ready(slot, 2, 4)}))
+    assert batch.join(batch.pause(slot)) == slot
+    assert batch.arrive(flight) == []
+    while fronts := batch.fronts():
+        text += [emission for _, emission in batch.launch(batch.plan(planner, fronts))]
+    assert said([emission for emission in text if emission is not None]) == said(texts_of(model, [of])[0])
