@@ -64,9 +64,17 @@ source "$root/scripts/env.sh" "$((nproc * nnodes / stages))"
 
 status_file=$(mktemp)
 trap 'rm -f "$status_file"' EXIT
+EXIT_STATUS_FILE=$status_file "$PYTHON" -m torch.distributed.run "${launch[@]}" -m megatron_ee.inference "$@" <&0 &
+torchrun=$!
+# In the foreground it would keep this script from hearing what it is told.
+told=0
+trap 'told=143; kill -TERM "$torchrun" 2>/dev/null || true' TERM HUP
+trap 'told=130; kill -TERM "$torchrun" 2>/dev/null || true' INT
 status=0
-EXIT_STATUS_FILE=$status_file "$PYTHON" -m torch.distributed.run "${launch[@]}" \
-  -m megatron_ee.inference "$@" || status=$?
+while kill -0 "$torchrun" 2>/dev/null; do
+  status=0
+  wait "$torchrun" || status=$? # or a signal's, and then once more
+done
 # torchrun ends with 1, whatever its ranks had to say; the first of this node leaves it here
 if [[ -s $status_file ]]; then read -r status <"$status_file"; fi
-exit "$status"
+exit $((told ? told : status))

@@ -51,8 +51,9 @@ class Session:
             UserError: the file cannot be written.
         """
         requests, pieces = self._llm.requests(list(prompts)), self._llm.stream(list(prompts))
+        self._llm.from_first(lambda: _begin(output))  # the others would wait for one that cannot write
         try:
-            with (output if self._llm.is_first else Path(os.devnull)).open("w", encoding="utf-8") as file:
+            with (output if self._llm.is_first else Path(os.devnull)).open("a", encoding="utf-8") as file:
                 for index, completion in completions(requests, self._counted(in_order(pieces))):
                     file.write(json.dumps(_record(prompts[index], completion), ensure_ascii=False) + "\n")
                     file.flush()
@@ -114,6 +115,13 @@ class Session:
     def _print_legend(self) -> None:
         if legend := self._painter.legend():
             print(legend)
+
+
+def _begin(output: Path) -> None:
+    try:
+        output.write_text("", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror}") from error
 
 
 def _ask(text: str) -> str | None:

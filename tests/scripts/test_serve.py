@@ -1,10 +1,12 @@
 """scripts/serve.sh: as many processes as stages, one message for what is wrong, and the ranks' own exit status."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.saved import save_random_run
 
@@ -38,6 +40,37 @@ def test_stages_are_processes_and_the_first_one_prints(run: Path, tmp_path: Path
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("tokens by exit layer") == 1
     assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_written_is_one_cause(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "nowhere/texts.jsonl"
+    done = _serve(run, "--output", str(output), "inference.parallel.pipeline=2", "device=cpu")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{output}: No such file or directory\n")
+    assert "does not answer" not in done.stderr
+
+
+@pytest.mark.parametrize(("told", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_script_that_is_told_to_end_leaves_no_process(run: Path, told: signal.Signals, status: int) -> None:
+    settings = ["inference.sampling.max_new_tokens=20000", "inference.sampling.ignore_eos=true", "device=cpu"]
+    command = [str(_SCRIPT), "--checkpoint", str(run), "--prompt", "early", "inference.parallel.pipeline=2", *settings]
+    script = subprocess.Popen(
+        ["env", "--default-signal=INT", *command],
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert script.stdout is not None and script.stdout.read(20)
+        ranks = psutil.Process(script.pid).children(recursive=True)
+        assert len(ranks) == 3, "torchrun and two ranks"
+        script.send_signal(told)
+        script.communicate(timeout=40)
+        assert script.returncode == status
+        gone, alive = psutil.wait_procs(ranks, timeout=10)
+        assert len(gone) == 3 and not alive
+    finally:
+        script.kill()
 
 
 def test_what_only_the_ranks_find_is_their_status(run: Path) -> None:
