@@ -64,6 +64,7 @@ DOORS = {
                 "parallel",
                 "positions",
                 "schema",
+                "serving",
                 "training",
                 "loader",
                 "like",

@@ -11,7 +11,6 @@ from megatron_ee.config.inference import (
     KvPolicy,
     SamplingParams,
     SchedulingParams,
-    ServingConfig,
     SledParams,
 )
 from megatron_ee.config.layerskip import LayerDropoutConfig, LayerSkipConfig
@@ -22,10 +21,13 @@ from megatron_ee.config.model import ExitsConfig, HeadKind, ModelConfig, Precisi
 from megatron_ee.config.operations import CheckpointConfig, FaultsConfig
 from megatron_ee.config.parallel import ParallelConfig, StagePlacement
 from megatron_ee.config.schema import Config
+from megatron_ee.config.serving import AlarmsConfig, BoundsConfig, ServingConfig
 from megatron_ee.config.training import BlendEntry, DataConfig, OptimizerConfig, TrainingConfig
 
 __all__ = [
+    "AlarmsConfig",
     "BlendEntry",
+    "BoundsConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

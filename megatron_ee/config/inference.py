@@ -1,4 +1,4 @@
-"""The sections `inference` and `serving`: how text is generated when a request does not say otherwise."""
+"""The section `inference`: how text is generated when a request does not say otherwise."""
 
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
@@ -232,7 +232,3 @@ class InferenceConfig(Section):
     pack_weights: bool = Field(
         True, description="on a CPU in fp32, a second copy of the matrices, laid out for several rows: twice the memory"
     )
-
-
-class ServingConfig(Section):
-    """The server's settings; it has none yet."""

@@ -10,11 +10,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from megatron_ee.config.checks import InvalidFieldsError, problems_of
 from megatron_ee.config.fields import Names, Section
-from megatron_ee.config.inference import InferenceConfig, ServingConfig
+from megatron_ee.config.inference import InferenceConfig
 from megatron_ee.config.logging import LoggingConfig
 from megatron_ee.config.model import ExitsConfig, ModelConfig
 from megatron_ee.config.operations import CheckpointConfig, FaultsConfig
 from megatron_ee.config.parallel import ParallelConfig
+from megatron_ee.config.serving import ServingConfig
 from megatron_ee.config.training import DataConfig, OptimizerConfig, TrainingConfig
 
 

@@ -189,7 +189,7 @@ def test_yaml_is_in_schema_order_with_lists_on_one_line() -> None:
     assert text.startswith("name: run\nruns: '1e5'\ndevice: auto\nseed: 0\nplugins: []\nmodel:\n  num_layers: 8\n")
     assert "exits:\n  layers: [2, 4]\n  weights: [0.25, 0.5]\n  weight_schedule:\n    shape: linear\n" in text
     assert "    thresholds:\n      4: 1.0\n      2: 0.5\n" in text
-    assert text.endswith("serving: {}\n")
+    assert text.endswith("  alarms:\n    window: 32\n    exit_rate: 0.5\n    acceptance: 0.5\n    agreement: 0.9\n")
 
 
 @pytest.mark.parametrize(
