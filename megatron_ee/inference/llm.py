@@ -16,7 +16,6 @@ from megatron_ee.inference.decoding_record import Recorder
 from megatron_ee.inference.growing_text import GrowingText
 from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.inference.request import Failure, Request
-from megatron_ee.inference.scheduling.strategies.named import planner_for
 from megatron_ee.inference.work import Work
 from megatron_ee.log import quiet_dependencies
 
@@ -134,35 +133,16 @@ class LLM:
         return requests, self._run(engine, requests)
 
     def _make_engine(self, requests: Sequence[Request]) -> "Engine":
-        from megatron_ee.inference.batch import Batch
-        from megatron_ee.inference.blocks import Blocks
-        from megatron_ee.inference.engine import Engine
+        from megatron_ee.inference.engines import make_engine
 
-        positions, settings, model = self.model.max_positions, self.config.inference, self.model
-        lengths = [len(request.prompt) + request.sampling.max_new_tokens for request in requests]
-        residents, chunk = min(len(requests), settings.max_batch_size), settings.prefill_chunk
-        blocks = None
-        if (most := settings.kv_cache.positions) is not None:
-            blocks = Blocks(residents, most, settings.kv_cache.block_size)
-        batch = Batch(
-            model,
-            slots=residents,
-            capacity=max(lengths) if positions is None else min(max(lengths), positions),
+        return make_engine(
+            self.model,
+            self.config,
+            slots=min(len(requests), self.config.inference.max_batch_size),
+            capacity=max(len(request.prompt) + request.sampling.max_new_tokens for request in requests),
             max_pending=max(request.exit.max_pending for request in requests),
-            prefill_chunk=chunk,
-            blocks=blocks,
-            keeps_prefixes=settings.kv_cache.keep_prefixes,
+            recorder=self._recorder,
         )
-        planner = planner_for(
-            settings.scheduling,
-            model.launch_costs,
-            model.stages,
-            model.depths,
-            residents=residents,
-            prefill_chunk=chunk,
-        )
-        is_whole = settings.kv_cache.admission == "answer"
-        return Engine(batch, planner, whole=is_whole, recorder=self._recorder)
 
     def _run(self, engine: "Engine", requests: Sequence[Request]) -> Iterator[Piece]:
         texts = {index: GrowingText(index, request, self.model.tokenizer) for index, request in enumerate(requests)}
