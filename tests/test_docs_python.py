@@ -18,9 +18,10 @@ def test_its_examples_run_one_after_the_other(
     ranks.run(1, train_and_save, run_config(tmp_path, name="demo", training={"train_iters": 1}))
     monkeypatch.chdir(tmp_path)
     examples, names = EXAMPLES.findall(PAGE.read_text()), {}
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         exec(compile(example, str(PAGE), "exec"), names)
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.endswith(" layers a token")]) == 2
     assert len([line for line in lines if line.endswith(("length", "stop"))]) == 2
+    assert len([line for line in lines if line.endswith(" nats a token")]) == 2

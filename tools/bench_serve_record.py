@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 
+from megatron_ee.inference.answers import Spoken
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.launch import Launch
@@ -205,7 +206,7 @@ class RecordedBatch(Batch):
         self.planning = time.process_time() - started
         return plan
 
-    def launch(self, plan: LaunchPlan) -> list[tuple[int, Emission | None]]:
+    def launch(self, plan: LaunchPlan) -> Spoken:
         self.slots.count(plan)
         self.watch.prompts = not plan.counts.keys() <= self._speaks
         said = super().launch(plan)

@@ -5,10 +5,11 @@ Shapes: N rows, V vocabulary.
 
 from collections.abc import Mapping
 
-from megatron_ee.inference.answers import Answer, Answers, Passed, Said, Silence
+from megatron_ee.inference.answers import Answer, Answers, Passed, Said, Scored, Silence
 from megatron_ee.inference.arrivals import Arrival
 from megatron_ee.inference.asked_exit import AskedExit
 from megatron_ee.inference.exit_decisions import ExitDecisions
+from megatron_ee.inference.scoring import scores_of
 from megatron_ee.inference.sequences import DecodingSequence
 from megatron_ee.inference.speaking import speak, speak_of_drafts
 from megatron_ee.inference.speculation.drafter import draft
@@ -26,16 +27,25 @@ def at_exit(arrival: Arrival, sequences: Sequences, decisions: ExitDecisions) ->
         answers.update(zip(drafting, draft(arrival.ask([*drafting]), [*drafting.values()]), strict=True))
     if heard := {slot: of for slot, of in whole.items() if layer in of.rule.heard}:
         _hear(arrival, heard)
-    if asking := {slot: of for slot, of in whole.items() if layer in of.rule.thresholds}:
+    if asking := {slot: of for slot, of in whole.items() if of.may_leave_at(layer)}:
         answers.update(_let_out(arrival.ask([*asking]), asking, decisions))
     return answers
 
 
 def at_the_end(arrival: Arrival, sequences: Sequences) -> Answers:
-    """What full depth says: a token of each sequence, or of its draft what is right, and a token."""
+    """What full depth says: a token of each sequence, or of its draft what is right, and a token; and of prompts that
+    are scored, before that, how likely they are."""
     whole = {slot: of for slot, of in sequences.items() if not of.unfed}
-    if not whole:
-        return {}
+    answers = _at_the_end(arrival, whole) if whole else {}
+    scored = {slot: of for slot, of in sequences.items() if of.scores is not None}
+    if not scored:
+        return answers
+    found = scores_of(arrival, scored)
+    own = {slot: Silence() if of is None else Scored(of, answers.get(slot)) for slot, of in found.items()}
+    return {**answers, **own}
+
+
+def _at_the_end(arrival: Arrival, whole: Sequences) -> Answers:
     drafts = {slot: of.draft.num_rows for slot, of in whole.items() if of.draft is not None}
     if not drafts:
         return _speak(arrival.ask([*whole]), whole, dict.fromkeys(whole, 1.0))

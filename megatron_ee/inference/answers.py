@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_ee.inference.request import Emission
+from megatron_ee.inference.request import Emission, Logprobs, Scores
 from megatron_ee.inference.sequences import DecodingSequence
 
 
@@ -53,14 +53,26 @@ class Silence:
     """There is no token to choose, and never will be."""
 
 
-Answer = Passed | Drafted | Said | Silence
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """
+    Attributes:
+        logprobs: of the next tokens of its prompt.
+        then: what is said after the last of them; None: more of it follows.
+    """
+
+    logprobs: tuple[Logprobs, ...]
+    then: "Answer | None" = None
+
+
+Answer = Passed | Drafted | Said | Silence | Scored
 Answers = Mapping[int, Answer]
 """By slot."""
-Spoken = list[tuple[int, Emission | None]]
-"""By slot, a token or several, in order; None: there is none to choose."""
+Spoken = list[tuple[int, Emission | Scores | None]]
+"""By slot, a token or several, in order, before the first one a prompt's scores; None: there is none to choose."""
 
 
-def take_in(sequence: DecodingSequence, answer: Answer) -> list[Emission | None]:
+def take_in(sequence: DecodingSequence, answer: Answer) -> list[Emission | Scores | None]:
     """Change a sequence by an answer. Returns what is said with it."""
     match answer:
         case Passed(choice):
@@ -76,6 +88,9 @@ def take_in(sequence: DecodingSequence, answer: Answer) -> list[Emission | None]
             if accepted is not None:
                 sequence.end_draft(accepted=accepted)
             return [_say(sequence, emission) for emission in emissions]
+        case Scored(logprobs, then):
+            sequence.score(logprobs)
+            return [] if then is None else [Scores(sequence.end_scoring()), *take_in(sequence, then)]
     return []
 
 

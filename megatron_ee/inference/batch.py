@@ -132,7 +132,7 @@ class Batch:
             return None
         self._free.pop(0)
         attending = [layer for layer in sequence.rule.asked if self._model.runner.attends(layer)]
-        num_known = self.walk.open(slot, sequence.request.prompt, attending, positions)
+        num_known = self.walk.open(slot, sequence.shared_prompt, attending, positions)
         sequence.take(num_known)
         sequence.since = self._launch
         self._sequences[slot] = sequence
@@ -173,12 +173,12 @@ class Batch:
         return [slot for slot, of in self._sequences.items() if of.rule.kv_policy == "fill"]
 
     def ready(self, slot: int, start: int, stop: int) -> int:
-        """How many of them there are; what a draft leaves at its exit is verified there."""
-        return 0 if self._sequences[slot].draft else self.walk.ledger.ready(slot, start, stop)
+        """How many of them there are."""
+        return self.walk.ledger.ready(slot, start, stop) if self._sequences[slot].may_fill else 0
 
     def launch(self, plan: LaunchPlan) -> Spoken:
-        """Run it. Returns what is said with it, by slot: a token, or several, in order, of those that speculate. After
-        one with `finish` there are no more; after None neither: there is no token to choose."""
+        """Run it. Returns what is said with it, by slot: scores of prompts; a token, or several, in order, of those
+        that draft. After one with `finish` there are no more; after None neither: there is no token to choose."""
         return self.arrive(self.depart(plan))
 
     @torch.inference_mode()
@@ -236,7 +236,7 @@ class Batch:
             self._ring.settle()
 
     def step(self) -> list[tuple[int, Emission]]:
-        """One token of every sequence whose text goes on, or several of those that speculate; see `launch`.
+        """One token of every sequence whose text goes on, or several of those that speculate; see `launch`. No scores.
 
         Raises:
             NoTokenError: there is none to choose in some slots, which it names.
@@ -247,7 +247,7 @@ class Batch:
             of_launch = self.launch(self.plan(self._step, fronts))
             if silent := [slot for slot, emission in of_launch if emission is None]:
                 raise NoTokenError(silent)
-            emitted += [(slot, emission) for slot, emission in of_launch if emission is not None]
+            emitted += [(slot, emission) for slot, emission in of_launch if isinstance(emission, Emission)]
             said |= {slot for slot, _ in of_launch}
         return emitted
 

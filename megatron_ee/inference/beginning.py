@@ -4,7 +4,7 @@ from megatron_ee.errors import FieldError
 from megatron_ee.inference.corrections import check_shared_vocabulary
 from megatron_ee.inference.exit_rule import ExitRule
 from megatron_ee.inference.opened import OpenedModel
-from megatron_ee.inference.request import Request
+from megatron_ee.inference.request import Logprobs, Request
 from megatron_ee.inference.sampling import Draws, check_sampling
 from megatron_ee.inference.sequences import DecodingSequence
 from megatron_ee.inference.speculation.pace import MOST_DRAFTED, Pace
@@ -31,7 +31,8 @@ def begin(model: OpenedModel, request: Request, *, capacity: int, max_pending: i
         message = f"{len(request.prompt)} + {limit} new tokens do not fit into {capacity} positions"
         raise FieldError("prompt", message)
     stops, pace = rule.stops_at(model.exits), _pace_of(model, request, rule)
-    return DecodingSequence(request, rule, Draws(request), stops, limit, list(request.prompt), pace)
+    scores: list[Logprobs] | None = None if request.prompt_logprobs is None else []
+    return DecodingSequence(request, rule, Draws(request), stops, limit, list(request.prompt), pace, scores=scores)
 
 
 def _limit(model: OpenedModel, request: Request) -> int:

@@ -8,7 +8,7 @@ from megatron_ee.errors import StageLostError
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.decoding_record import Recorder
 from megatron_ee.inference.launches import launches_of
-from megatron_ee.inference.request import Emission, Failure, Request
+from megatron_ee.inference.request import Emission, Failure, Reply, Request
 from megatron_ee.inference.sampling import NoTokenError
 from megatron_ee.inference.scheduling.fronts import Front
 from megatron_ee.inference.scheduling.planner import Planner
@@ -107,9 +107,10 @@ class Engine:
                 self.abort(number)
             self._launches.settle()
 
-    def step(self, now: float = 0.0) -> list[tuple[int, Emission | Failure]]:
+    def step(self, now: float = 0.0) -> list[tuple[int, Reply]]:
         """Run one launch; on a pipeline, as many as its stages have time for. Returns what is said with it: of a
-        request, by its number, a token or several. After one with `finish`, or a failure, there are no more.
+        request, by its number, the scores of its prompt, if it wants them, and then a token or several. After one with
+        `finish`, or a failure, there are no more.
 
         Args:
             now: for deadlines, on any clock that goes forward.
@@ -119,17 +120,17 @@ class Engine:
         except StageLostError as error:
             return self._end_all(error)
 
-    def _step(self, now: float) -> list[tuple[int, Emission | Failure]]:
+    def _step(self, now: float) -> list[tuple[int, Reply]]:
         said = self._end_late(now)
         self._admit()
         spoken = self._launches.step(self._fronts())
         said += [(self._inside[slot].number, emission or _SILENT) for slot, emission in spoken]
         for number, of in said:
-            if isinstance(of, Failure) or of.finish is not None:
+            if isinstance(of, Failure) or (isinstance(of, Emission) and of.finish is not None):
                 self.abort(number)
         return said
 
-    def _end_all(self, error: StageLostError) -> list[tuple[int, Emission | Failure]]:
+    def _end_all(self, error: StageLostError) -> list[tuple[int, Reply]]:
         """What a lost stage held of requests is nowhere else."""
         numbers, self._lost = list(self._tasks), error
         self._tasks.clear()
@@ -137,7 +138,7 @@ class Engine:
         self._inside.clear()
         return [(number, Failure(str(error))) for number in numbers]
 
-    def _end_late(self, now: float) -> list[tuple[int, Emission | Failure]]:
+    def _end_late(self, now: float) -> list[tuple[int, Reply]]:
         late = [of.number for of in self._tasks.values() if of.deadline is not None and of.deadline <= now]
         for number in late:
             self.abort(number)

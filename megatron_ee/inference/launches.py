@@ -8,6 +8,7 @@ from megatron_ee.inference.answers import Spoken
 from megatron_ee.inference.batch import Batch
 from megatron_ee.inference.decoding_record import Recorder
 from megatron_ee.inference.flights import Flight
+from megatron_ee.inference.request import Emission
 from megatron_ee.inference.scheduling.fronts import Front
 from megatron_ee.inference.scheduling.planner import Planner
 from megatron_ee.inference.scheduling.stage_planner import StagePlanner
@@ -59,7 +60,7 @@ class PipelineLaunches:
             self._begin(stage, fronts)
         spoken = [said for flight in self._timetable.end() for said in self._batch.arrive(flight)]
         for _, emission in spoken:
-            if emission is not None:
+            if isinstance(emission, Emission):
                 self._planner.saw(emission.exit_layer)
         return spoken
 

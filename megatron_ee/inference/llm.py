@@ -4,6 +4,8 @@ Opening a model chooses this process's device, so nothing here imports megatron-
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
@@ -15,7 +17,7 @@ from megatron_ee.inference.completion import Completion, Piece, completions
 from megatron_ee.inference.decoding_record import Recorder
 from megatron_ee.inference.growing_text import GrowingText
 from megatron_ee.inference.opening import open_decoding_config
-from megatron_ee.inference.request import Failure, Request
+from megatron_ee.inference.request import Emission, Failure, Logprobs, Request, Scores
 from megatron_ee.inference.work import Work
 from megatron_ee.log import quiet_dependencies
 
@@ -97,6 +99,33 @@ class LLM:
         _, pieces = self._begin(prompts, sampling, exit)
         return pieces
 
+    def score(self, prompts: Prompts, *, top: int = 0) -> list[tuple[Logprobs, ...]]:
+        """How likely prompts are at full depth: natural log-probabilities of their tokens, each given all before it.
+
+        Args:
+            prompts: see `generate`; what comes before a text is a part of it.
+            top: how many of the likeliest tokens are given with each, descending.
+
+        Returns:
+            Of each prompt, one for each of its tokens but the first one, in order.
+
+        Raises:
+            UserError, StageLostError: as `generate`.
+        """
+        if top < 0:
+            raise FieldError("top", f"{top} is below 0")
+        requests = self.requests(prompts, SamplingParams(max_new_tokens=1), ExitParams(mode="full"))
+        if not requests:
+            return []
+        engine = self._engine_with([replace(request, prompt_logprobs=top) for request in requests])
+        scores: dict[int, tuple[Logprobs, ...]] = {}
+        with self._closing(engine):
+            while not engine.is_idle:
+                for index, said in _said_by(engine):
+                    if isinstance(said, Scores):
+                        scores[index] = said.logprobs
+        return [scores[index] for index in range(len(requests))]
+
     def requests(self, prompts: Prompts, sampling: Sampling = None, exit: Exits = None) -> list[Request]:
         """What `generate` makes of its arguments."""
         return self._asking.requests(prompts, sampling, exit)
@@ -125,17 +154,13 @@ class LLM:
 
     def _begin(self, prompts: Prompts, sampling: Sampling, exit: Exits) -> tuple[list[Request], Iterator[Piece]]:
         requests = self.requests(prompts, sampling, exit)
-        if not requests:
-            return requests, iter(())
-        engine = self._make_engine(requests)
-        for index, request in enumerate(requests):
-            _add(engine, index, request)
-        return requests, self._run(engine, requests)
+        return requests, self._run(self._engine_with(requests), requests) if requests else iter(())
 
-    def _make_engine(self, requests: Sequence[Request]) -> "Engine":
+    def _engine_with(self, requests: Sequence[Request]) -> "Engine":
+        """One that has all of them, by their indices."""
         from megatron_ee.inference.engines import make_engine
 
-        return make_engine(
+        engine = make_engine(
             self.model,
             self.config,
             slots=min(len(requests), self.config.inference.max_batch_size),
@@ -143,22 +168,27 @@ class LLM:
             max_pending=max(request.exit.max_pending for request in requests),
             recorder=self._recorder,
         )
+        for index, request in enumerate(requests):
+            _add(engine, index, request)
+        return engine
 
     def _run(self, engine: "Engine", requests: Sequence[Request]) -> Iterator[Piece]:
         texts = {index: GrowingText(index, request, self.model.tokenizer) for index, request in enumerate(requests)}
-        try:
+        with self._closing(engine):
             while texts:
-                for index, emission in engine.step():
-                    if isinstance(emission, Failure):
-                        kind = StageLostError if engine.is_lost else UserError
-                        raise kind(f"prompts.{index}: {emission.reason}")
-                    if index not in texts:
+                for index, emission in _said_by(engine):
+                    if index not in texts or not isinstance(emission, Emission):
                         continue  # of several tokens an earlier one has ended the text, by a stop string
                     piece = texts[index].take(emission)
                     if piece.finish_reason is not None:
                         engine.abort(index)
                         del texts[index]
                     yield piece
+
+    @contextmanager
+    def _closing(self, engine: "Engine") -> Iterator[None]:
+        try:
+            yield
         except (GeneratorExit, UserError):  # of these all processes know, and not of an interrupt
             engine.close()
             raise
@@ -176,6 +206,15 @@ def open_model(folder: Path, config: Config) -> "OpenedModel":
     from megatron_ee.inference.loading import load_model  # imports megatron-core, which needs a chosen device
 
     return load_model(folder, config, device)
+
+
+def _said_by(engine: "Engine") -> Iterator[tuple[int, Emission | Scores]]:
+    """With its next step."""
+    for index, said in engine.step():
+        if isinstance(said, Failure):
+            kind = StageLostError if engine.is_lost else UserError
+            raise kind(f"prompts.{index}: {said.reason}")
+        yield index, said
 
 
 def _add(engine: "Engine", index: int, request: Request) -> None:

@@ -27,11 +27,12 @@ def front_of(
 
 
 def is_asked(sequence: DecodingSequence, layer: int, num_layers: int) -> bool:
-    """Whether it is looked at there, after its newest row."""
+    """Whether it is looked at there, after its newest row, or all rows of its prompt are."""
     if sequence.unfed:
-        return False
-    rule = sequence.rule
-    return layer == num_layers or sequence.drafts_at(layer) or layer in rule.thresholds or layer in rule.heard
+        return layer == num_layers and sequence.scores is not None
+    if layer == num_layers or sequence.drafts_at(layer):
+        return True
+    return sequence.may_leave_at(layer) or layer in sequence.rule.heard
 
 
 def count(plan: LaunchPlan, sequences: Mapping[int, DecodingSequence], work: Work) -> None:

@@ -17,6 +17,9 @@ class Request:
         prompt: token ids, at least one.
         stop_token_ids: the model's own stop tokens; `sampling` may name more, or ignore these.
         seed: of its random numbers, where `sampling` names none.
+        prompt_logprobs: have its prompt's tokens scored, with so many of the likeliest ones beside each; see `Scores`.
+            Such a prompt runs to full depth: no exit lets its last position out, so that the first new token is one of
+            full depth, as are its log-probabilities by exit. None: not wanted.
     """
 
     prompt: tuple[int, ...]
@@ -24,10 +27,13 @@ class Request:
     exit: ExitParams = ExitParams()
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("request.prompt: needs one token at least")
+        if self.prompt_logprobs is not None and self.prompt_logprobs < 0:
+            raise ValueError(f"request.prompt_logprobs: {self.prompt_logprobs} is below 0")
 
     @property
     def stops(self) -> frozenset[int]:
@@ -47,6 +53,17 @@ class Logprobs:
 
     token: float
     top: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of a prompt, by full depth's logits as they are: said once, before the first new token.
+
+    Attributes:
+        logprobs: of each of its tokens from the second on, given all before it; of the first one nothing is said.
+    """
+
+    logprobs: tuple[Logprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +105,7 @@ class Failure:
     """
 
     reason: str
+
+
+Reply = Scores | Emission | Failure
+"""What is said of a request: the scores of its prompt, if it wants them, and then its tokens."""

@@ -27,11 +27,12 @@ class Runner:
         attending: the exits whose heads attend, those of other stages too; None: the stage is the whole model.
 
     Attributes:
+        vocab_size: as given.
         work: what heads and projections have run; whoever makes launches counts those of layers.
     """
 
     def __init__(self, stage: Stage, vocab_size: int, *, packs: bool, attending: Collection[int] | None = None) -> None:
-        self.stage, self._vocab_size = stage, vocab_size
+        self.stage, self.vocab_size = stage, vocab_size
         self.work = Work()
         self._group = stage.tp_group
         self._by_tensor_ranks = self._group.size() > 1
@@ -95,7 +96,7 @@ class Runner:
         share_NV = head.product(features_NH)
         shares = share_NV.new_empty(self._group.size() * len(share_NV), share_NV.shape[1])
         dist.all_gather_into_tensor(shares, share_NV, group=self._group)
-        return shares.view(-1, *share_NV.shape).transpose(0, 1).flatten(1)[:, : self._vocab_size]
+        return shares.view(-1, *share_NV.shape).transpose(0, 1).flatten(1)[:, : self.vocab_size]
 
     def gate_logits(self, hidden_NH: torch.Tensor, layer: int) -> torch.Tensor:
         """fp32 [N]: how sure the exit's gate is, before the sigmoid."""

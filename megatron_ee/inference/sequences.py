@@ -1,11 +1,12 @@
 """One request on its way through a batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from megatron_ee.inference.exit_rule import ExitRule, Streak
-from megatron_ee.inference.request import FinishReason, Request
+from megatron_ee.inference.request import FinishReason, Logprobs, Request
 from megatron_ee.inference.sampling import Draws
 from megatron_ee.inference.speculation.draft import Draft
 from megatron_ee.inference.speculation.pace import Pace
@@ -28,6 +29,7 @@ class DecodingSequence:
         at: layers that its rows on their way have run; 0 where tokens enter next.
         since: the launch that brought them there.
         is_silent: there is no token to choose for it, and never will be.
+        scores: of its prompt, as far as that has come to full depth; None: nobody wants them, or they have been said.
     """
 
     request: Request
@@ -45,11 +47,18 @@ class DecodingSequence:
     since: int = 0
     finish: FinishReason | None = None
     is_silent: bool = False
+    scores: list[Logprobs] | None = None
 
     def next_stop(self, start: int, num_layers: int) -> int:
         """Where rows that have run `start` layers are looked at next."""
         stops = self.stops if self.draft is None else (self.draft.layer,)
+        if self.scores is not None:
+            stops = self.rule.heard
         return next((stop for stop in stops if stop > start), num_layers)
+
+    def may_leave_at(self, layer: int) -> bool:
+        """Whether the exit there may let out its newest row; a prompt that is scored goes to full depth."""
+        return layer in self.rule.thresholds and self.scores is None
 
     @property
     def wants_passed(self) -> bool:
@@ -69,6 +78,16 @@ class DecodingSequence:
     def num_positions(self) -> int:
         """That its tokens have in the model: all but the newest token's."""
         return len(self.request.prompt) + len(self.draws.answer) - 1
+
+    @property
+    def may_fill(self) -> bool:
+        """Whether rows of it that wait may run along with others': not what is verified, or scored, at the end."""
+        return self.draft is None and self.scores is None
+
+    @property
+    def shared_prompt(self) -> tuple[int, ...]:
+        """Whose beginning it may take over as others had it before; what is scored has to run here."""
+        return self.request.prompt if self.scores is None else ()
 
     @property
     def next_positions(self) -> int:
@@ -92,6 +111,19 @@ class DecodingSequence:
         """Its prompt, and all that it has said, are to enter the model again."""
         assert self.may_start_over
         self.unfed = [*self.request.prompt, *self.draws.answer]
+        if self.scores is not None:
+            self.scores = []
+
+    def score(self, logprobs: Sequence[Logprobs]) -> None:
+        """More of its prompt has come to full depth."""
+        assert self.scores is not None
+        self.scores += logprobs
+
+    def end_scoring(self) -> tuple[Logprobs, ...]:
+        """All of its prompt's, which are said now."""
+        assert self.scores is not None and len(self.scores) == len(self.request.prompt) - 1, "a row was not scored"
+        scores, self.scores = tuple(self.scores), None
+        return scores
 
     def begin_draft(self) -> None:
         """Before its next token, if it speculates: never more than what may be said before full depth adds a token."""

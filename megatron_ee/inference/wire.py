@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ee.inference.answers import Answer, Answers, Drafted, Passed, Said, Silence
+from megatron_ee.inference.answers import Answer, Answers, Drafted, Passed, Said, Scored, Silence
 from megatron_ee.inference.request import Emission, Logprobs
 from megatron_ee.inference.work import Work
 
@@ -55,6 +55,8 @@ def _answer_out(answer: Answer) -> list[Any]:
             return ["drafted", token]
         case Said(emissions, accepted):
             return ["said", accepted, [_emission_out(of) for of in emissions]]
+        case Scored(logprobs, then):
+            return ["scored", [_out(of) for of in logprobs], None if then is None else _answer_out(then)]
     return ["silence"]
 
 
@@ -66,6 +68,9 @@ def _answer_in(kind: str, *of: Any) -> Answer:
             return Drafted(of[0])
         case "said":
             return Said(tuple(_emission_in(*emission) for emission in of[1]), of[0])
+        case "scored":
+            logprobs = tuple(Logprobs(token, dict(top)) for token, top in of[0])
+            return Scored(logprobs, None if of[1] is None else _answer_in(*of[1]))
     return Silence()
 
 

@@ -174,6 +174,37 @@ def test_a_prompt_whose_logits_are_no_numbers_is_named(folder: Path, mesh: Mesh)
     assert len(llm.generate([[1, 2]], _sampling(), FULL)[0].tokens) == 8
 
 
+def test_prompts_are_scored_as_transformers_would(llm: LLM, folder: Path) -> None:
+    scores = llm.score(PROMPTS, top=3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for prompt, of_prompt in zip(PROMPTS, scores, strict=True):
+        tokens = tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        with torch.no_grad():
+            logprobs_SV = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        assert [of.token for of in of_prompt] == pytest.approx(
+            logprobs_SV[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist(), abs=1e-4
+        )
+        likeliest = logprobs_SV[:-1].topk(3)
+        assert [list(of.top) for of in of_prompt] == likeliest.indices.tolist()
+    whole = [1] * POSITIONS
+    (of_whole,) = llm.score(whole)
+    assert len(of_whole) == POSITIONS - 1 and not any(of.top for of in of_whole)
+    assert llm.score([]) == [] and llm.score([[5]]) == [()]
+
+
+def test_what_cannot_be_scored_is_named(llm: LLM, folder: Path, mesh: Mesh) -> None:
+    with pytest.raises(FieldError, match="top: -1 is below 0"):
+        llm.score("let", top=-1)
+    with pytest.raises(FieldError, match=r"prompts\.1: 49 tokens, but the model has 48 positions"):
+        llm.score([[1], [1] * 49])
+    broken = _open(folder)
+    broken.model.stage.embedding.weight[7] = torch.nan  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"^prompts\.1: no token can be chosen: the logits there are NaN"):
+        broken.score([[1, 2], [7, 2]])
+    assert len(broken.score([1, 2])[0]) == 1
+
+
 def test_texts_end_where_the_models_positions_do(llm: LLM) -> None:
     for length in (POSITIONS, POSITIONS - 3):
         (text,) = llm.generate([[7] * length], _sampling(max_new_tokens=100))
