@@ -115,6 +115,7 @@ WITHOUT_TORCH = [
     PACKAGE / "checkpoint/prune.py",
     PACKAGE / "checkpoint/fingerprint.py",
     PACKAGE / "checkpoint/models.py",
+    *(PACKAGE / "server/guard").glob("*.py"),
     PACKAGE / "training/curriculum.py",
     PACKAGE / "training/loss_weights.py",
     PACKAGE / "training/lr_schedule.py",

@@ -9,6 +9,7 @@ from megatron_ee.config.checks_exits import exit_problems
 from megatron_ee.config.checks_layout import layout_problems
 from megatron_ee.config.checks_model import length_problems
 from megatron_ee.config.checks_optimizer import optimizer_problems
+from megatron_ee.config.checks_serving import serving_problems
 from megatron_ee.config.checks_tuning import tuning_problems
 from megatron_ee.errors import did_you_mean
 
@@ -46,6 +47,7 @@ def problems_of(config: "Config") -> Problems:
     yield from optimizer_problems(config)
     yield from tuning_problems(config)
     yield from stage_problems(config.inference.parallel, config.model.num_layers)
+    yield from serving_problems(config)
     yield from _name_problems(config)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from megatron_ee.config.fields import (
+    Names,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -25,14 +26,21 @@ class BoundsConfig(Section):
 
     modes: Modes | None = Field(None, description="of early_exit.mode, beside full; null: all")
     kv_policies: KvPolicies | None = Field(None, description="null: all")
+    measures: Names | None = Field(None, description="of early_exit.measure; null: all, which goes with threshold 0")
     threshold: Probability = Field(0.0, description="lowest threshold of any exit that a request may ask for")
     min_exit: NonNegativeInt = Field(0, description="lowest early_exit.min_exit that a request may ask for")
-    draft_length: PositiveInt = Field(16, description="most tokens drafted at a time")
+    max_pending: PositiveInt = Field(
+        16, description="lowest early_exit.max_pending: whenever so many positions wait, a launch runs for them alone"
+    )
+    draft_length: PositiveInt = Field(16, description="most tokens drafted at a time, where a request says how many")
+    sled_steps: PositiveInt = Field(8, description="most early_exit.sled.steps")
+    sled_top_k: PositiveInt = Field(64, description="most early_exit.sled.top_k")
     prompt_tokens: PositiveInt | None = Field(None, description="longest prompt; null: what the model has room for")
     new_tokens: PositiveInt = Field(1024, description="longest answer; one that names no length gets at most this")
     choices: PositiveInt = Field(16, description="answers to one request: prompts times n")
     logprobs: NonNegativeInt = Field(20, description="likeliest tokens whose log-probabilities are given")
-    stops: PositiveInt = Field(16, description="stop strings of a request")
+    stops: PositiveInt = Field(16, description="stop strings of a request, and its stop tokens")
+    stop_characters: PositiveInt = Field(256, description="of the longest stop string")
     biases: NonNegativeInt = Field(1024, description="entries of a logit_bias")
     body_bytes: PositiveInt = Field(2**21, description="of a request")
 

@@ -1,0 +1,1 @@
+"""Serves a model over HTTP, as OpenAI's clients expect it."""
