@@ -6,6 +6,7 @@ Imports no torch: what is wrong is said before that takes its seconds.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _MODEL = ("serving", "model")
 _TOKENIZER = ("data", "tokenizer")
 _SAYS = f"a server decides on {', '.join(SECTIONS)} and {dotted(_TOKENIZER)}"
 _REQUIRED = ("name", "model", "training")
+_LIBRARIES = ("fastapi", "uvicorn", "prometheus_client")
 _WHICH = "which model? Give a run folder, a step folder or a Hugging Face folder, here or by --model"
 
 
@@ -42,6 +44,7 @@ def open_serving_config(
     Raises:
         ConfigError: see `load_config`; also where a file or an override wants to change how the model was trained.
         FieldError: there is no model, or see `open_decoding_config`.
+        UserError: a library that serves is not installed.
     """
     said = Tree({}, {}) if file is None else _only_served(read_tree(file))
     kept, refused = _split(overrides)
@@ -56,6 +59,7 @@ def open_serving_config(
     with open_tree(own_tree(folder).merged_with(said), file or folder, kept, read_model=read_model) as config:
         check_tokenizer(folder, is_named=_value(asked, _TOKENIZER) is not None)
         check_plugins(config, is_named=_value(asked, ("plugins",)) is not None)
+        _check_libraries()
         serving = config.serving.model_copy(update={"model": str(model)})
         yield folder, config.model_copy(update={"serving": serving})
 
@@ -132,6 +136,11 @@ def _find(named: Path, asked: Tree, *, by_flag: bool) -> Path:
     except (CheckpointError, OSError) as error:
         message = str(error).removeprefix("checkpoint: ")
         raise FieldError(FLAG, message) if by_flag else _at(asked, message) from error
+
+
+def _check_libraries() -> None:
+    if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
+        raise UserError(f"a server needs {' and '.join(missing)}: pip install 'megatron-ee[serve]'")
 
 
 def _at(tree: Tree, message: str) -> ConfigError:

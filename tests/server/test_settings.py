@@ -254,6 +254,11 @@ def test_what_is_found_out_later_has_its_place(here: Path) -> None:
         raise FieldError("serving.keys", "gone")
 
 
+def test_what_is_not_installed_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert _message(None) == ["a server needs uvicorn: pip install 'megatron-ee[serve]'"]
+
+
 LINES = st.sampled_from(
     [
         ("serving.port", st.integers(-2, 2**17)),
