@@ -75,6 +75,10 @@ DOORS = {
         ),
     },
     "apex": {"training/optimizers/fused.py"},
+    "fastapi": {f"server/{name}.py" for name in ("app", "errors", "streams")},
+    "prometheus_client": {"server/metrics.py"},
+    "starlette": {f"server/{name}.py" for name in ("app", "errors", "streams", "transport")},
+    "uvicorn": {"server/listening.py"},
     "deepspeed": {"training/optimizers/deepspeed_zero.py"},
     "transformer_engine": {"training/optimizers/fused.py"},
     "jinja2": {"tokenizer/chat.py"},
@@ -145,6 +149,9 @@ WITHOUT_TORCH = [
     PACKAGE / "inference/show.py",
     PACKAGE / "inference/stage_layout.py",
     PACKAGE / "inference/text.py",
+    *(PACKAGE / f"server/{name}.py" for name in ("settings", "templates")),
+    *(PACKAGE / "server/guard").glob("*.py"),
+    *(PACKAGE / "server/protocol").glob("*.py"),
 ]
 
 
@@ -197,7 +204,11 @@ def test_only_the_device_package_asks_for_cuda() -> None:
     assert not asking
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+# Those of servers lie over a checkpoint's: tests/server/test_settings.py
+RUNS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name != "serve"]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_config_loads(path: Path) -> None:
     of_any = ModelConfig(num_layers=16, hidden_size=64, num_attention_heads=4)
     given = ["model.like=FOLDER", "checkpoint.initial=FOLDER"] if path.stem == "huggingface" else []

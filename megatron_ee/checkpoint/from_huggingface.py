@@ -13,13 +13,14 @@ from megatron_ee.errors import UserError
 from megatron_ee.huggingface.folder import Folder, open_folder
 from megatron_ee.huggingface.settings import CONFIG_FILE
 from megatron_ee.tokenizer import Tokenizer, open_tokenizer
+from megatron_ee.tokenizer.huggingface import CHAT_TEMPLATE_FILE
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE_FILE,
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
@@ -68,7 +69,7 @@ def import_model(source: Path, destination: Path, *, tokenizer: str | None = Non
         progress=Progress(0, 0),
         has_optimizer=False,
     )
-    files = _read_files(source, (*_OF_MODEL, *_TOKENIZER_FILES) if tokenizer is None else _OF_MODEL)
+    files = read_files(source, (*_OF_MODEL, *_TOKENIZER_FILES) if tokenizer is None else _OF_MODEL)
     files |= opened.files()  # a tokenizer.json that had to be made goes with the settings that were made with it
     text = to_yaml(config).encode()
     parameters = [
@@ -89,7 +90,19 @@ def model_files(folder: Path | None) -> dict[str, bytes]:
     Raises:
         UserError: a file cannot be read.
     """
-    return {} if folder is None else _read_files(folder, _OF_MODEL)
+    return {} if folder is None else read_files(folder, _OF_MODEL)
+
+
+def read_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Name -> content of those that there are.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    try:
+        return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def _open_tokenizer(folder: Folder, named: str | None) -> Tokenizer:
@@ -98,13 +111,6 @@ def _open_tokenizer(folder: Folder, named: str | None) -> Tokenizer:
     if not any((folder.path / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{folder.path}: holds no tokenizer: name one with --tokenizer bytes, or --tokenizer PATH")
     return open_tokenizer(str(folder.path), field="tokenizer")
-
-
-def _read_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
-    try:
-        return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def _config(folder: Folder, destination: Path, tokenizer: Tokenizer) -> Config:

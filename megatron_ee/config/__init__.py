@@ -15,7 +15,7 @@ from megatron_ee.config.inference import (
 )
 from megatron_ee.config.layerskip import LayerDropoutConfig, LayerSkipConfig
 from megatron_ee.config.like import ModelReader
-from megatron_ee.config.loader import load_config, open_config, open_values, to_yaml
+from megatron_ee.config.loader import load_config, open_config, open_tree, parse_override, read_tree, to_yaml, tree_of
 from megatron_ee.config.logging import LoggingConfig, ProfileConfig, WandbConfig
 from megatron_ee.config.model import ExitsConfig, HeadKind, ModelConfig, Precision
 from megatron_ee.config.operations import CheckpointConfig, FaultsConfig
@@ -63,6 +63,9 @@ __all__ = [
     "WeightScheduleConfig",
     "load_config",
     "open_config",
-    "open_values",
+    "open_tree",
+    "parse_override",
+    "read_tree",
     "to_yaml",
+    "tree_of",
 ]

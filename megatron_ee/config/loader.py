@@ -23,7 +23,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, read_model: 
     `model: {like: FOLDER}` is what `read_model` finds there; None: it is an error.
     Raises ConfigError with every problem, one line each: the file's in its order, its base's, the overrides'.
     """
-    return _load(Path(path), overrides, read_model)[0]
+    return _resolve(read_tree(Path(path)), Path(path), overrides, read_model)[0]
 
 
 @contextmanager
@@ -34,23 +34,74 @@ def open_config(
 
     A FieldError out of the `with` block becomes a ConfigError with the place of that field, like any other.
     """
-    config, places = _load(Path(path), overrides, read_model)
-    with _placing(places):
+    with open_tree(read_tree(Path(path)), Path(path), overrides, read_model=read_model) as config:
         yield config
 
 
 @contextmanager
-def open_values(
-    values: Mapping[str, Any], source: str, overrides: Sequence[str] = (), *, read_model: ModelReader | None = None
+def open_tree(
+    tree: Tree, path: Path, overrides: Sequence[str] = (), *, read_model: ModelReader | None = None
 ) -> Iterator[Config]:
-    """`open_config`, of values that no file holds.
+    """`open_config`, of a tree that was put together elsewhere.
+
+    Args:
+        path: whose problems come first.
+    """
+    config, places = _resolve(tree, path, overrides, read_model)
+    with _placing(places):
+        yield config
+
+
+def tree_of(values: Mapping[str, Any], source: str) -> Tree:
+    """Values that no file holds.
 
     Args:
         source: what messages about them begin with.
     """
-    config, places = _resolve(Tree(dict(values), _places(values, Place(source))), Path(source), overrides, read_model)
-    with _placing(places):
-        yield config
+    return Tree(dict(values), _places(values, Place(source)))
+
+
+def read_tree(path: Path) -> Tree:
+    """What a file says, and its base where it says nothing; not checked yet.
+
+    Raises:
+        ConfigError: one of them cannot be read as YAML.
+    """
+    child = _read(path)
+    if "base" not in child.values:
+        return child
+    base, place = child.values["base"], f"{child.places[('base',)]}: base"
+    if not isinstance(base, str):
+        raise ConfigError([f"{place}: {show(base)} is not a string"])
+    parent_path = path.parent / base
+    parent = _read(parent_path, named_by=f"{place}: ")
+    if "base" in parent.values:
+        raise ConfigError([f"{place}: {parent_path} has a base of its own, but only one parent is allowed"])
+    return parent.merged_with(child.without("base"))
+
+
+def parse_override(override: str, tree: Tree) -> Tree:
+    """The override as a tree of its own, to lay over `tree`.
+
+    Raises:
+        ConfigError: it is none, or goes into what is no mapping there.
+    """
+    place = Place(f"override {override!r}")
+    name, equals, text = override.partition("=")
+    path = parse_path(name)
+    if not equals or "" in path:
+        raise ConfigError([f"{place}: must look like key.path=value"])
+    section = tree.values
+    for depth, key in enumerate(path):
+        if not isinstance(section, dict):
+            raise ConfigError([f"{place}: {dotted(path[:depth])} is {show(section)}, not a mapping"])
+        section = section.get(key, {})
+    value = parse(text, lambda _line, _column: place, at=path)
+    values = value.values
+    for key in reversed(path):
+        values = {key: values}
+    new_sections = {path[:depth]: place for depth in range(len(path)) if path[:depth] not in tree.places}
+    return Tree(values, {**new_sections, **value.places}, value.problems)
 
 
 def to_yaml(config: Config) -> str:
@@ -76,17 +127,13 @@ def _places(values: Mapping[str, Any], place: Place) -> dict[KeyPath, Place]:
     return {(): place, **sections, **dict.fromkeys(fields, place)}
 
 
-def _load(path: Path, overrides: Sequence[str], read_model: ModelReader | None) -> tuple[Config, dict[KeyPath, Place]]:
-    return _resolve(_read_with_base(path), path, overrides, read_model)
-
-
 def _resolve(
     tree: Tree, path: Path, overrides: Sequence[str], read_model: ModelReader | None
 ) -> tuple[Config, dict[KeyPath, Place]]:
     not_read = []
     for override in overrides:
         try:
-            tree = tree.merged_with(_parse_override(override, tree))
+            tree = tree.merged_with(parse_override(override, tree))
         except ConfigError as error:
             not_read += error.problems
     tree = resolve_like(tree, read_model)
@@ -107,20 +154,6 @@ def _order(place: Place, path: Path) -> tuple[bool, bool, int, int]:
     return not place.line, place.source != str(path), place.line, place.column
 
 
-def _read_with_base(path: Path) -> Tree:
-    child = _read(path)
-    if "base" not in child.values:
-        return child
-    base, place = child.values["base"], f"{child.places[('base',)]}: base"
-    if not isinstance(base, str):
-        raise ConfigError([f"{place}: {show(base)} is not a string"])
-    parent_path = path.parent / base
-    parent = _read(parent_path, named_by=f"{place}: ")
-    if "base" in parent.values:
-        raise ConfigError([f"{place}: {parent_path} has a base of its own, but only one parent is allowed"])
-    return parent.merged_with(child.without("base"))
-
-
 def _read(path: Path, *, named_by: str = "") -> Tree:
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -136,23 +169,3 @@ def _read(path: Path, *, named_by: str = "") -> Tree:
     if not isinstance(tree.values, dict):
         raise ConfigError([f"{tree.places[()]}: {show(tree.values)} is not a mapping, but a config is"])
     return tree
-
-
-def _parse_override(override: str, tree: Tree) -> Tree:
-    """The override as a tree of its own, to lay over `tree`."""
-    place = Place(f"override {override!r}")
-    name, equals, text = override.partition("=")
-    path = parse_path(name)
-    if not equals or "" in path:
-        raise ConfigError([f"{place}: must look like key.path=value"])
-    section = tree.values
-    for depth, key in enumerate(path):
-        if not isinstance(section, dict):
-            raise ConfigError([f"{place}: {dotted(path[:depth])} is {show(section)}, not a mapping"])
-        section = section.get(key, {})
-    value = parse(text, lambda _line, _column: place, at=path)
-    values = value.values
-    for key in reversed(path):
-        values = {key: values}
-    new_sections = {path[:depth]: place for depth in range(len(path)) if path[:depth] not in tree.places}
-    return Tree(values, {**new_sections, **value.places}, value.problems)

@@ -62,7 +62,9 @@ class ServingConfig(Section):
     host: Text = Field("127.0.0.1", description="the address to listen at; this one is heard on this machine alone")
     port: Annotated[int, Field(ge=0, lt=2**16)] = Field(8000, description="0: any free one, which is printed")
     keys: Text | None = Field(None, description="a file of API keys; null: whoever connects is served")
-    chat_template: Text | None = Field(None, description="a Jinja file; null: data.chat_template, or the tokenizer's")
+    chat_template: Text | None = Field(
+        None, description="a Jinja file; null: as the model learned it, or the tokenizer's"
+    )
     max_waiting: PositiveInt = Field(64, description="requests that may wait for their turn; more are sent away (429)")
     timeout: PositiveFloat = Field(600.0, description="seconds after which an answer that has not ended fails")
     read_timeout: PositiveFloat = Field(30.0, description="seconds for a request to arrive, or a client to read on")

@@ -43,7 +43,9 @@ class DataConfig(Section):
     validation: str | None = Field(
         None, description="messages: a .jsonl of conversations for validation; default: split's share of the dataset"
     )
-    chat_template: str = Field("default", description="messages: default (the tokenizer's own), or a Jinja file")
+    chat_template: str = Field(
+        "default", description="messages: default (the tokenizer's own), or a Jinja file, which checkpoints keep"
+    )
     packing: bool = Field(
         True, description="messages: several conversations a sequence, unseen by each other; false: one each, padded"
     )

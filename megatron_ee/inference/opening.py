@@ -10,10 +10,11 @@ from typing import Any
 
 from megatron_ee.checkpoint.folders import is_huggingface
 from megatron_ee.checkpoint.models import exits_in, has_tokenizer, read_model
-from megatron_ee.config import Config, open_config, open_values
+from megatron_ee.config import Config, open_config, open_tree, read_tree, tree_of
+from megatron_ee.config.dialect import Tree
 from megatron_ee.errors import FieldError
 
-_TOKENIZER = "data.tokenizer"
+TOKENIZER, PLUGINS = "data.tokenizer", "plugins"
 
 
 @contextmanager
@@ -32,26 +33,36 @@ def open_decoding_config(
     if config_file is not None:
         with open_config(config_file, overrides, read_model=read_model) as config:
             yield config
-    elif is_huggingface(folder):
-        with open_values(_defaults(folder), str(folder), overrides, read_model=read_model) as config:
-            if not has_tokenizer(folder) and not _names(overrides, _TOKENIZER):
-                raise FieldError(_TOKENIZER, f"{folder} has no tokenizer, so one has to be named")
-            yield config
     else:
-        with open_config(folder / "config.yaml", overrides) as config:
-            check_plugins(config, overrides)
+        with open_tree(own_tree(folder), folder, overrides, read_model=read_model) as config:
+            check_tokenizer(folder, is_named=_names(overrides, TOKENIZER))
+            check_plugins(config, is_named=_names(overrides, PLUGINS))
             yield config
 
 
-def check_plugins(config: Config, overrides: Sequence[str]) -> None:
+def own_tree(folder: Path) -> Tree:
+    """What a step folder says of itself; of a Hugging Face folder, what a config has to say."""
+    return tree_of(_defaults(folder), str(folder)) if is_huggingface(folder) else read_tree(folder / "config.yaml")
+
+
+def check_tokenizer(folder: Path, *, is_named: bool) -> None:
+    """
+    Raises:
+        FieldError: a Hugging Face folder has no tokenizer, and the user names none.
+    """
+    if is_huggingface(folder) and not has_tokenizer(folder) and not is_named:
+        raise FieldError(TOKENIZER, f"{folder} has no tokenizer, so one has to be named")
+
+
+def check_plugins(config: Config, *, is_named: bool) -> None:
     """
     Raises:
         FieldError: the checkpoint's config lists plug-ins. They are code, so the user has to name them.
     """
-    if config.plugins and not _names(overrides, "plugins"):
+    if config.plugins and not is_named:
         names = ", ".join(config.plugins)
         raise FieldError(
-            "plugins", f"the run used [{names}], which is code; say what may be run: plugins=[{names}] or []"
+            PLUGINS, f"the run used [{names}], which is code; say what may be run: plugins=[{names}] or []"
         )
 
 

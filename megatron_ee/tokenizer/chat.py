@@ -24,7 +24,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from megatron_ee.errors import FieldError
 from megatron_ee.tokenizer import Tokenizer
 from megatron_ee.tokenizer.disguise import BEGIN, END, Disguise, SpecialSpellings
+from megatron_ee.tokenizer.huggingface import CHAT_TEMPLATE_FILE
 from megatron_ee.tokenizer.messages import ChatError, Message, has_answer
+
+__all__ = ["CHAT_TEMPLATE_FILE", "DEFAULT", "ChatTemplate", "ChatTokens", "open_chat_template", "template_files"]
 
 DEFAULT = "default"
 
@@ -218,7 +221,7 @@ def open_chat_template(name: str, tokenizer: Tokenizer, *, field: str = "data.ch
     source = tokenizer.chat_template
     if name != DEFAULT:
         try:
-            source = Path(name).read_text()
+            source = Path(name).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise FieldError(field, f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if source is None:
@@ -227,6 +230,16 @@ def open_chat_template(name: str, tokenizer: Tokenizer, *, field: str = "data.ch
         return ChatTemplate(source, tokenizer)
     except ChatError as error:
         raise FieldError(field, f"{'of the tokenizer' if name == DEFAULT else name}: {error}") from error
+
+
+def template_files(name: str, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What a checkpoint keeps of the template that a config names, so that a folder with it and the tokenizer's files
+    says how its conversations are written. Of the tokenizer's own, nothing.
+
+    Raises:
+        FieldError: see `open_chat_template`.
+    """
+    return {} if name == DEFAULT else {CHAT_TEMPLATE_FILE: open_chat_template(name, tokenizer).source.encode()}
 
 
 class _GenerationBlock(Extension):

@@ -61,7 +61,7 @@ def assemble_trainer(
     Args:
         vocab_size: the resolved size.
         initial: what holds the parameters to begin with; None: they are random.
-        kept_files: name -> content of what came with the model, for its checkpoints.
+        kept_files: name -> content of what its checkpoints have beside the tokenizer's files, or instead of them.
         optimizer_backend, learning_rate_decay: None: the built-in ones that the config names.
     """
     stage = build_stage(config, layout, vocab_size, mesh, initial)
@@ -90,7 +90,7 @@ def assemble_trainer(
         profiler=Profiler(config.logging.profile, mesh, run_folder_of(config) / "profiles"),
         evaluator=_build_evaluator(config, datasets.valid, stage, Runtime(mesh, message), layout, mesh),
         layer_dropout=build_layer_dropout(config),
-        saving=Saving(config, run_folder_of(config), mesh, {**kept_files, **tokenizer.files()}),
+        saving=Saving(config, run_folder_of(config), mesh, {**tokenizer.files(), **kept_files}),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_ee.checkpoint.description import Description, Progress, read_description
 from megatron_ee.checkpoint.folders import DamagedError, newest_checkpoint
-from megatron_ee.checkpoint.from_huggingface import model_files
+from megatron_ee.checkpoint.from_huggingface import model_files, read_files
 from megatron_ee.checkpoint.initial import open_initial
 from megatron_ee.checkpoint.resume import ResumableCheckpoints
 from megatron_ee.config import Config, to_yaml
@@ -26,7 +26,8 @@ from megatron_ee.parallel.pipeline.plan import Plan
 from megatron_ee.parallel.pipeline.schedules import TRAINING_SCHEDULES, Schedule
 from megatron_ee.parallel.world import count_microbatches
 from megatron_ee.plugins import choose, load_plugins
-from megatron_ee.tokenizer import open_tokenizer
+from megatron_ee.tokenizer import Tokenizer, open_tokenizer
+from megatron_ee.tokenizer.chat import CHAT_TEMPLATE_FILE, template_files
 from megatron_ee.training.assemble import all_exits, assemble_trainer, describe, run_folder_of
 from megatron_ee.training.exit_objectives import check_learners
 from megatron_ee.training.loggers import check_loggers, open_loggers
@@ -108,7 +109,7 @@ def _build_newest(config: Config, mesh: Mesh, parts: _Parts, checkpoints: Resuma
             layout=layout,
             plan=plan,
             initial=initial,
-            kept_files=model_files(checkpoint or (initial.path if initial else None)),
+            kept_files=_kept_files(config, tokenizer, checkpoint or (initial.path if initial else None)),
             optimizer_backend=parts.optimizer_backend,
             learning_rate_decay=parts.learning_rate_decay,
         )
@@ -117,6 +118,17 @@ def _build_newest(config: Config, mesh: Mesh, parts: _Parts, checkpoints: Resuma
         del trainer
         mesh.device.free_memory()  # the next trainer needs it
         checkpoint = checkpoints.newest()
+
+
+def _kept_files(config: Config, tokenizer: Tokenizer, folder: Path | None) -> dict[str, bytes]:
+    """What the run's checkpoints have beside its own state and the tokenizer: what came with the model in `folder`, and
+    how conversations are written, where the tokenizer doesn't say that."""
+    files = model_files(folder)
+    if config.data.format == "messages":
+        return files | template_files(config.data.chat_template, tokenizer)
+    if folder is not None and CHAT_TEMPLATE_FILE not in tokenizer.files():
+        return files | read_files(folder, [CHAT_TEMPLATE_FILE])
+    return files
 
 
 def _goes_on(trainer: Trainer, checkpoint: Path, checkpoints: ResumableCheckpoints) -> bool:

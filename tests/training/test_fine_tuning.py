@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from helpers.conversations import chat_config, small_talks, write_talks
 from helpers.ranks import RankPool
-from helpers.runs import train
+from helpers.runs import run_config, train, write_small_dataset
+from helpers.tokenizers import BLOCKS
 
+from megatron_ee.checkpoint.folders import newest_checkpoint
 from megatron_ee.config import Config
 
 EXITS = (2, 5, 8)
@@ -74,3 +76,21 @@ def test_losses_do_not_depend_on_the_ranks(
         assert [figures[i][name] for i in (1, 2, 3)] == pytest.approx(
             [whole[0]["figures"][i][name] for i in (1, 2, 3)], abs=1e-4
         )
+
+
+def _stop_at_one(config: Config) -> None:
+    train(config, until=1, save=True)
+
+
+def test_a_checkpoint_keeps_the_template_that_was_learned(folder: Path, ranks: RankPool) -> None:
+    """And hands it on to a run that begins with it and learns no conversations."""
+    (folder / "own.jinja").write_text(BLOCKS)
+    own, default = _config(folder, "own"), _config(folder, "default")
+    own = own.model_copy(update={"data": own.data.model_copy(update={"chat_template": str(folder / "own.jinja")})})
+    write_small_dataset(folder)
+    later = run_config(folder, name="later", checkpoint={"initial": str(folder / "runs/own")})
+    for config in (own, default, later):
+        ranks.run(1, _stop_at_one, config)
+    steps = {name: newest_checkpoint(folder / "runs" / name) for name in ("own", "default", "later")}
+    kept = {name: step / "chat_template.jinja" for name, step in steps.items() if step is not None}
+    assert {name: path.read_text() for name, path in kept.items() if path.exists()} == {"own": BLOCKS, "later": BLOCKS}
