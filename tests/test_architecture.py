@@ -54,6 +54,8 @@ DOORS = {
         "training/optimizers/megatron.py",
     },
     "pydantic": {
+        "server/protocol/requests.py",
+        "server/protocol/settings.py",
         *(
             f"config/{name}.py"
             for name in ("exit_losses", "fields", "inference", "layerskip", "logging", "model", "operations")
@@ -75,9 +77,9 @@ DOORS = {
         ),
     },
     "apex": {"training/optimizers/fused.py"},
-    "fastapi": {f"server/{name}.py" for name in ("app", "errors", "streams")},
+    "fastapi": {f"server/{name}.py" for name in ("app", "streams")},
     "prometheus_client": {"server/metrics.py"},
-    "starlette": {f"server/{name}.py" for name in ("app", "errors", "streams", "transport")},
+    "starlette": {f"server/{name}.py" for name in ("app", "streams", "transport")},
     "uvicorn": {"server/listening.py"},
     "deepspeed": {"training/optimizers/deepspeed_zero.py"},
     "transformer_engine": {"training/optimizers/fused.py"},
@@ -149,7 +151,11 @@ WITHOUT_TORCH = [
     PACKAGE / "inference/show.py",
     PACKAGE / "inference/stage_layout.py",
     PACKAGE / "inference/text.py",
-    *(PACKAGE / f"server/{name}.py" for name in ("settings", "templates")),
+    *(
+        PACKAGE / f"server/{name}.py"
+        for name in ("bridge", "choices", "engine_loop", "generation", "offered", "orders")
+    ),
+    *(PACKAGE / f"server/{name}.py" for name in ("service", "settings", "templates", "tickets", "watchers")),
     *(PACKAGE / "server/guard").glob("*.py"),
     *(PACKAGE / "server/protocol").glob("*.py"),
 ]

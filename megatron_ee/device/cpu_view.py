@@ -27,7 +27,7 @@ def install_cpu_view() -> None:
     """Make every later import of megatron-core run on the CPU; RuntimeError where it is imported already."""
     if any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
         return
-    if any(name.startswith("megatron.") for name in sys.modules):
+    if any(name.startswith("megatron.") for name in list(sys.modules)):  # other threads may import
         raise RuntimeError("megatron.core was imported before the device was chosen; choose the device first")
     sys.meta_path.insert(0, _MegatronFinder())
     _for_megatron_only("cuda", lambda original, tensor, *args, **kwargs: tensor)

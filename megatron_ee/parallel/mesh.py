@@ -89,6 +89,10 @@ class Mesh:
         stages = range(self.pipeline_size)
         return _new_group_per_pipeline(stages, per_stage, self.rank, self.timeout, backend="gloo")
 
+    def new_host_group(self) -> dist.ProcessGroup:
+        """A new group of all ranks, for small messages between hosts, whatever the device. Collective."""
+        return dist.new_group(list(range(self.world_size)), timeout=self.timeout, backend="gloo")
+
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place: for figures that each rank holds a part of (zeros elsewhere)."""
         dist.all_reduce(values)
