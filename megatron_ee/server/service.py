@@ -13,6 +13,7 @@ from megatron_ee.server.bridge import Bridge, Said
 from megatron_ee.server.guard.budgets import most_layer_tokens
 from megatron_ee.server.guard.fair_queue import FairQueue
 from megatron_ee.server.guard.keys import Client
+from megatron_ee.server.judging import Judging
 from megatron_ee.server.offered import Offered
 from megatron_ee.server.orders import Abort, Add
 from megatron_ee.server.protocol.errors import ApiError
@@ -48,6 +49,7 @@ class Service:
         self._running: dict[int, Ticket] = {}
         self._askings: dict[Asking, asyncio.TimerHandle] = {}
         self._next = 0
+        self._judging: Judging | None = None
         self._drained: Callable[[], None] | None = None
 
     @property
@@ -70,6 +72,8 @@ class Service:
     def open(self, offered: Offered, *, slots: int) -> None:
         """Begin to serve; texts beyond so many wait."""
         self._offered, self._slots, self.state = offered, slots, State.READY
+        self._judging = Judging(offered, self._watcher.judged)
+        self._watcher.open(offered)
 
     def submit(self, identity: str, client: Client, requests: Sequence[Request]) -> Asking:
         """Take in what a client asks for.
@@ -85,10 +89,7 @@ class Service:
         costs = [_most_layer_tokens(request, offered.num_layers) for request in requests]
         asking = Asking(identity, client, requests)
         self._watcher.admit(asking, sum(costs))
-        asking.tickets = [
-            Ticket(asking, index, request, GrowingText(index, request, offered.tokenizer), cost)
-            for index, (request, cost) in enumerate(zip(requests, costs, strict=True))
-        ]
+        asking.tickets = [self._ticket(asking, index, cost) for index, cost in enumerate(costs)]
         self._askings[asking] = self._loop.call_later(settings.timeout, self._expire, asking)
         for ticket in asking.tickets:
             self._queue.put(ticket, client, ticket.cost)
@@ -103,7 +104,9 @@ class Service:
         """What the engine says."""
         for number, of in said:
             if (ticket := self._running.get(number)) is None:
-                continue  # it has left in the meantime
+                if self._judging is not None:
+                    self._judging.hear(number, of)  # otherwise it has left in the meantime
+                continue
             asking = ticket.asking
             if isinstance(of, Failure):
                 self._fail(asking, ApiError(400, of.reason))
@@ -138,14 +141,30 @@ class Service:
         if piece.finish_reason is not None:
             if emission.finish is None:  # a stop string has ended it, of which the engine knows nothing
                 self._abort(ticket)
+            if ticket.is_judged and self._judging is not None:
+                self._judging.offer(ticket.request, ticket.emissions, busy=bool(self._queue))
             self._end(ticket, piece.finish_reason)
+
+    def _ticket(self, asking: Asking, index: int, cost: float) -> Ticket:
+        assert self._judging is not None
+        request, is_judged = self._judging.draw(asking.requests[index])
+        text = GrowingText(index, request, self.offered.tokenizer)
+        return Ticket(asking, index, request, text, cost, is_judged=is_judged)
 
     def _serve_next(self) -> None:
         while self.num_running < self._slots and (ticket := self._queue.pop()) is not None:
-            ticket.number, self._next = self._next, self._next + 1
+            ticket.number = self._new_number()
             self._running[ticket.number] = ticket
             self.num_running += 1
             self.bridge.give(Add(ticket.number, ticket.request))
+        if self.num_running < self._slots and self.state is State.READY and self._judging is not None:
+            number = self._new_number()
+            if (request := self._judging.next(number)) is not None:
+                self.bridge.give(Add(number, request, priority=1))
+
+    def _new_number(self) -> int:
+        self._next += 1
+        return self._next
 
     def _abort(self, ticket: Ticket) -> None:
         assert ticket.number is not None

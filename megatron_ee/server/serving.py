@@ -87,7 +87,7 @@ class _Front:
     def __init__(self, config: Config) -> None:
         self._serving = serving = config.serving
         keys = None if serving.keys is None else KeyRing.read(serving.keys)
-        self._watcher = Watcher(AuditLog(serving.audit), keys, config.model.num_layers)
+        self._watcher = Watcher(AuditLog(serving.audit), keys)
         self._listener = Listener(open_socket(serving.host, serving.port), self._make_app)
         self._listener.start()
         self.url = self._listener.url

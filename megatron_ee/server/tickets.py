@@ -22,6 +22,7 @@ class Ticket:
         text: as it has grown.
         number: of the order by which the engine has, or had, it; None: it never did.
         cost: layer-tokens that it may take.
+        is_judged: full depth looks at it, too, once it has ended.
         emissions: so far.
     """
 
@@ -31,6 +32,7 @@ class Ticket:
     text: GrowingText
     cost: float
     number: int | None = None
+    is_judged: bool = False
     has_ended: bool = False
     emissions: list[Emission] = field(default_factory=list)
 

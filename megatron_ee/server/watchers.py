@@ -10,7 +10,9 @@ from megatron_ee.inference.request import Emission
 from megatron_ee.server.guard.audit import AuditLog
 from megatron_ee.server.guard.budgets import Accounts, OverBudgetError, drafts_charged, layer_tokens
 from megatron_ee.server.guard.keys import ANYBODY, Client, KeyRing
+from megatron_ee.server.lookout import Lookout
 from megatron_ee.server.metrics import Metrics
+from megatron_ee.server.offered import Offered
 from megatron_ee.server.protocol.errors import ApiError, invalid
 from megatron_ee.server.tickets import Asking, Ticket
 
@@ -28,10 +30,16 @@ class Watcher:
 
     audit: AuditLog
     keys: KeyRing | None = None
-    num_layers: int = 0
     metrics: Metrics = field(default_factory=Metrics)
     accounts: Accounts = field(default_factory=Accounts)
+    _lookout: Lookout | None = None
+    _num_layers: int = 0
     _latest: dict[Ticket, float] = field(default_factory=dict)
+
+    def open(self, offered: Offered) -> None:
+        """The model is there."""
+        self._num_layers = offered.num_layers
+        self._lookout = Lookout(offered, self.metrics, self.audit)
 
     def client_of(self, authorization: str | None) -> Client:
         """Who asks, by the header of that name.
@@ -89,6 +97,13 @@ class Watcher:
         metrics.layer_tokens.labels(client=asking.client.name).inc(used)
         if asking.reservation is not None:
             self.accounts.settle(asking.reservation, used, now)
+        assert self._lookout is not None
+        self._lookout.saw(asking, now)
+
+    def judged(self, agreeing: int, tokens: int) -> None:
+        """What full depth thinks of tokens that left early."""
+        assert self._lookout is not None
+        self._lookout.judged(agreeing, tokens, time.monotonic())
 
     def refused(self, state: Any, error: ApiError) -> None:
         """An answer that is an error.
@@ -119,4 +134,4 @@ class Watcher:
         exit = ticket.request.exit
         discarded = sum(emission.discarded for emission in ticket.emissions) if drafts_charged(exit) else 0
         layers = [emission.exit_layer for emission in ticket.emissions]
-        return layer_tokens(len(ticket.request.prompt), layers, num_layers=self.num_layers, discarded=discarded)
+        return layer_tokens(len(ticket.request.prompt), layers, num_layers=self._num_layers, discarded=discarded)
