@@ -173,8 +173,8 @@ class Batch:
         return [slot for slot, of in self._sequences.items() if of.rule.kv_policy == "fill"]
 
     def ready(self, slot: int, start: int, stop: int) -> int:
-        """How many of them there are."""
-        return self.walk.ledger.ready(slot, start, stop) if self._sequences[slot].may_fill else 0
+        """How many of them there are; what a draft leaves at its exit is verified there."""
+        return 0 if self._sequences[slot].draft else self.walk.ledger.ready(slot, start, stop)
 
     def launch(self, plan: LaunchPlan) -> Spoken:
         """Run it. Returns what is said with it, by slot: scores of prompts; a token, or several, in order, of those

@@ -3,7 +3,6 @@
 Shapes: N rows, V vocabulary.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -62,7 +61,7 @@ def _following(sequences: Mapping[int, DecodingSequence], positions: Mapping[int
 def _logprobs(asked: AskedExit, following: Sequence[_Next], top: int) -> list[Logprobs | None]:
     """None: a row's logits are NaN, or infinite, as no token could be chosen by them."""
     logits_NV = asked.of([of.row for of in following]).logits
-    are_numbers = (logits_NV.amax(-1).abs() < math.inf).tolist()
+    are_numbers = logits_NV.amax(-1).isfinite().tolist()
     found = logprobs_of(logits_NV, [of.token for of in following], top)
     return [of if is_number else None for of, is_number in zip(found, are_numbers, strict=True)]
 

@@ -80,11 +80,6 @@ class DecodingSequence:
         return len(self.request.prompt) + len(self.draws.answer) - 1
 
     @property
-    def may_fill(self) -> bool:
-        """Whether rows of it that wait may run along with others': not what is verified, or scored, at the end."""
-        return self.draft is None and self.scores is None
-
-    @property
     def shared_prompt(self) -> tuple[int, ...]:
         """Whose beginning it may take over as others had it before; what is scored has to run here."""
         return self.request.prompt if self.scores is None else ()

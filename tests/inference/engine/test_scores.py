@@ -141,6 +141,17 @@ def test_one_token_has_no_scores_and_no_others_are_negative(model: OpenedModel) 
         replace(of, prompt_logprobs=-1)
 
 
+def test_each_gets_as_many_of_the_likeliest_as_it_wants(model: OpenedModel) -> None:
+    requests = [
+        replace(request(PROMPT[start:], ExitParams(mode="full"), max_new_tokens=1), prompt_logprobs=top)
+        for start, top in enumerate([2, None, 0, 5])
+    ]
+    engine = engine_of(model, "compaction", residents=4, chunk=64)
+    for of, replies in zip(requests, _served(engine, requests), strict=True):
+        _assert_scored(model, of, replies)
+    assert engine.batch.num_launches == 1, "all together"
+
+
 def test_logits_of_a_long_prompt_are_never_all_there(model: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     project = model.runner.project
