@@ -33,52 +33,58 @@ class Page {
   /** Asks the server for its model, and offers what it allows. */
   async connect() {
     this.#clearError();
-    let model;
     try {
-      model = await describeModel(this.#key.value.trim());
+      const model = await describeModel(this.#key.value.trim());
+      if (JSON.stringify(model) !== JSON.stringify(this.#model)) this.#present(model); // else the form stays as it is
     } catch (error) {
       if (!this.#model) named("facts").textContent = "The server's model is not known yet; Run asks again.";
       this.#report(error);
       return false;
     }
-    if (JSON.stringify(model) !== JSON.stringify(this.#model)) this.#present(model); // else the form stays as it is
     return true;
   }
 
   async run() {
     if (this.#running) return;
-    if (!this.#model && !(await this.connect())) return;
-    const panes = this.#preparePanes();
     this.#running = new AbortController();
     this.#switch(true);
     try {
-      for (const { pane, request } of panes) {
-        await pane.receive(streamAnswer(request, this.#key.value.trim(), this.#running.signal));
-      }
-      this.#conclude(panes.map(({ pane }) => pane), "");
-    } catch (error) {
-      const stopped = this.#running.signal.aborted;
-      this.#conclude(panes.map(({ pane }) => pane), stopped ? "Stopped. " : "Not complete. ");
-      if (!stopped) this.#report(error);
+      if (this.#model || (await this.connect())) await this.#receive(this.#preparePanes(), this.#running.signal);
     } finally {
       this.#running = null;
       this.#switch(false);
     }
   }
 
+  async #receive(panes, signal) {
+    named("status").textContent = "Running …";
+    let problem = null;
+    try {
+      for (const { pane, request } of panes) {
+        await pane.receive(streamAnswer(request, this.#key.value.trim(), signal));
+      }
+    } catch (error) {
+      problem = error;
+    }
+    const preface = problem === null ? "" : signal.aborted ? "Stopped. " : "Not complete. ";
+    this.#conclude(panes.map(({ pane }) => pane), preface);
+    if (problem !== null && !signal.aborted) this.#report(problem);
+  }
+
   #present(model) {
-    this.#model = model;
     const { id, num_layers: layers, exits, max_model_len: room } = model;
     named("model").textContent = document.title = id;
     const places = exits.length ? `exits after ${exits.join(", ")}` : "no exits";
     named("facts").textContent = [`${layers} layers`, places, ...(room ? [`room for ${room} tokens`] : [])].join(" · ");
     drawLadder(named("ladder"), model);
     offer(this.#form, model);
+    this.#model = model;
   }
 
   #preparePanes() {
     this.#clearError();
     this.#note.close();
+    named("status").textContent = "";
     named("verdict").hidden = true;
     const { seed, temperature, compare: compared } = this.#form.elements;
     if (compared.checked && Number(temperature.value) > 0 && seed.value === "") {
@@ -117,7 +123,6 @@ class Page {
     gone.disabled = true;
     there.disabled = false;
     if (focused) there.focus();
-    if (running) named("status").textContent = "Running …";
   }
 
   #report(error) {

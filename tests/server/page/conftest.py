@@ -1,23 +1,11 @@
 """One browser for all tests of the page, and a stub to open it from."""
 
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from server.page.browsing import ARGUMENTS, CHROMIUM, Watched
 from server.page.stub import Served, Stub
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 expect.set_options(timeout=15_000)
 
@@ -50,24 +38,6 @@ def stub(served: tuple[Stub, str]) -> Stub:
     return stub
 
 
-@dataclass
-class Watched:
-    """What the page did beside what was asked of it."""
-
-    complaints: list[str] = field(default_factory=list)
-    hosts: set[str] = field(default_factory=set)
-
-    def heard(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self.complaints.append(message.text)
-
-    def failed(self, error: Error) -> None:
-        self.complaints.append(str(error))
-
-    def requested(self, request: Request) -> None:
-        self.hosts.add(request.url.split("/")[2])
-
-
 @pytest.fixture(scope="session")
 def tab(browser: Browser, served: tuple[Stub, str]) -> Page:
     """One for all tests: opening the page anew is what takes no time."""
@@ -88,6 +58,7 @@ def watched(tab: Page) -> Iterator[Watched]:
 @pytest.fixture
 def page(tab: Page, stub: Stub, watched: Watched) -> Page:
     """The page, as new and connected to the stub."""
+    tab.unroute_all()
     tab.set_viewport_size({"width": 1280, "height": 900})
     tab.emulate_media(color_scheme="light", reduced_motion="reduce")
     tab.goto("/")

@@ -116,12 +116,14 @@ class Stub:
                 self.ended.append(prompt)
                 raise
         tokens = [token(text, 3) for text in HOSTILE] if prompt == "hostile" else story(mode)
-        if prompt in ("error", "lost", "short"):
+        if prompt in ("error", "lost", "short", "nonsense"):
             for each in tokens[:3]:
                 yield event([each], chat)
             await asyncio.sleep(0.05)
             if prompt == "lost":
                 raise ConnectionError("the stub lets go")
+            if prompt == "nonsense":
+                yield b"data: {]\n\n"
             if prompt == "error":
                 yield b'data: {"error": {"message": "a stage was lost <b>", "type": "server_error"}}\n\n'
             return

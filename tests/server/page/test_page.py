@@ -6,20 +6,8 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
-from server.page.conftest import Watched
+from server.page.browsing import Watched, outcome, run
 from server.page.stub import HOSTILE, PAGE, Stub, story
-
-
-def run(page: Page, prompt: str) -> None:
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    page.get_by_role("button", name="Run").click()
-
-
-def outcome(page: Page, prompt: str) -> str:
-    """What is said of an answer once it has ended."""
-    run(page, prompt)
-    expect(page.get_by_role("button", name="Run")).to_be_enabled()
-    return page.get_by_role("status").inner_text()
 
 
 def test_it_tells_of_the_model_and_asks_nobody_else(page: Page, watched: Watched, tmp_path: Path) -> None:
