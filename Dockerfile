@@ -1,4 +1,4 @@
-# Images that train:
+# Images that train, or serve (docker run --entrypoint scripts/serve.sh):
 #
 #   docker build -t megatron_ee .                      for NVIDIA GPUs
 #   docker build --target cpu -t megatron_ee:cpu .     for CPUs, small
@@ -26,7 +26,7 @@ COPY --from=requirements / ./
 RUN torch=$(grep '^torch==' constraints.txt) \
     && python3 -m pip install --no-cache-dir "$torch" --constraint constraints.txt \
         --extra-index-url https://download.pytorch.org/whl/cpu \
-    && scripts/install_image.sh plots
+    && scripts/install_image.sh plots,serve
 COPY --from=code / ./
 # Runs are written here; mount a folder over it to keep them.
 RUN useradd --uid 1001 --create-home megatron_ee && mkdir -p runs && chown megatron_ee runs
@@ -38,7 +38,7 @@ CMD ["--help"]
 FROM ${BASE} AS cuda
 WORKDIR /opt/megatron_ee
 COPY --from=requirements / ./
-RUN scripts/install_image.sh plots,deepspeed
+RUN scripts/install_image.sh plots,deepspeed,serve
 COPY --from=code / ./
 RUN useradd --uid 1001 --create-home megatron_ee && mkdir -p runs && chown megatron_ee runs
 USER 1001

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-multigpu bench-gpu bench-train bench-io bench-checkpoint bench-decode bench-serve lint format check-wheel clean
+.PHONY: help install demo serve test test-slow test-gpu test-multigpu bench-gpu bench-train bench-io bench-checkpoint bench-decode bench-serve lint format check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,10 @@ install: $(INSTALLED) ## build .venv (another Python: make install PYTHON=python
 
 demo: $(INSTALLED) ## train a small early-exit model on this machine's CPUs or GPUs, check it and decode with it
 	@PYTHON=$(CURDIR)/$(BIN)/python scripts/demo.sh
+
+serve: $(INSTALLED) ## serve the model of `make demo` on this machine; its page is http://127.0.0.1:8000
+	@test -d runs/demo/checkpoints || { echo "there is no model yet: make demo trains one" >&2; exit 2; }
+	@PYTHON=$(CURDIR)/$(BIN)/python scripts/serve.sh configs/serve/demo.yaml
 
 # One thread per process: tests start several processes, and tiny tensors gain nothing from more.
 test: $(INSTALLED) ## run the tests
@@ -53,7 +57,7 @@ lint: $(INSTALLED) ## check style, spelling, types, shell scripts and the Docker
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
 	$(BIN)/mypy
-	$(BIN)/shellcheck scripts/*.sh scripts/train.slurm .ci/run
+	$(BIN)/shellcheck scripts/*.sh scripts/*.slurm .ci/run
 	$(BIN)/hadolint Dockerfile
 
 format: $(INSTALLED) ## rewrite the code in the house style

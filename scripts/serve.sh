@@ -1,80 +1,75 @@
 #!/usr/bin/env bash
-# Decode with one process or many:  scripts/serve.sh --checkpoint RUN [option ...] [CONFIG] [key.path=value ...]
+# Serve a model with one process or many:  scripts/serve.sh [configs/serve/demo.yaml] [--model FOLDER] [key.path=value ...]
 #
-# What comes after the script's name is what `python -m megatron_ee.inference` takes. The config says into how many
-# stages the model is cut (inference.parallel.pipeline). These environment variables say where, and nothing else:
+# What comes after the script's name is what `python -m megatron_ee.server` takes. The config says into how many stages
+# the model is cut (inference.parallel.pipeline), and where clients find it (serving.host, serving.port). These
+# environment variables say where the processes are, and nothing else:
 #   NPROC_PER_NODE  processes on this node: a multiple of the stages, each of which then has so many that share its
 #                   matrices. Default: one for each stage, over all nodes
 #   NNODES          nodes (1)
 #   NODE_RANK       this node's number, from 0
 #   MASTER_ADDR     address of node 0, as the others see it; needed for more than one node
-#   MASTER_PORT     its port (29500)
+#   MASTER_PORT     its port for the other nodes (29500), which is not the one that clients know
 #   PYTHON          interpreter (.venv/bin/python of this repository, otherwise python3)
 #
 # Several nodes: run the same line on each, with its own NODE_RANK. They see the checkpoint under the same path; node 0
-# prints. Exit status: 0, all is decoded; 2, something has to change in what was asked for, or a stage was lost; anything
-# else is a failure.
+# listens, and is the one to tell. SIGTERM, or Ctrl-C, lets answers end that are under way, for serving.drain seconds; a
+# second Ctrl-C ends them at once, and a third one the processes. Exit status: 0, the server has ended as it was told to;
+# 2, something has to change in what was asked for, or a process was lost; 143, it was told to end before it was ready;
+# anything else is a failure.
 
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+share_out megatron_ee.server "$@"
+if ((nproc * nnodes == 1)); then
+  exec "$PYTHON" -m megatron_ee.server "$@"
+fi
+leave_ranks_alone 15
 
-usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+make_status_file
 
-fail() {
-  echo "serve.sh: $1" >&2
-  exit 2
+# No trap does more: bash gets confused where one meets another.
+told=false
+num_interrupts=0
+has_interrupted=0
+trap 'told=true' TERM HUP USR1
+trap 'told=true num_interrupts=$((num_interrupts + 1))' INT
+
+# Called again and again: a process that has just been started may not listen yet. All that hear it go by the first one
+# of node 0, which takes a SIGTERM more for the same.
+tell_ranks() {
+  local ranks=()
+  list_ranks
+  if ((num_interrupts > 2)); then
+    kill -KILL "$torchrun" "${ranks[@]}" 2>/dev/null || true
+  elif ((${#ranks[@]} == 0)); then
+    if [[ ! -s $status_file ]]; then kill -KILL "$torchrun" 2>/dev/null || true; fi # else they have just ended
+  elif ((num_interrupts == 2 && !has_interrupted)); then
+    has_interrupted=1
+    kill -INT "${ranks[@]}" 2>/dev/null || true
+  else
+    kill -TERM "${ranks[@]}" 2>/dev/null || true
+  fi
 }
 
-case ${1-} in
-  -h | --help) usage && exit ;;
-  '') usage >&2 && exit 2 ;;
-esac
-
-if [[ -z ${PYTHON-} ]]; then
-  PYTHON=python3
-  if [[ -x $root/.venv/bin/python ]]; then PYTHON=$root/.venv/bin/python; fi
-fi
-nnodes=${NNODES:-1}
-[[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES: $nnodes is not a number of nodes"
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-
-# A wrong option or config is one message here; from inside torchrun it would be a page.
-stages=$("$PYTHON" -m megatron_ee.inference --stages "$@") || exit
-nproc=${NPROC_PER_NODE:-$(((stages + nnodes - 1) / nnodes))}
-[[ $nproc =~ ^[1-9][0-9]*$ ]] || fail "NPROC_PER_NODE: $nproc is not a number of processes"
-((nproc * nnodes % stages == 0)) ||
-  fail "NPROC_PER_NODE: $((nproc * nnodes)) processes do not divide into inference.parallel.pipeline=$stages stages"
-
-if ((nproc * nnodes == 1)); then
-  exec "$PYTHON" -m megatron_ee.inference "$@"
-fi
-
-launch=(--nproc-per-node "$nproc" --nnodes "$nnodes")
-if ((nnodes == 1)); then
-  launch+=(--standalone)
-else
-  [[ -n ${MASTER_ADDR-} ]] || fail "MASTER_ADDR: $nnodes nodes need the address of node 0"
-  [[ -n ${NODE_RANK-} ]] || fail "NODE_RANK: which of the $nnodes nodes is this?"
-  launch+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
-fi
-
-# shellcheck source=scripts/env.sh
-source "$root/scripts/env.sh" "$((nproc * nnodes / stages))"
-
-status_file=$(mktemp)
-trap 'rm -f "$status_file"' EXIT
-EXIT_STATUS_FILE=$status_file "$PYTHON" -m torch.distributed.run "${launch[@]}" -m megatron_ee.inference "$@" <&0 &
-torchrun=$!
-# In the foreground it would keep this script from hearing what it is told.
-told=0
-trap 'told=143; kill -TERM "$torchrun" 2>/dev/null || true' TERM HUP
-trap 'told=130; kill -TERM "$torchrun" 2>/dev/null || true' INT
-status=0
+# In a process group of its own, because a terminal's Ctrl-C would reach the processes as well as this script.
+set -m
+start_torchrun -m megatron_ee.server "$@"
+set +m
 while kill -0 "$torchrun" 2>/dev/null; do
-  status=0
-  wait "$torchrun" || status=$? # or a signal's, and then once more
+  if $told; then tell_ranks; fi
+  sleep 0.5 || true # the same signal may end it
 done
-# torchrun ends with 1, whatever its ranks had to say; the first of this node leaves it here
-if [[ -s $status_file ]]; then read -r status <"$status_file"; fi
-exit $((told ? told : status))
+of_torchrun=0
+wait "$torchrun" || of_torchrun=$?
+status=$of_torchrun
+if [[ -s $status_file ]]; then
+  read -r status <"$status_file"
+elif $told; then
+  status=143
+fi
+# Where another process fails, torchrun tells the first one to end, which it may have done well.
+if ((status == 0)) && ! $told; then status=$of_torchrun; fi
+exit "$status"

@@ -27,31 +27,10 @@
 
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-fail() {
-  echo "train.sh: $1" >&2
-  exit 2
-}
-
-case ${1-} in
-  -h | --help) usage && exit ;;
-  '') usage >&2 && exit 2 ;;
-esac
-
-if [[ -z ${PYTHON-} ]]; then
-  PYTHON=python3
-  if [[ -x $root/.venv/bin/python ]]; then PYTHON=$root/.venv/bin/python; fi
-fi
+# shellcheck source=scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 shutdown_timeout=${SHUTDOWN_TIMEOUT:-120}
 [[ $shutdown_timeout =~ ^[1-9][0-9]*$ ]] || fail "SHUTDOWN_TIMEOUT: $shutdown_timeout is not a number of seconds"
-nnodes=${NNODES:-1}
-[[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES: $nnodes is not a number of nodes"
-
-# The ranks run the package beside pretrain_ee.py, installed or not; what is asked below has to be the same one.
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 # A wrong config is one message here; from inside torchrun it would be a page.
 config=$("$PYTHON" -m megatron_ee.config "$@") || exit
@@ -79,15 +58,7 @@ nproc=${NPROC_PER_NODE:-$(default_nproc)}
 "$PYTHON" -m megatron_ee.config --world-size $((nproc * nnodes)) "$@" >/dev/null || exit
 
 launch=(--nproc-per-node "$nproc" --nnodes "$nnodes")
-# An older torchrun knows neither, and listens to SIGTERM, SIGINT and SIGHUP always.
-if "$PYTHON" -c '
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-folder = Path(find_spec("torch").submodule_search_locations[0])  # without an import, which takes seconds
-sys.exit("--signals-to-handle" not in (folder / "distributed" / "run.py").read_text())'; then
-  launch+=(--signals-to-handle SIGQUIT --shutdown-timeout "$shutdown_timeout")
-fi
+leave_ranks_alone "$shutdown_timeout"
 if ((nnodes == 1)); then
   launch+=(--standalone)
 else
@@ -104,8 +75,7 @@ source "$root/scripts/env.sh" "$tensor"
 max_restarts=${MAX_RESTARTS:-0}
 [[ $max_restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS: $max_restarts is not a number of restarts"
 
-status_file=$(mktemp)
-trap 'rm -f "$status_file"' EXIT
+make_status_file
 
 # No trap does more: bash gets confused where one meets another.
 told='' # the first signal that asks for the end
@@ -119,11 +89,7 @@ trap 'told=${told:-INT} num_interrupts=$((num_interrupts + 1))' INT
 start_ranks() {
   local deadline='' signal=TERM
   has_no_ranks=false
-  : >"$status_file"
-  # Deaf, because torchrun that is told twice, by SLURM and by this script say, leaves its ranks while they save.
-  (trap '' TERM INT HUP USR1 && EXIT_STATUS_FILE=$status_file exec "$PYTHON" -m torch.distributed.run "${launch[@]}" \
-    "$root/pretrain_ee.py" "$@") &
-  torchrun=$!
+  start_torchrun "$root/pretrain_ee.py" "$@"
   while kill -0 "$torchrun" 2>/dev/null; do
     if [[ -n $told ]]; then stop_ranks; fi
     sleep 0.5 || true # the same signal may end it
@@ -133,7 +99,7 @@ start_ranks() {
   if [[ -s $status_file ]]; then
     read -r status <"$status_file"
   elif $has_no_ranks; then
-    echo "train.sh: SIG$told came before there was anything to save" >&2
+    say "SIG$told came before there was anything to save"
     status=75
   fi
 }
@@ -143,7 +109,7 @@ stop_ranks() {
   local ranks=()
   if [[ -z $deadline ]]; then
     deadline=$((SECONDS + shutdown_timeout))
-    echo "train.sh: SIG$told: the ranks finish their step, save, and stop; Ctrl-C twice ends them at once" >&2
+    say "SIG$told: the ranks finish their step, save, and stop; Ctrl-C twice ends them at once"
   fi
   list_ranks
   if ((${#ranks[@]} == 0 && SECONDS < deadline)); then
@@ -154,7 +120,7 @@ stop_ranks() {
   elif ((num_interrupts > 1)); then
     kill -KILL "$torchrun" 2>/dev/null || true # and they end with it
   elif ((SECONDS >= deadline)); then
-    echo "train.sh: the ranks have not ended within SHUTDOWN_TIMEOUT=$shutdown_timeout seconds" >&2
+    say "the ranks have not ended within SHUTDOWN_TIMEOUT=$shutdown_timeout seconds"
     kill -KILL "$torchrun" 2>/dev/null || true
   else
     # A second SIGINT would end ranks that Ctrl-C has reached already, and a SIGTERM those that outlive another one.
@@ -164,20 +130,11 @@ stop_ranks() {
   fi
 }
 
-# torchrun's children, into `ranks`.
-list_ranks() {
-  if [[ -d /proc/self ]]; then
-    read -ra ranks <"/proc/$torchrun/task/$torchrun/children" || true # no end of line
-  else
-    read -ra ranks < <(pgrep -P "$torchrun" | tr '\n' ' ') || true
-  fi 2>/dev/null
-}
-
 # Not torchrun's own --max-restarts: its ranks would meet the addresses that those before them left in its store.
 start_ranks "$@"
 for ((restart = 1; restart <= max_restarts; restart++)); do
   [[ -z $told && $status != 0 && $status != 2 && $status != 75 ]] || break
-  echo "train.sh: the ranks have failed with status $status; restart $restart of $max_restarts" >&2
+  say "the ranks have failed with status $status; restart $restart of $max_restarts"
   start_ranks "$@"
 done
 exit "$status"

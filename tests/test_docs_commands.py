@@ -58,10 +58,12 @@ SBATCH = """#!/bin/sh
 echo "$@" >> submitted
 """
 
-# Commands whose runs are like others of the page: they are started as far as torchrun, by an interpreter without it.
-WITHOUT_RANKS = ("scripts/sweep.sh configs/", "MAX_RESTARTS=3 ")
+# Commands whose runs are like others of the page, or servers, which do not end: they are started by an interpreter that
+# has neither.
+WITHOUT_RANKS = ("scripts/sweep.sh configs/", "MAX_RESTARTS=3 ", "scripts/serve.sh")
 PYTHON = f"""#!/bin/sh
 if [ "$1 $2" = "-m torch.distributed.run" ]; then echo "$@" >> started; exit; fi
+if [ "$1 $2" = "-m megatron_ee.server" ] && [ "$3" != "--stages" ]; then echo "$@" >> started; exit; fi
 exec "{sys.executable}" "$@"
 """
 
@@ -81,6 +83,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path, text in MORE_CONFIGS.items():
         (folder / "configs" / path).parent.mkdir(exist_ok=True)
         (folder / "configs" / path).write_text(text)
+    (folder / "configs/serve").symlink_to(ROOT / "configs/serve")
     (folder / "configs/published").symlink_to(ROOT / "configs/published")
     (folder / "bin").mkdir()
     (folder / "bin/sbatch").write_text(SBATCH)  # what a real one does with it: tests/slurm
@@ -119,11 +122,14 @@ def test_what_they_submit_is_a_job_and_an_array(checkout: Path) -> None:
     """After the commands of the page on operations."""
     if not (checkout / "submitted").exists():
         pytest.skip("the commands were not run")
-    job, array = (checkout / "submitted").read_text().splitlines()
+    job, array, server = (checkout / "submitted").read_text().splitlines()
     assert "--nodes=4 --gpus-per-node=8 --time=12:00:00" in job
     assert "--array=1-2%1" in array
-    first, second, alone = (checkout / "started").read_text().splitlines()
+    assert "--gpus-per-node=1 " in server and server.endswith("scripts/serve.slurm configs/serve/demo.yaml")
+    first, second, alone, *servers = (checkout / "started").read_text().splitlines()
     assert "optimizer.lr=1e-3" in first and "name=fast" in second and "name=steady" in alone
+    assert servers[0] == "-m megatron_ee.server configs/serve/demo.yaml"
+    assert servers[1].startswith("-m megatron_ee.server --model runs/demo ")
 
 
 def test_quoted_messages_are_those_of_the_code() -> None:

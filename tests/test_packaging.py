@@ -58,7 +58,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed: Path) -> None:
     assert {path.name for path in installed.iterdir()} == {"megatron_ee", information.name}
     packed = {path.relative_to(installed) for path in (installed / "megatron_ee").rglob("*") if path.is_file()}
     modules = {path.relative_to(ROOT) for path in (ROOT / "megatron_ee").rglob("*.py")}
-    assert packed == modules | {Path("megatron_ee/py.typed")}
+    page = {path.relative_to(ROOT) for path in (ROOT / "megatron_ee/server/page").glob("*.*")}
+    assert packed == modules | page | {Path("megatron_ee/py.typed")}
     assert (information / "licenses/LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
