@@ -116,4 +116,3 @@ class FairQueue(Generic[T]):
             del self._lines[line.client.name]
         if not any(line.waiting or line.running for line in self._lines.values()):
             self._lines.clear()
-            self._virtual = 0.0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from server.guard.simulated_load import HOUR, SimulatedClient, anybodys, send, serve
+from helpers.simulated_load import HOUR, SimulatedClient, anybodys, send, serve
 
 from megatron_ee.config import AlarmsConfig, ExitParams
 from megatron_ee.server.guard.alarms import Alarm, Alarms, compare

@@ -3,11 +3,16 @@
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ee.config import BoundsConfig, ExitParams, InferenceConfig, SamplingParams
+from megatron_ee.config import BoundsConfig, ExitParams, InferenceConfig, SamplingParams, SledParams
 from megatron_ee.errors import FieldError
+from megatron_ee.inference.corrections.sled import sled
+from megatron_ee.inference.request import Request
+from megatron_ee.inference.sampling import Draws
+from megatron_ee.inference.sampling.choose import choose
 from megatron_ee.server.guard.bounds import OutOfBoundsError, check_bounds, check_own_settings
 
 
@@ -167,3 +172,30 @@ def test_the_servers_own_settings_are_checked_in_every_mode_that_may_be_asked_fo
         own({"modes": ["early_exit"]}, exit={"mode": "sled"})
     with pytest.raises(FieldError, match=r"inference.sampling.max_new_tokens: 2000 is above"):
         own({}, sampling={"max_new_tokens": 2000})
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"logit_bias": {0: 100.0, 1: -100.0}, "repetition_penalty": 100.0},
+        {"repetition_penalty": 0.01, "frequency_penalty": 2.0, "presence_penalty": -2.0},
+        {"temperature": 100.0, "min_new_tokens": 5, "stop_token_ids": [3]},
+        {"temperature": 1e-300, "top_k": 2**70, "top_p": 1e-300, "min_p": 1.0},
+    ],
+)
+def test_a_token_can_be_chosen_wherever_sampling_is_within_its_bounds(sampling: dict[str, Any]) -> None:
+    check(sampling=sampling)
+    draws = Draws(Request((0, 1, 2), SamplingParams.model_validate(sampling)))
+    draws.answer += [4, 5]
+    logits_NV = torch.linspace(-1e4, 1e4, 8)[None]
+    assert choose(logits_NV, [draws]) != [None]
+
+
+@pytest.mark.parametrize(
+    "params", [{"alpha": 100.0, "steps": 8, "top_k": 64}, {"lower_bound": 1e30}, {"lower_bound": -1e30}]
+)
+def test_corrected_logits_are_numbers_wherever_sled_is_within_its_bounds(params: dict[str, Any]) -> None:
+    check(exit={"mode": "sled", "sled": params})
+    final_NV = torch.randn(3, 100, generator=torch.Generator().manual_seed(1)) * 50
+    evolved_NV = sled(final_NV, [final_NV.flip(-1), final_NV / 2], SledParams.model_validate(params))
+    assert evolved_NV.isfinite().all()
