@@ -27,7 +27,7 @@ def at_exit(arrival: Arrival, sequences: Sequences, decisions: ExitDecisions) ->
         answers.update(zip(drafting, draft(arrival.ask([*drafting]), [*drafting.values()]), strict=True))
     if heard := {slot: of for slot, of in whole.items() if layer in of.rule.heard}:
         _hear(arrival, heard)
-    if asking := {slot: of for slot, of in whole.items() if of.may_leave_at(layer)}:
+    if asking := {slot: of for slot, of in whole.items() if layer in of.rule.thresholds and of.scores is None}:
         answers.update(_let_out(arrival.ask([*asking]), asking, decisions))
     return answers
 
@@ -35,9 +35,13 @@ def at_exit(arrival: Arrival, sequences: Sequences, decisions: ExitDecisions) ->
 def at_the_end(arrival: Arrival, sequences: Sequences) -> Answers:
     """What full depth says: a token of each sequence, or of its draft what is right, and a token; and of prompts that
     are scored, before that, how likely they are."""
-    whole = {slot: of for slot, of in sequences.items() if not of.unfed}
+    whole, scored = {}, {}
+    for slot, sequence in sequences.items():
+        if not sequence.unfed:
+            whole[slot] = sequence
+        if sequence.scores is not None:
+            scored[slot] = sequence
     answers = _at_the_end(arrival, whole) if whole else {}
-    scored = {slot: of for slot, of in sequences.items() if of.scores is not None}
     if not scored:
         return answers
     found = scores_of(arrival, scored)

@@ -32,7 +32,8 @@ def is_asked(sequence: DecodingSequence, layer: int, num_layers: int) -> bool:
         return layer == num_layers and sequence.scores is not None
     if layer == num_layers or sequence.drafts_at(layer):
         return True
-    return sequence.may_leave_at(layer) or layer in sequence.rule.heard
+    rule = sequence.rule
+    return (layer in rule.thresholds and sequence.scores is None) or layer in rule.heard
 
 
 def count(plan: LaunchPlan, sequences: Mapping[int, DecodingSequence], work: Work) -> None:

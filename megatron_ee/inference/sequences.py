@@ -52,13 +52,9 @@ class DecodingSequence:
     def next_stop(self, start: int, num_layers: int) -> int:
         """Where rows that have run `start` layers are looked at next."""
         stops = self.stops if self.draft is None else (self.draft.layer,)
-        if self.scores is not None:
+        if self.scores is not None:  # no exit lets out a prompt that is scored
             stops = self.rule.heard
         return next((stop for stop in stops if stop > start), num_layers)
-
-    def may_leave_at(self, layer: int) -> bool:
-        """Whether the exit there may let out its newest row; a prompt that is scored goes to full depth."""
-        return layer in self.rule.thresholds and self.scores is None
 
     @property
     def wants_passed(self) -> bool:
