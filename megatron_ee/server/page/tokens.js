@@ -90,7 +90,7 @@ export class TokenList {
     span.tabIndex = this.#tokens.length ? -1 : 0;
     span.dataset.index = this.#tokens.length;
     span.classList.toggle("unseen", /^[\p{C}]*$/u.test(token.text)); // a line's end, or a part of a character
-    if (token.text.trim() === "") span.ariaLabel = quoted(token.text);
+    if (token.text.trim() === "") span.ariaLabel = token.text === "" ? "no text" : quoted(token.text);
     span.classList.toggle("drafted", Boolean(token.drafted));
     paint(span, token.exit_layer, this.#depths);
     this.#tokens.push(token);
@@ -123,7 +123,7 @@ export class TokenList {
   #lines({ text, exit_layer: layer, confidence, drafted, differs }, index) {
     const all = this.#depths.at(-1);
     return [
-      `Token ${index + 1}: ${quoted(text)}`,
+      `Token ${index + 1}: ${text === "" ? "no text of its own" : quoted(text)}`,
       layer === all ? `Ran all ${all} layers` : `Left at layer ${layer} of ${all}`,
       Number.isFinite(confidence) ? `Confidence ${confidence.toFixed(3)}` : "Confidence not measured",
       drafted ? "Drafted by an exit, accepted by full depth" : "Not drafted",
