@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from helpers.simulated_load import HOUR, SimulatedClient, anybodys, send, serve
 from hypothesis import given
 from hypothesis import strategies as st
-from helpers.simulated_load import HOUR, SimulatedClient, anybodys, send, serve
 
 from megatron_ee.config import AlarmsConfig, ExitParams
 from megatron_ee.server.guard.alarms import Alarm, Alarms, compare
