@@ -36,7 +36,7 @@ class CompletionLogprobs:
     def body(self, told: Sequence[Told]) -> dict[str, Any]:
         return {
             "tokens": [of.text for of in told],
-            "token_logprobs": [None if of.logprobs is None else of.logprobs.token for of in told],
+            "token_logprobs": [None if of.logprobs is None else _number(of.logprobs.token) for of in told],
             "top_logprobs": [None if of.logprobs is None else self._top(of) for of in told],
             "text_offset": [of.offset for of in told],
         }
@@ -46,8 +46,8 @@ class CompletionLogprobs:
         assert told.logprobs is not None
         top: dict[str, float] = {}
         for token, logprob in told.logprobs.top.items():
-            top.setdefault(token_text(token, self.tokenizer), logprob)
-        top.setdefault(told.text, told.logprobs.token)
+            top.setdefault(token_text(token, self.tokenizer), _number(logprob))
+        top.setdefault(told.text, _number(told.logprobs.token))
         return top
 
 
@@ -67,9 +67,14 @@ class ChatLogprobs:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text = token_text(token, self.tokenizer)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode())}
 
 
 def token_text(token: int, tokenizer: Tokenizer) -> str:
     """By itself."""
     return tokenizer.decode([token])
+
+
+def _number(logprob: float) -> float:
+    """JSON has no infinity: what cannot be is written as OpenAI writes it."""
+    return max(logprob, -9999.0)
