@@ -44,7 +44,7 @@ class RunningServer:
                 total += float(found[2])
         return total
 
-    def wait_for(self, text: str, seconds: float = 60.0) -> str:
+    def wait_for(self, text: str, seconds: float = 180.0) -> str:
         """The first line of its log with this text."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
