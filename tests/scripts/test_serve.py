@@ -1,5 +1,6 @@
 """scripts/serve.sh with ranks that only listen to signals: a server that is told to end drains, and says so."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -119,6 +120,15 @@ def test_one_that_slurm_tells_with_all_its_processes_drains_too(scripts: Any) ->
             process.send_signal(signal.SIGTERM)
         script.communicate(timeout=60)
         assert script.returncode == 0
+
+
+def test_an_interrupt_of_a_terminal_reaches_the_script_alone(scripts: Any) -> None:
+    """Which tells the ranks once, as by any other signal; they would take a second one for a wish to end at once."""
+    with _served(scripts, STAGES="2") as script:
+        os.killpg(script.pid, signal.SIGINT)
+        script.communicate(timeout=60)
+        assert script.returncode == 0
+        assert set((scripts.folder / "heard").read_text().split()) == {"SIGTERM"}
 
 
 def test_a_second_interrupt_ends_answers(scripts: Any) -> None:
