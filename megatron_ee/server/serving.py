@@ -70,6 +70,8 @@ def _lead(folder: Path, config: Config) -> None:
 
 def _follow(folder: Path, config: Config) -> None:
     """A process that has a part of the model, and does what the first one says until that ends."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # a launcher may have left them ignored
     model = open_model(folder, config)
     assert model.mesh is not None
     engine = _engine_of(model, config)
@@ -118,6 +120,8 @@ class _Front:
         if service.state is State.LOADING:
             raise SystemExit(128 + number)
         is_first = service.state is State.READY
+        if not is_first and number == signal.SIGTERM:
+            return  # scripts and schedulers tell every process of a server, and again
         seconds = self._serving.drain if is_first else 0.0
         if is_first:
             _log.info("%s: no more requests are taken in", signal.Signals(number).name)
