@@ -2,7 +2,7 @@
 
 Clients of OpenAI's interface are served at /v1, people at /. The config says how, where it says nothing the model's own
 does. Under torchrun the processes hold the model together, and the first one listens. SIGTERM and Ctrl-C end the server
-once all answers under way have ended; a second one does at once.
+once all answers under way have ended; a second Ctrl-C does at once.
 """
 
 import argparse
