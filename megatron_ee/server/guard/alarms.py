@@ -181,7 +181,7 @@ class _Watch:
             state.evidence.see(measure.of(share), measure.limit)
             if state.evidence.is_strong:
                 state.raise_alarm(Alarm(self._kind, client, now, value, measure.reference))
-                shares.reference.clear()
+                shares.reference.clear()  # it is no measure of others, nor will be until the alarm ends
             return
         state.since_alarm += 1
         seen = fmean(map(measure.of, shares.latest))
@@ -203,7 +203,7 @@ class _Watch:
         others = [
             shares.reference
             for name, shares in self._shares.items()
-            if name != client and len(shares.reference) >= self._window // 4 and self._states[name].alarm is None
+            if name != client and len(shares.reference) >= self._window // 4
         ]
         reference = median(map(fmean, others)) if others else 0.0
         if reference <= _LEAST:

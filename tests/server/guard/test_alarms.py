@@ -102,13 +102,34 @@ def test_an_alarm_stays_until_a_window_is_as_usual() -> None:
 
 def test_an_alarmed_client_is_no_measure_of_others() -> None:
     watch = alarms()
-    for client in "ab":
-        tell(watch, client, USUAL * 10)
-    for _ in range(3):
-        tell(watch, "c", [0.0] * 64)
-        tell(watch, "d", [0.0] * 64)
-    assert {alarm.client for alarm in watch.active(0.0)} == {"c", "d"}
+    tell(watch, "a", USUAL * 10)
+    tell(watch, "b", [0.0] * 120)
+    tell(watch, "c", [0.0] * 120)
+    assert {alarm.client for alarm in watch.active(0.0)} == {"b", "c"}
     assert all(alarm.reference == pytest.approx(0.5) for alarm in watch.active(0.0))
+
+
+def test_where_clients_differ_widely_a_low_one_is_no_collapse() -> None:
+    for others, found in (({"a": 0.3, "b": 0.9}, []), ({"a": 0.6, "b": 0.6}, ["c"])):  # of the same median
+        watch = alarms()
+        for _ in range(600):
+            for client, share in {**others, "c": 0.15}.items():
+                tell(watch, client, [share])
+        assert [alarm.client for alarm in watch.active(0.0)] == found
+
+
+@pytest.mark.parametrize("window", [32, 128])
+def test_an_alarm_lasts_a_window_at_least(window: int) -> None:
+    watch = alarms(window=window)
+    for client in "abc":
+        tell(watch, client, USUAL * 20)
+    tell(watch, "d", [1.0] * 100)
+    while not watch.active(0.0):
+        tell(watch, "d", [0.0])
+    tell(watch, "d", [1.0] * (window - 1))
+    assert [alarm.client for alarm in watch.active(0.0)] == ["d"]
+    tell(watch, "d", [1.0])
+    assert watch.active(0.0) == []
 
 
 def test_short_requests_do_not_hide_long_ones() -> None:
@@ -273,3 +294,10 @@ def test_an_alarm_names_what_it_is_about() -> None:
     tell(watch, "d", [0.0] * 64, now=3.0)
     (alarm,) = watch.active(3.0)
     assert alarm == Alarm("exit_rate", "d", 3.0, 0.0, pytest.approx(0.5))
+
+
+def test_what_is_partly_others_measure_is_none() -> None:
+    shares = Shares(window=4, unit=64)
+    assert shares.add(10, 10, is_reference=False) is None
+    assert shares.add(54, 54, is_reference=True) == (1.0, False)
+    assert shares.add(64, 64, is_reference=True) == (1.0, True)
