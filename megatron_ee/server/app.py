@@ -98,6 +98,7 @@ class _Routes:
     ) -> Response:
         service = self._service
         asking = service.submit(generation.answer.identity, client, generation.requests)
+        request.state.is_taken_in = True
 
         def leave() -> None:
             service.leave(asking)

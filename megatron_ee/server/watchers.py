@@ -106,11 +106,13 @@ class Watcher:
         self._lookout.judged(agreeing, tokens, time.monotonic())
 
     def refused(self, state: Any, error: ApiError) -> None:
-        """An answer that is an error.
+        """An answer that is an error. One to a request that was taken in is no refusal: it has ended, see `ended`.
 
         Args:
             state: of the request: who asked, as far as that is known.
         """
+        if getattr(state, "is_taken_in", False):
+            return
         code = error.code or str(error.status)
         self.metrics.refused.labels(code=code).inc()
         if code in _NOTED:

@@ -44,6 +44,13 @@ class RunningServer:
                 total += float(found[2])
         return total
 
+    def counts(self) -> dict[tuple[str, str], int]:
+        """Of /metrics, all that only grows, by name and the value of its one label, which may be missing."""
+        found = re.findall(
+            r'^megatron_ee_(\w+_total)(?:\{\w+="(.*)"\})? (\S+)$', httpx.get(f"{self.url}/metrics").text, re.MULTILINE
+        )
+        return {(name, label): int(float(count)) for name, label, count in found}
+
     def wait_for(self, text: str, seconds: float = 180.0) -> str:
         """The first line of its log with this text."""
         deadline = time.monotonic() + seconds
@@ -66,6 +73,19 @@ class RunningServer:
         """Its exit status."""
         self.process.send_signal(number)
         return self.process.wait(seconds)
+
+
+@dataclass(frozen=True)
+class GuardedServer:
+    """
+    Attributes:
+        keys: by client.
+        audit: the file.
+    """
+
+    server: RunningServer
+    keys: dict[str, str]
+    audit: Path
 
 
 def start_server(model: Path, *settings: str, command: Sequence[str] = (), waits: bool = True) -> RunningServer:

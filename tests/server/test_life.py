@@ -85,6 +85,8 @@ def test_answers_that_take_too_long_fail(checkpoint: Path) -> None:
         answer = httpx.post(f"{slow.url}/v1/completions", json={**_ENDLESS, "stream": False}, timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
         slow.wait_until_idle()
+        assert slow.metric("request_outcomes_total", outcome="timeout") == 1
+        assert slow.metric("requests_refused_total") == 0, "it was taken in"
         short = httpx.post(f"{slow.url}/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
         assert short.status_code == 200
     finally:

@@ -32,7 +32,7 @@ def served() -> Iterator[tuple[Stub, str]]:
 def stub(served: tuple[Stub, str]) -> Stub:
     """As new."""
     stub, _ = served
-    stub.key, stub.facts = None, stub.usual_facts()
+    stub.key, stub.facts, stub.breaks_off = None, stub.usual_facts(), False
     stub.asked.clear()
     stub.ended.clear()
     return stub
@@ -41,7 +41,9 @@ def stub(served: tuple[Stub, str]) -> Stub:
 @pytest.fixture(scope="session")
 def tab(browser: Browser, served: tuple[Stub, str]) -> Page:
     """One for all tests: opening the page anew is what takes no time."""
-    return browser.new_context(base_url=served[1]).new_page()
+    tab = browser.new_context(base_url=served[1]).new_page()
+    tab.set_default_timeout(15_000)
+    return tab
 
 
 @pytest.fixture

@@ -57,6 +57,7 @@ class Stub:
         self.key: str | None = None
         self.asked: list[dict] = []
         self.ended: list[str] = []  # answers whose reader went away
+        self.breaks_off = False  # what has arrived has been seen: answers that break off may do so
         self.facts = self.usual_facts()
         self.app = FastAPI(openapi_url=None)
         self.app.add_api_route("/v1/models", self._models)
@@ -119,7 +120,8 @@ class Stub:
         if prompt in ("error", "lost", "short", "nonsense"):
             for each in tokens[:3]:
                 yield event([each], chat)
-            await asyncio.sleep(0.05)
+            while not self.breaks_off:
+                await asyncio.sleep(0.01)
             if prompt == "lost":
                 raise ConnectionError("the stub lets go")
             if prompt == "nonsense":

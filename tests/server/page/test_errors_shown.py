@@ -33,9 +33,12 @@ def test_a_refusal(page: Page, prompt: str, said: str) -> None:
         ("nonsense", "The server sent what is not JSON."),
     ],
 )
-def test_an_answer_that_breaks_off(page: Page, prompt: str, said: str) -> None:
+def test_an_answer_that_breaks_off(page: Page, stub: Stub, prompt: str, said: str) -> None:
     page.get_by_label("Compare with full depth").check()
-    assert outcome(page, prompt).startswith("Not complete. Early exit, threshold 0.90: 3 tokens in ")
+    run(page, prompt)
+    expect(page.locator(".token")).to_have_count(3)
+    stub.breaks_off = True
+    expect(page.get_by_role("status")).to_contain_text("Not complete. Early exit, threshold 0.90: 3 tokens in ")
     expect(page.get_by_role("alert")).to_have_text(BROKE_OFF + said)
     expect(page.locator(".token")).to_have_text([each["text"] for each in story("early_exit")[:3]])
     expect(page.locator("#verdict")).to_be_hidden()  # one answer alone cannot be compared
