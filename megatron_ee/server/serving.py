@@ -18,6 +18,7 @@ from megatron_ee.server.app import create_app
 from megatron_ee.server.commanders import Alone, Following, Leading
 from megatron_ee.server.engine_loop import run_engine
 from megatron_ee.server.guard.audit import AuditLog
+from megatron_ee.server.guard.bounds import check_own_settings
 from megatron_ee.server.guard.keys import KeyRing
 from megatron_ee.server.listening import Listener, open_socket
 from megatron_ee.server.offered import Offered
@@ -38,9 +39,11 @@ def serve(folder: Path, config: Config) -> None:
     """Until a signal ends it.
 
     Raises:
-        UserError: the address cannot be had, or a file not be read, or the model not be opened.
+        UserError: the address cannot be had, or a file not be read, or the model not be opened; or a request that says
+            nothing would be out of bounds.
         StageLostError: another process of the model is gone.
     """
+    check_own_settings(config.serving.bounds, config.inference)
     if os.environ.get("RANK", "0") == "0":
         _lead(folder, config)
     else:

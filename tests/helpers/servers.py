@@ -18,7 +18,7 @@ SETTINGS = (
     "inference.sampling.max_new_tokens=16",
     "serving.port=0",
     "serving.bounds.prompt_tokens=2048",
-    "serving.bounds.new_tokens=512",
+    "serving.bounds.new_tokens=4096",
 )
 """A random model is never sure of anything: at this threshold its tokens leave at all of its exits."""
 

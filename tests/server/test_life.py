@@ -62,6 +62,7 @@ def test_a_signal_lets_answers_end_and_takes_in_no_more(own: RunningServer) -> N
     assert own.process.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_answers_with_an_error(own: RunningServer) -> None:
     threads, texts = _begin(own.url, 3)
     _wait_until(lambda: own.metric("num_requests_running") == 2)
@@ -73,39 +74,6 @@ def test_a_second_signal_ends_answers_with_an_error(own: RunningServer) -> None:
         thread.join(20)
     for told in texts:
         assert json.loads(told[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
-
-
-def test_an_idle_server_ends_at_once(own: RunningServer) -> None:
-    assert own.end(seconds=15) == 0
-
-
-def test_answers_that_take_too_long_fail(checkpoint: Path) -> None:
-    slow = start_server(checkpoint, "serving.timeout=0.2", "inference.max_batch_size=1")
-    try:
-        answer = httpx.post(f"{slow.url}/v1/completions", json={**_ENDLESS, "stream": False}, timeout=60)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
-        slow.wait_until_idle()
-        assert slow.metric("request_outcomes_total", outcome="timeout") == 1
-        assert slow.metric("requests_refused_total") == 0, "it was taken in"
-        short = httpx.post(f"{slow.url}/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
-        assert short.status_code == 200
-    finally:
-        assert slow.end() == 0
-
-
-def test_too_many_that_wait_are_sent_away(checkpoint: Path) -> None:
-    small = start_server(checkpoint, "inference.max_batch_size=1", "serving.max_waiting=2")
-    try:
-        threads, texts = _begin(small.url, 3)
-        _wait_until(lambda: small.metric("num_requests_waiting") == 2)
-        answer = httpx.post(f"{small.url}/v1/completions", json={"model": "tiny", "prompt": "x"}, timeout=60)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
-        assert int(answer.headers["retry-after"]) >= 1
-        for thread in threads:
-            thread.join(60)
-        assert [told[-1] for told in texts] == ["data: [DONE]"] * 3
-    finally:
-        assert small.end() == 0
 
 
 def _fails(*arguments: str) -> str:
@@ -123,35 +91,3 @@ def test_a_port_that_is_taken(checkpoint: Path) -> None:
         port = taken.getsockname()[1]
         said = _fails("--model", str(checkpoint), *SETTINGS, f"serving.port={port}")
     assert "serving.port" in said and str(port) in said
-
-
-def test_an_address_that_is_nobodys(checkpoint: Path) -> None:
-    assert "serving.host" in _fails("--model", str(checkpoint), *SETTINGS, "serving.host=192.0.2.1")
-
-
-def test_a_missing_file_of_keys(checkpoint: Path, tmp_path: Path) -> None:
-    missing = tmp_path / "keys.yaml"
-    assert str(missing) in _fails("--model", str(checkpoint), *SETTINGS, f"serving.keys={missing}")
-
-
-def test_a_killed_rank_ends_the_server_and_its_answers(checkpoint: Path) -> None:
-    """Two stages, as torchrun starts them: an answer under way ends with an error, and no process stays."""
-    settings = ["inference.parallel.pipeline=2", "inference.parallel.timeout=3.0", "serving.port=0"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "megatron_ee.server", "--model", str(checkpoint)]
-    both = start_server(checkpoint, *settings, command=command)
-    try:
-        answer = httpx.post(f"{both.url}/v1/completions", json={"model": "tiny", "prompt": "x"}, timeout=60)
-        assert answer.status_code == 200
-        threads, _ = _begin(both.url, 2)
-        _wait_until(lambda: both.metric("num_requests_running") == 2)
-        workers = subprocess.run(
-            ["pgrep", "-P", str(both.process.pid)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        subprocess.run(["kill", "-KILL", workers[-1]], check=True)
-        for thread in threads:
-            thread.join(30)
-        assert both.process.wait(60) != 0
-    finally:
-        both.process.kill()
-        both.process.wait()

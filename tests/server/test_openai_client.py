@@ -5,6 +5,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from helpers.loops import run
 from helpers.servers import RunningServer
 
 from megatron_ee.config import ExitParams, SamplingParams
@@ -188,7 +189,7 @@ def test_an_answer_that_nobody_waits_for_is_given_up(server: RunningServer) -> N
         asking.cancel()
         await client.close()
 
-    asyncio.run(ask())
+    run(ask())
     server.wait_until_idle()
     assert server.metric("request_outcomes_total", outcome="cancelled") == before + 1
 

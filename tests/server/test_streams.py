@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from helpers.loops import run
+
 from megatron_ee.server.streams import EventStream, event
 
 _SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}}
@@ -35,11 +37,11 @@ def _sent(reads: int, *, leaves: bool = False) -> tuple[list[dict[str, Any]], li
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async def run() -> None:
+    async def serve() -> None:
         stream = EventStream(_events([]), timeout=0.05 if not leaves else 60, leave=lambda: left.append("left"))
         await asyncio.wait_for(stream(_SCOPE, receive, send), 5)
 
-    asyncio.run(run())
+    run(serve())
     return sent, left
 
 

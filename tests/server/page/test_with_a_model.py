@@ -60,10 +60,10 @@ def test_the_servers_words_are_shown(real: Page) -> None:
 
 
 def test_stop_ends_it_in_the_server(real: Page, server: RunningServer) -> None:
-    real.get_by_label("Most tokens").fill("512")
+    real.get_by_label("Most tokens").fill("4096")
     run(real, "It was")
     expect(real.locator(".token").first).to_be_visible()
     real.get_by_role("button", name="Stop").click()
     expect(real.get_by_role("status")).to_contain_text("Stopped.")
     server.wait_until_idle()
-    assert real.locator(".token").count() < 512
+    assert real.locator(".token").count() < 4096
