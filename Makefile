@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-slow test-gpu test-multigpu bench-gpu bench-train bench-io bench-checkpoint bench-decode bench-serve lint format check-wheel clean
+.PHONY: help install demo serve test test-slow test-gpu test-multigpu bench-gpu bench-train bench-io bench-checkpoint bench-decode bench-serve bench-server lint format check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ bench-train: $(INSTALLED) ## measure pipelines, memory and speed of training on 
 bench-io: $(INSTALLED) ## measure checkpoints beside the bare disk, data and start-up, into runs/bench/io.json (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/bench_io.py
 
-bench-checkpoint: $(INSTALLED) ## train the model that bench-decode and bench-serve take, for a quarter of an hour; stopped, it goes on where it was
+bench-checkpoint: $(INSTALLED) ## train the model that bench-decode, bench-serve and bench-server take, for a quarter of an hour; stopped, it goes on where it was
 	@$(BIN)/python tools/bench_checkpoint.py
 
 bench-decode: $(INSTALLED) ## measure decoding beside Hugging Face's, and exits, into runs/bench/decode.json (minutes)
@@ -51,6 +51,9 @@ bench-decode: $(INSTALLED) ## measure decoding beside Hugging Face's, and exits,
 
 bench-serve: $(INSTALLED) ## measure which rows run together, beside lockstep and the simulator, into runs/bench/serve.json (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/bench_serve.py
+
+bench-server: $(INSTALLED) ## measure a server beside its model, and others beside slowdown prompts, into runs/bench/server.json (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/bench_server.py
 
 lint: $(INSTALLED) ## check style, spelling, types, shell scripts and the Dockerfile
 	$(BIN)/ruff check

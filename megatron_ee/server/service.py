@@ -175,7 +175,7 @@ class Service:
         if ticket.number is not None:
             del self._running[ticket.number]
             self.num_running -= 1
-            self._queue.release(ticket.asking.client)
+            self._queue.release(ticket.asking.client, ticket.cost - self._watcher.used(ticket))
         asking = ticket.asking
         if asking.has_ended:
             self._askings.pop(asking).cancel()

@@ -93,12 +93,21 @@ class Watcher:
         drafts = drafts_of(emission for ticket in asking.tickets for emission in ticket.emissions)
         metrics.draft_tokens.inc(drafts.drafted)
         metrics.accepted_tokens.inc(drafts.accepted)
-        used = sum(self._used(ticket) for ticket in asking.tickets)
+        used = sum(self.used(ticket) for ticket in asking.tickets)
         metrics.layer_tokens.labels(client=asking.client.name).inc(used)
         if asking.reservation is not None:
             self.accounts.settle(asking.reservation, used, now)
         assert self._lookout is not None
         self._lookout.saw(asking, now)
+
+    def used(self, ticket: Ticket) -> float:
+        """Layer-tokens of one text; none of one that has never run."""
+        if not ticket.has_run:
+            return 0.0
+        exit = ticket.request.exit
+        discarded = sum(emission.discarded for emission in ticket.emissions) if drafts_charged(exit) else 0
+        layers = [emission.exit_layer for emission in ticket.emissions]
+        return layer_tokens(len(ticket.request.prompt), layers, num_layers=self._num_layers, discarded=discarded)
 
     def judged(self, agreeing: int, tokens: int) -> None:
         """What full depth thinks of tokens that left early."""
@@ -128,12 +137,3 @@ class Watcher:
         """What metrics say of this moment."""
         self.metrics.num_running.set(num_running)
         self.metrics.num_waiting.set(num_waiting)
-
-    def _used(self, ticket: Ticket) -> float:
-        """Layer-tokens of one text; none of one that has never run."""
-        if not ticket.has_run:
-            return 0.0
-        exit = ticket.request.exit
-        discarded = sum(emission.discarded for emission in ticket.emissions) if drafts_charged(exit) else 0
-        layers = [emission.exit_layer for emission in ticket.emissions]
-        return layer_tokens(len(ticket.request.prompt), layers, num_layers=self._num_layers, discarded=discarded)
