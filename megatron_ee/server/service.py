@@ -158,9 +158,8 @@ class Service:
             self.num_running += 1
             self.bridge.give(Add(ticket.number, ticket.request))
         if self.num_running < self._slots and self.state is State.READY and self._judging is not None:
-            number = self._new_number()
-            if (request := self._judging.next(number)) is not None:
-                self.bridge.give(Add(number, request, priority=1))
+            if (request := self._judging.next(self._next + 1)) is not None:
+                self.bridge.give(Add(self._new_number(), request, priority=1))
 
     def _new_number(self) -> int:
         self._next += 1

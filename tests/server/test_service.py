@@ -92,7 +92,7 @@ async def test_too_many_that_wait_are_sent_away() -> None:
         desk.ask(BEN)
     assert (refused.value.status, refused.value.code) == (429, "queue_full")
     assert int(refused.value.headers["Retry-After"]) >= 1
-    desk.say(1, finish="stop")
+    desk.say(1, finish="length")
     desk.ask(BEN)
     assert desk.service.num_waiting == 2
 
@@ -102,7 +102,7 @@ async def test_clients_take_turns() -> None:
     desk = Desk(slots=1)
     ann, ben = desk.ask(ANN, 3), desk.ask(BEN, 1)
     for number in (1, 2, 3, 4):
-        desk.say(number, finish="stop")
+        desk.say(number, finish="length")
     assert [ticket.number for ticket in ben.tickets] == [2]
     assert [ticket.number for ticket in ann.tickets] == [1, 3, 4]
 
@@ -117,8 +117,8 @@ async def test_who_leaves_is_forgotten_wherever_it_is() -> None:
     desk.service.leave(running)
     desk.service.leave(running)
     assert desk.ordered() == ["-1", "+2"]
-    desk.say(1, finish="stop")  # was on its way already
-    desk.say(2, finish="stop")
+    desk.say(1, finish="length")  # was on its way already
+    desk.say(2, finish="length")
     assert await _whole(last) == ["a"]
 
 
@@ -153,9 +153,9 @@ async def test_the_last_answer_ends_a_drain() -> None:
     with pytest.raises(ApiError) as refused:
         desk.ask()
     assert (refused.value.status, refused.value.code) == (503, "shutting_down")
-    desk.say(1, finish="stop")
+    desk.say(1, finish="length")
     assert not drained
-    desk.say(2, finish="stop")
+    desk.say(2, finish="length")
     assert drained and (await _whole(first), await _whole(second)) == (["a"], ["a"])
 
 
