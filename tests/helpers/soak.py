@@ -43,6 +43,7 @@ _BAD: list[dict[str, Any]] = [
 ]
 _STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 _LONG = {"prompt": "x", "max_tokens": 512, "ignore_eos": True, "early_exit": {"mode": "full"}}
+_CHANGES_NOTHING = {"stream", "stream_options", "logprobs", "top_logprobs"}
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,9 @@ class Visitor:
         self._count(choices)
         tally.outcomes[choices[expected - 1].finish or ""] += 1
         if case.is_settled:
-            question = json.dumps({**body, "stream": None, "stream_options": None, "logprobs": None}, sort_keys=True)
+            question = json.dumps({name: body[name] for name in sorted(body.keys() - _CHANGES_NOTHING)})
+            if body.get("echo") and "logprobs" in body:
+                question += " after a scored prompt"  # which runs to full depth, as does the first new token
             tally.asked[question] += 1
             tally.said[question].add(json.dumps([(of.text, of.layers) for _, of in sorted(choices.items())]))
 
