@@ -24,7 +24,7 @@ class Found(NamedTuple):
     slow_share: float
 
 
-def find_prompts(checkpoint: Path, count: int = 6) -> Found:
+def find_prompts(checkpoint: Path, count: int = 4) -> Found:
     """Those whose greedy answers leave earliest, and last: slowdown inputs."""
     draw = random.Random(0)
     texts = ["".join(draw.choices(string.printable[:94], k=8)) for _ in range(_CANDIDATES)]

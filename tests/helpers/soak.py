@@ -6,8 +6,9 @@ import json
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ from helpers.tallies import Heard, Tally, streamed_choices, whole_choices
 
 DEADLINE = 60.0
 """Seconds in which every request has to end, in whatever way."""
-TIMEOUT = 2.0
+TIMEOUT = 3.0
 """The server's own, which only answers that are too long for it reach."""
 MODES: list[dict[str, Any]] = [
     {},
@@ -42,6 +43,7 @@ _BAD: list[dict[str, Any]] = [
 ]
 _STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 _LONG = {"prompt": "x", "max_tokens": 512, "ignore_eos": True, "early_exit": {"mode": "full"}}
+_CHANGES_NOTHING = {"stream", "stream_options", "logprobs", "top_logprobs"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,11 @@ class Case:
 
 
 def draw_case(draw: random.Random) -> Case:
-    """Short, and of few kinds, so that each kind comes often."""
+    """Short; many are one of a few questions, asked again and again."""
+    if draw.random() < 0.4:
+        streams = _STREAM if draw.random() < 0.6 else {}
+        asked = {"model": MODEL, "prompt": "some text", "max_tokens": 12, "temperature": 0}
+        return Case(False, {**asked, "early_exit": draw.choice(MODES), **streams}, True)
     is_chat, streams, is_greedy = draw.random() < 0.4, draw.random() < 0.6, draw.random() < 0.6
     body: dict[str, Any] = {"model": MODEL, "max_tokens": draw.choice((4, 12)), "early_exit": draw.choice(MODES)}
     body |= {"temperature": 0} if is_greedy else {"temperature": 1.0, "top_p": 0.9}
@@ -122,12 +128,13 @@ class Visitor:
         body, nobodys = {"model": MODEL, "prompt": "x"}, {"Authorization": "Bearer nobody's"}
         self._refused(httpx.post(f"{self._url}/v1/completions", json=body, headers=nobodys))
 
-    def crowd(self, until: float) -> None:
+    def crowd(self, until: float, begun: threading.Event) -> None:
         """Ask for more than there is time for, and then for more than may wait. Its key runs one text at a time."""
         body = {"model": MODEL, **_LONG}
         while time.monotonic() < until:
-            with self._client.stream("POST", "/v1/completions", json={**body, **_STREAM, "n": 4}) as answer:
+            with self._client.stream("POST", "/v1/completions", json={**body, **_STREAM, "n": 8}) as answer:
                 self._ask(Case(False, {**body, "n": 8}, False))
+                begun.set()
                 self._hear(Case(False, body, False), answer)
             time.sleep(0.5)
 
@@ -165,6 +172,7 @@ class Visitor:
         expected = prompts * body.get("n", 1)
         if sorted(choices) != list(range(expected)):
             tally.faults.append(f"choices {sorted(choices)} for {body}")
+            return
         for choice in choices.values():
             is_hidden = body.get("max_tokens") == 0
             tally.unseen += is_hidden
@@ -180,9 +188,12 @@ class Visitor:
             tally.accepted += details["accepted_prediction_tokens"]
             tally.drafted += details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"]
         self._count(choices)
-        tally.outcomes["length" if all(of.finish == "length" for of in choices.values()) else "stop"] += 1
+        tally.outcomes[choices[expected - 1].finish or ""] += 1
         if case.is_settled:
-            question = json.dumps({**body, "stream": None, "stream_options": None, "logprobs": None}, sort_keys=True)
+            question = json.dumps({name: body[name] for name in sorted(body.keys() - _CHANGES_NOTHING)})
+            if body.get("echo") and "logprobs" in body:
+                question += " after a scored prompt"  # which runs to full depth, as does the first new token
+            tally.asked[question] += 1
             tally.said[question].add(json.dumps([(of.text, of.layers) for _, of in sorted(choices.items())]))
 
     def _count(self, choices: Mapping[int, Heard]) -> None:
@@ -229,31 +240,35 @@ def run_load(server: RunningServer, keys: Mapping[str, str], seconds: float, *, 
         keys: by client: `free`, `limited` (with a budget) and `patient` (one text at a time).
         leaves: some leave, and some ask for too much; otherwise whoever asks hears the end.
     """
-    until = time.monotonic() + seconds
-    visitors = [Visitor(server.url, keys[name], seed + n) for n, name in enumerate(("free", "free", "free", "limited"))]
-    threads = [
-        threading.Thread(target=_noting, args=(of, of.visit, until), kwargs={"leaves": leaves}) for of in visitors
-    ]
+    names = ("free", "free", "free", "limited")
+    visitors = [Visitor(server.url, keys[name], seed + number) for number, name in enumerate(names)]
+    until, works = time.monotonic() + seconds, []
     if leaves:  # nobody else is there yet, so that it is certain what they get
         visitors[-1].spend()
         visitors[0].ask_badly()
-        visitors.append(Visitor(server.url, keys["patient"], seed))
-        threads.append(threading.Thread(target=_noting, args=(visitors[-1], visitors[-1].crowd, until)))
-    for thread in threads:
-        thread.start()
+        crowd, begun = Visitor(server.url, keys["patient"], seed), threading.Event()
+        works.append(_begin(crowd, partial(crowd.crowd, until, begun)))
+        begun.wait(DEADLINE)
+    works += [_begin(visitor, partial(visitor.visit, until, leaves=leaves)) for visitor in visitors]
     tally = Tally()
-    for thread, visitor in zip(threads, visitors, strict=True):
+    for thread, visitor in works:
         thread.join(seconds + 2 * DEADLINE)
         assert not thread.is_alive(), "a request hangs"
         tally.add(visitor.tally)
     return tally
 
 
-def _noting(visitor: Visitor, work: Any, *arguments: Any, **named: Any) -> None:
-    """A thread whose errors are the test's."""
-    try:
-        work(*arguments, **named)
-    except Exception as error:  # of whatever kind: it is told
-        visitor.tally.faults.append(repr(error))
-    finally:
-        visitor.close()
+def _begin(visitor: Visitor, work: Callable[[], None]) -> tuple[threading.Thread, Visitor]:
+    """In a thread, whose errors are the test's."""
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:  # of whatever kind: it is told
+            visitor.tally.faults.append(repr(error))
+        finally:
+            visitor.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, visitor

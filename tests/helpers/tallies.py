@@ -15,7 +15,7 @@ class Tally:
         left: requests that their client gave up, of whose end it knows nothing.
         layers: tokens received, by the layers run for them.
         unseen: tokens that a client knows of, but does not get: of answers that are none.
-        said: what was said to each question that has one answer only.
+        asked, said: how often each question was answered that has one answer only, and what was said.
         faults: what nobody may ever see.
     """
 
@@ -26,6 +26,7 @@ class Tally:
     unseen: int = 0
     drafted: int = 0
     accepted: int = 0
+    asked: Counter[str] = field(default_factory=Counter)
     said: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     faults: list[str] = field(default_factory=list)
 
@@ -33,6 +34,7 @@ class Tally:
         self.outcomes += other.outcomes
         self.refused += other.refused
         self.layers += other.layers
+        self.asked += other.asked
         for name in ("left", "unseen", "drafted", "accepted"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for question, texts in other.said.items():

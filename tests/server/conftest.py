@@ -35,10 +35,10 @@ def client(server: RunningServer) -> openai.OpenAI:
 
 @pytest.fixture(scope="session")
 def guarded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedServer]:
-    """Clients a, b, c; one that may ask for one thing at a time, and one that is poor."""
+    """Clients a, b, c; one that may have four texts at a time, and one that is poor."""
     folder = tmp_path_factory.mktemp("guarded")
     budget = {"layer_tokens": 2000, "window": 600.0}
-    path, keys = write_keys(folder / "keys.yaml", a={}, b={}, c={}, slow={"max_running": 2}, poor=budget)
+    path, keys = write_keys(folder / "keys.yaml", a={}, b={}, c={}, slow={"max_running": 4}, poor=budget)
     settings = [f"inference.exit.threshold={THRESHOLD}", "inference.max_batch_size=8"]
     settings += ["serving.bounds.threshold=0.01", "serving.bounds.measures=[max_probability]"]
     settings += [f"serving.keys={path}", f"serving.audit={folder / 'audit'}", "serving.alarms.window=8"]

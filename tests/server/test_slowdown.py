@@ -40,7 +40,7 @@ def test_a_client_with_slowdown_prompts_is_noticed_and_no_other(guarded: Guarded
     server, keys = guarded.server, guarded.keys
     asked = dict.fromkeys(("a", "b", "c"), prompts.normal) | {"slow": prompts.slow}
     threads = [
-        threading.Thread(target=_ask_often, args=(server, of, keys[name], 6 if name == "slow" else 3))
+        threading.Thread(target=_ask_often, args=(server, of, keys[name], 5 if name == "slow" else 2))
         for name, of in asked.items()
     ]
     for thread in threads:

@@ -28,7 +28,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
 
 @pytest.fixture
 def soaked(checkpoint: Path, keys: tuple[Path, dict[str, str]]) -> Iterator[RunningServer]:
-    settings = ["inference.max_batch_size=4", "serving.max_waiting=6", f"serving.timeout={TIMEOUT}"]
+    settings = ["inference.max_batch_size=4", "serving.max_waiting=11", f"serving.timeout={TIMEOUT}"]
     running = start_server(checkpoint, *settings, f"serving.keys={keys[0]}", "serving.shadow=0.1")
     yield running
     running.process.kill()
@@ -74,12 +74,10 @@ def _agree(counts: _Counts, tally: Tally) -> None:
         seen = {str(layer): count for layer, count in tally.layers.items()}
         assert sum((layers - Counter(seen)).values()) == tally.unseen
     outcomes, refused = counts.of("request_outcomes_total"), counts.of("requests_refused_total")
-    for outcome in outcomes | tally.outcomes:
-        if outcome == "cancelled":
-            continue
-        more = outcomes[outcome] - tally.outcomes[outcome]
-        # Whoever leaves asks for so long a text that it ends by its length or its time-out, if it does.
-        assert 0 <= more <= (left if outcome in ("length", "timeout") else 0), (outcome, outcomes, tally.outcomes)
+    # Of several texts, the last one to end gives the answer its outcome; which that was, its client may not know.
+    assert 0 <= outcomes["stop"] + outcomes["length"] - tally.completed <= left, (outcomes, tally.outcomes)
+    assert 0 <= outcomes["timeout"] - tally.outcomes["timeout"] <= left, (outcomes, tally.outcomes)
+    assert not outcomes.keys() - {"stop", "length", "timeout", "cancelled"}
     for code in refused | tally.refused:
         assert 0 <= refused[code] - tally.refused[code] <= left, (code, refused, tally.refused)
     assert outcomes["cancelled"] <= left and "timeout" not in refused
@@ -105,7 +103,7 @@ def test_a_mixed_load(soaked: RunningServer, keys: tuple[Path, dict[str, str]], 
     assert mixed.completed and heard.completed and mixed.left and mixed.outcomes["timeout"]
     assert set(mixed.refused) == _REFUSED, "not all kinds of refusals, or others: this shows little"
     mixed.add(heard)
-    assert any(len(texts) == 1 for texts in mixed.said.values())
+    assert max(mixed.asked.values()) > 2, "nobody has asked the same again"
     assert not {question: texts for question, texts in mixed.said.items() if len(texts) > 1}
     memory, files, threads = _levels(soaked)
     assert memory < levels[0] + 40 * 2**20 and files <= levels[1] + 2 and threads <= levels[2] + 2
