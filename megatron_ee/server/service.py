@@ -157,9 +157,14 @@ class Service:
             self._running[ticket.number] = ticket
             self.num_running += 1
             self.bridge.give(Add(ticket.number, ticket.request))
-        if self.num_running < self._slots and self.state is State.READY and self._judging is not None:
-            if (request := self._judging.next(self._next + 1)) is not None:
-                self.bridge.give(Add(self._new_number(), request, priority=1))
+        if self.num_running < self._slots and self.state is State.READY:
+            self._judge_next()
+
+    def _judge_next(self) -> None:
+        """An answer that full depth is to look at, too, if there is one: nobody waits for this place."""
+        assert self._judging is not None
+        if (request := self._judging.next(self._next + 1)) is not None:
+            self.bridge.give(Add(self._new_number(), request, priority=1))
 
     def _new_number(self) -> int:
         self._next += 1
