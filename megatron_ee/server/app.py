@@ -40,7 +40,13 @@ def create_app(service: Service, watcher: Watcher, serving: ServingConfig) -> AS
     app.add_api_route("/metrics", routes.metrics)
     app.mount("/", StaticFiles(directory=_PAGE, html=True))
     most, seconds = serving.bounds.body_bytes, serving.read_timeout
-    return Bounded(app, most_bytes=most, seconds=seconds, refused=watcher.refused_unread)
+    return Bounded(
+        app,
+        most_bytes=most,
+        seconds=seconds,
+        admit=watcher.client_of,
+        refused=lambda error: watcher.refused(None, error),
+    )
 
 
 class _Routes:

@@ -1,4 +1,6 @@
-"""What is refused before anybody looks into it: bodies that are too long, or too slow; and what browsers are told."""
+"""What is refused before anybody looks into it: requests without a key, and bodies that are too long, or too slow; and
+what browsers are told.
+"""
 
 import asyncio
 import json
@@ -14,6 +16,7 @@ _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
+_INTERFACE = "/v1/"
 _CLOSE = (b"connection", b"close")
 
 
@@ -23,11 +26,20 @@ class Bounded:
     Args:
         most_bytes: of a body.
         seconds: for it to arrive.
+        admit: looks at the header `authorization` of what is asked of the interface; raises ApiError.
         refused: is told what was refused.
     """
 
-    def __init__(self, app: ASGIApp, *, most_bytes: int, seconds: float, refused: Callable[[ApiError], None]) -> None:
-        self._app, self._most, self._seconds, self._refused = app, most_bytes, seconds, refused
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        most_bytes: int,
+        seconds: float,
+        admit: Callable[[str | None], object],
+        refused: Callable[[ApiError], None],
+    ) -> None:
+        self._app, self._most, self._seconds, self._admit, self._refused = app, most_bytes, seconds, admit, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,6 +52,8 @@ class Bounded:
             await send(message)
 
         try:
+            if scope["path"].startswith(_INTERFACE):
+                self._admit(_authorization(scope))
             body = await asyncio.wait_for(self._read(scope, receive), self._seconds)
         except (ApiError, TimeoutError) as error:
             late = ApiError(408, f"the request did not arrive within {self._seconds:g} s", code="timeout")
@@ -70,6 +84,11 @@ class Bounded:
             raise ApiError(413, f"a request may have {self._most} bytes", code="too_large")
 
 
+def _authorization(scope: Scope) -> str | None:
+    found = [value for name, value in scope["headers"] if name == b"authorization"]
+    return found[0].decode("latin-1") if found else None
+
+
 def _replayed(body: bytes, receive: Receive) -> Receive:
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -83,5 +102,6 @@ async def _refuse(error: ApiError, send: Callable[[Any], Any]) -> None:
     """And close the connection: the rest of the request may still be on its way."""
     body = json.dumps(error.body).encode()
     kind, length = (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))
-    await send({"type": "http.response.start", "status": error.status, "headers": [kind, length, _CLOSE]})
+    more = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": [kind, length, _CLOSE, *more]})
     await send({"type": "http.response.body", "body": body})

@@ -118,7 +118,7 @@ class Watcher:
         """An answer that is an error. One to a request that was taken in is no refusal: it has ended, see `ended`.
 
         Args:
-            state: of the request: who asked, as far as that is known.
+            state: of the request: who asked, as far as that is known. None: nobody has looked into it.
         """
         if getattr(state, "is_taken_in", False):
             return
@@ -128,10 +128,6 @@ class Watcher:
             client: Client | None = getattr(state, "client", None)
             name = "" if client is None else client.name
             self.audit.note(code, client=name, request=getattr(state, "identity", ""), field=error.param)
-
-    def refused_unread(self, error: ApiError) -> None:
-        """A request that nobody has looked into."""
-        self.metrics.refused.labels(code=error.code or str(error.status)).inc()
 
     def look(self, *, num_running: int, num_waiting: int) -> None:
         """What metrics say of this moment."""

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from helpers.servers import GuardedServer
@@ -29,6 +30,16 @@ def test_nobodys_key(guarded: GuardedServer) -> None:
     events = _noted(guarded, "invalid_api_key")[before:]
     assert [event["client"] for event in events] == ["", ""]
     assert wrong not in guarded.audit.read_text() + "\n".join(guarded.server.log)
+
+
+def test_without_a_key_nothing_is_read(guarded: GuardedServer) -> None:
+    """Neither what is wrong with a body is said, nor what there is; the page and the state of the server are open."""
+    url = guarded.server.url
+    for body in (b"{", b'{"model": 1}', b"a" * 10_000_000):
+        assert httpx.post(f"{url}/v1/completions", content=body).status_code == 401
+    assert httpx.get(f"{url}/v1/nothing").status_code == 401
+    for path in ("/", "/health", "/ready", "/metrics"):
+        assert httpx.get(url + path).status_code == 200
 
 
 def test_a_key_opens(guarded: GuardedServer) -> None:
