@@ -27,7 +27,7 @@ def tell(watch: Alarms, client: str, shares: list[float], *, tokens: int = 100, 
 USUAL = [0.5, 0.4, 0.6, 0.45, 0.55, 0.7, 0.3, 0.5]
 
 
-@pytest.mark.parametrize("num_clients", [1, 2, 4, 12])
+@pytest.mark.parametrize("num_clients", [*(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4)), 2, 12])
 def test_no_alarm_under_normal_load(num_clients: int) -> None:
     """Twenty hours each: clients of their own difficulty, lengths with heavy tails, some that ask for full depth."""
     for seed in range(10):
