@@ -77,6 +77,7 @@ def shadowed(checkpoint: Path, tmp_path: Path) -> Iterator[RunningServer]:
     assert running.end() == 0, "\n".join(running.log)
 
 
+@pytest.mark.slow
 def test_answers_that_full_depth_would_not_give_are_noticed(shadowed: RunningServer, tmp_path: Path) -> None:
     texts = ["some text", "early exits", "let a token", "leave"]
     for exit in ({"mode": "full"}, {"threshold": 1.0}, {"mode": "speculative", "draft_exit": 2}):

@@ -137,6 +137,7 @@ def test_the_button_changes_the_theme(page: Page) -> None:
     assert page.evaluate(paper) == dark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "text"), [(320, 100), (640, 100), (1280, 200)])
 def test_nothing_is_cut_off(page: Page, stub: Stub, width: int, text: int) -> None:
     """640 points are what a screen of 1280 has left at a zoom of 200 %."""
