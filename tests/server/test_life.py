@@ -48,7 +48,7 @@ def _wait_until(holds: object, seconds: float = 30.0) -> None:
 
 def test_a_signal_lets_answers_end_and_takes_in_no_more(own: RunningServer) -> None:
     threads, texts = _begin(own.url, 3)  # one of them waits for a place
-    _wait_until(lambda: own.metric("num_requests_running") == 2)
+    _wait_until(lambda: (own.metric("num_requests_running"), own.metric("num_requests_waiting")) == (2, 1))
     own.process.send_signal(signal.SIGTERM)
     own.wait_for("SIGTERM: no more requests are taken in")
     refused = httpx.post(f"{own.url}/v1/completions", json={"model": "tiny", "prompt": "x"})
@@ -65,7 +65,7 @@ def test_a_signal_lets_answers_end_and_takes_in_no_more(own: RunningServer) -> N
 @pytest.mark.slow
 def test_a_second_signal_ends_answers_with_an_error(own: RunningServer) -> None:
     threads, texts = _begin(own.url, 3)
-    _wait_until(lambda: own.metric("num_requests_running") == 2)
+    _wait_until(lambda: (own.metric("num_requests_running"), own.metric("num_requests_waiting")) == (2, 1))
     own.process.send_signal(signal.SIGTERM)
     own.wait_for("no more requests")
     own.process.send_signal(signal.SIGINT)
