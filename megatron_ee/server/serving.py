@@ -110,7 +110,7 @@ class _Front:
 
     @contextmanager
     def ends_by_signals(self) -> Iterator[None]:
-        """The first one lets answers end; a second one doesn't. While the model is being loaded there are none."""
+        """The first one lets answers end; a later Ctrl-C does not. While the model is being loaded there are none."""
         before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
         try:
             yield
