@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
+from helpers.loops import run
 from helpers.tiny import tiny_config
 
 from megatron_ee.config import ExitParams, SamplingParams
@@ -27,12 +28,12 @@ def _offered() -> Offered:
 
 
 def _in_loop(work: Callable[[Service], Any]) -> Any:
-    async def run() -> Any:
+    async def in_loop() -> Any:
         service = Service(asyncio.get_running_loop(), Watcher(AuditLog(None)))
         service.open(_offered(), slots=1)
         return work(service)
 
-    return asyncio.run(run())
+    return run(in_loop())
 
 
 def test_turns_go_by_what_was_used_not_by_what_was_asked_for() -> None:
