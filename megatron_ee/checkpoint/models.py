@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from megatron_ee.checkpoint.description import read_description
+from megatron_ee.checkpoint.description import hash_of, read_description
+from megatron_ee.checkpoint.fingerprint import fingerprint
 from megatron_ee.checkpoint.folders import find_checkpoint, is_huggingface
 from megatron_ee.config import ExitsConfig, ModelConfig
 from megatron_ee.errors import UserError
@@ -39,3 +40,12 @@ def exits_in(path: Path) -> ExitsConfig:
 def has_tokenizer(path: Path) -> bool:
     """Whether a folder has a tokenizer of its own."""
     return any((path / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def hash_of_model(folder: Path) -> str:
+    """What a step folder or a Hugging Face folder is known by: its description's hash, or that of its `fingerprint`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return hash_of(fingerprint(folder)) if is_huggingface(folder) else read_description(folder).hash

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_ee.checkpoint.description import Description, Origin, hash_of, read_description
-from megatron_ee.checkpoint.fingerprint import fingerprint
+from megatron_ee.checkpoint.description import Description, Origin
 from megatron_ee.checkpoint.folders import CheckpointError, find_model, is_huggingface, is_whole, whole_checkpoints
 from megatron_ee.checkpoint.huggingface import open_huggingface
+from megatron_ee.checkpoint.models import hash_of_model
 from megatron_ee.checkpoint.sharded import load_checkpoint, names_in
 from megatron_ee.checkpoint.verify import verify
 from megatron_ee.errors import UserError
@@ -92,12 +92,8 @@ def find_source(path: Path, began_with: Origin | None) -> Path:
         return folder
     is_one = is_whole(path) or is_huggingface(path)
     for candidate in [path] if is_one else whole_checkpoints(path).values():
-        if _hash_of(candidate) == began_with.hash:
+        if hash_of_model(candidate) == began_with.hash:
             return candidate
     raise CheckpointError(
         f"{path} is not what the run began with, {began_with.path}, whose hash is {began_with.hash[:12]}..."
     )
-
-
-def _hash_of(folder: Path) -> str:
-    return hash_of(fingerprint(folder)) if is_huggingface(folder) else read_description(folder).hash

@@ -15,7 +15,16 @@ from megatron_ee.config.inference import (
 )
 from megatron_ee.config.layerskip import LayerDropoutConfig, LayerSkipConfig
 from megatron_ee.config.like import ModelReader
-from megatron_ee.config.loader import load_config, open_config, open_tree, parse_override, read_tree, to_yaml, tree_of
+from megatron_ee.config.loader import (
+    laid_over,
+    load_config,
+    open_config,
+    open_tree,
+    parse_override,
+    read_tree,
+    to_yaml,
+    tree_of,
+)
 from megatron_ee.config.logging import LoggingConfig, ProfileConfig, WandbConfig
 from megatron_ee.config.model import ExitsConfig, HeadKind, ModelConfig, Precision
 from megatron_ee.config.operations import CheckpointConfig, FaultsConfig
@@ -61,6 +70,7 @@ __all__ = [
     "TrainingConfig",
     "WandbConfig",
     "WeightScheduleConfig",
+    "laid_over",
     "load_config",
     "open_config",
     "open_tree",

@@ -35,6 +35,13 @@ class Tree:
         kept = {path: place for path, place in self.places.items() if _leads_somewhere(values, path)}
         return Tree(values, {**kept, **child.places}, (*self.problems, *child.problems))
 
+    def at(self, path: KeyPath) -> Any:
+        """None where nothing is said."""
+        values = self.values
+        for key in path:
+            values = values.get(key) if isinstance(values, dict) else None
+        return values
+
     def without(self, key: str) -> "Tree":
         """This tree, but for one key of its outermost mapping."""
         return replace(self, values={name: value for name, value in self.values.items() if name != key})

@@ -224,6 +224,11 @@ class InferenceConfig(Section):
 
     sampling: SamplingParams = SamplingParams()
     exit: ExitParams = ExitParams()
+    thresholds_file: Text | None = Field(
+        None,
+        description="what tools/calibrate_thresholds.py wrote: its exit settings instead of `exit`, for its checkpoint "
+        "alone",
+    )
     max_batch_size: PositiveInt = Field(16, description="sequences decoded together")
     scheduling: SchedulingParams = SchedulingParams()
     kv_cache: KvCacheConfig = KvCacheConfig()

@@ -104,6 +104,16 @@ def parse_override(override: str, tree: Tree) -> Tree:
     return Tree(values, {**new_sections, **value.places}, value.problems)
 
 
+def laid_over(tree: Tree, overrides: Sequence[str]) -> Tree:
+    """The tree with overrides, as far as they can be read: what is wrong with others is said where it is opened."""
+    for override in overrides:
+        try:
+            tree = tree.merged_with(parse_override(override, tree))
+        except ConfigError:
+            continue
+    return tree
+
+
 def to_yaml(config: Config) -> str:
     """The resolved tree in the schema's order; `load_config` reads it back to an equal Config."""
     return to_text(config.model_dump())

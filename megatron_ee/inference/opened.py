@@ -1,6 +1,6 @@
 """A model that is open for decoding, with what belongs to it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,12 +100,17 @@ class OpenedModel:
         return choose("inference.exit.measure", name, self.measures, {})
 
     @torch.no_grad()
-    def full_depth_choices(self, tokens: list[int]) -> list[int]:
-        """The token that the full model would choose after each of these, given all before it: the truth that an
-        exit's choices are held against."""
+    def full_depth_logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """[S, V] of the model's dtype, as `AskedExit.logits`: what the full model says after each of S tokens, given
+        all before it."""
         positions = torch.arange(len(tokens), device=next(self.stage.parameters()).device)
-        x_SBH = self.stage.embed(positions.new_tensor([tokens]))
+        x_SBH = self.stage.embed(positions.new_tensor([list(tokens)]))
         num_layers = self.stage.model.num_layers
         y_SBH, _ = self.stage.run_layers(x_SBH, positions, 0, num_layers)
         features_SBH = self.stage.exit_features(y_SBH, num_layers, positions)
-        return self.runner.project(features_SBH[:, 0], num_layers).argmax(-1).tolist()
+        return self.runner.project(features_SBH[:, 0], num_layers)
+
+    def full_depth_choices(self, tokens: Sequence[int]) -> list[int]:
+        """The token that the full model would choose after each of these, given all before it: the truth that an
+        exit's choices are held against."""
+        return self.full_depth_logits(tokens).argmax(-1).tolist()

@@ -10,9 +10,10 @@ from typing import Any
 
 from megatron_ee.checkpoint.folders import is_huggingface
 from megatron_ee.checkpoint.models import exits_in, has_tokenizer, read_model
-from megatron_ee.config import Config, open_config, open_tree, read_tree, tree_of
+from megatron_ee.config import Config, open_tree, read_tree, tree_of
 from megatron_ee.config.dialect import Tree
 from megatron_ee.errors import FieldError
+from megatron_ee.inference.calibration.thresholds_file import with_thresholds
 
 TOKENIZER, PLUGINS = "data.tokenizer", "plugins"
 
@@ -28,16 +29,17 @@ def open_decoding_config(
 
     Raises:
         ConfigError: see `load_config`.
-        FieldError: plug-ins are named by the checkpoint alone; or there is no tokenizer.
+        FieldError: plug-ins are named by the checkpoint alone; or there is no tokenizer; or see `with_thresholds`.
     """
-    if config_file is not None:
-        with open_config(config_file, overrides, read_model=read_model) as config:
-            yield config
-    else:
-        with open_tree(own_tree(folder), folder, overrides, read_model=read_model) as config:
+    own, said = (own_tree(folder), Tree({}, {})) if config_file is None else (Tree({}, {}), read_tree(config_file))
+    tree, thresholds = with_thresholds(folder, own, said, overrides)
+    with open_tree(tree, config_file or folder, overrides, read_model=read_model) as config:
+        if config_file is None:
             check_tokenizer(folder, is_named=_names(overrides, TOKENIZER))
             check_plugins(config, is_named=_names(overrides, PLUGINS))
-            yield config
+        if thresholds is not None:
+            thresholds.check(config)
+        yield config
 
 
 def own_tree(folder: Path) -> Tree:

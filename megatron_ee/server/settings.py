@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from megatron_ee.checkpoint.folders import CheckpointError, find_model
 from megatron_ee.checkpoint.models import read_model
-from megatron_ee.config import Config, ConfigError, DataConfig, open_tree, parse_override, read_tree
+from megatron_ee.config import Config, ConfigError, DataConfig, laid_over, open_tree, parse_override, read_tree
 from megatron_ee.config.dialect import KeyPath, Tree, dotted
 from megatron_ee.config.errors import Place, Problem
 from megatron_ee.config.explain import nearest_place
 from megatron_ee.errors import FieldError, UserError
+from megatron_ee.inference.calibration.thresholds_file import with_thresholds
 from megatron_ee.inference.opening import check_plugins, check_tokenizer, own_tree
 
 SECTIONS = ("serving", "inference", "exits", "device", "seed", "plugins")
@@ -49,16 +49,21 @@ def open_serving_config(
     said = Tree({}, {}) if file is None else _only_served(read_tree(file))
     kept, refused = _split(overrides)
     said = replace(said, problems=(*said.problems, *refused))
-    asked = _with(said, kept)
-    by_flag, in_text = model is not None, _value(asked, _MODEL)
+    asked = laid_over(said, kept)
+    by_flag, in_text = model is not None, asked.at(_MODEL)
     if model is None and isinstance(in_text, str):
         model = Path(in_text)
     if model is None:
         raise _missing(said, file, kept)
     folder = _find(model, asked, by_flag=by_flag)
-    with open_tree(own_tree(folder).merged_with(said), file or folder, kept, read_model=read_model) as config:
-        check_tokenizer(folder, is_named=_value(asked, _TOKENIZER) is not None)
-        check_plugins(config, is_named=_value(asked, ("plugins",)) is not None)
+    tree, thresholds = with_thresholds(folder, own_tree(folder), said, kept)
+    with open_tree(tree, file or folder, kept, read_model=read_model) as config:
+        check_tokenizer(folder, is_named=asked.at(_TOKENIZER) is not None)
+        check_plugins(config, is_named=asked.at(("plugins",)) is not None)
+        if thresholds is not None:
+            thresholds.check(config)
+        if thresholds is not None:
+            thresholds.check(config)
         _check_libraries()
         serving = config.serving.model_copy(update={"model": str(model)})
         yield folder, config.model_copy(update={"serving": serving})
@@ -97,24 +102,6 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
         else:
             kept.append(override)
     return kept, problems
-
-
-def _with(tree: Tree, overrides: Sequence[str]) -> Tree:
-    """Overrides laid over the tree, as far as they can be read."""
-    for override in overrides:
-        try:
-            tree = tree.merged_with(parse_override(override, tree))
-        except ConfigError:
-            continue
-    return tree
-
-
-def _value(tree: Tree, path: KeyPath) -> Any:
-    """None where nothing is said."""
-    values = tree.values
-    for key in path:
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
 
 
 def _missing(tree: Tree, file: Path | None, overrides: Sequence[str]) -> UserError:
