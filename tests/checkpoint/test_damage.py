@@ -134,6 +134,7 @@ def test_a_run_goes_back_to_the_last_good_checkpoint(folder: Path, ranks: RankPo
         assert (run / "checkpoints/latest").resolve() == step_folder(run, SAVED[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_went_back_ends_as_if_nothing_had_been(folder: Path, ranks: RankPool) -> None:
     run = _copy(folder, "repaired")
     DAMAGE["flipped bit"][0](step_folder(run, SAVED[1]))

@@ -78,6 +78,7 @@ def test_a_killed_stage_ends_all_requests_and_processes(stages: list[subprocess.
         assert re.match(rf"prompts\.[01]: stage {lost} \(rank {lost}\) does not answer: ", error), error
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_ends_them_within_the_time_out(stages: list[subprocess.Popen[str]]) -> None:
     _wait_for_text(stages[0])
     stages[1].send_signal(signal.SIGSTOP)

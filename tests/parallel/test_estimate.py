@@ -86,7 +86,12 @@ def measured_of(ranks: RankPool) -> Measured:
     return cache(lambda name: ranks.run(_world_size(CONFIGS[name]), _measure, CONFIGS[name]))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+_SLOW = ("biases, normalised heads, windows", "one norm for all exits")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in CONFIGS]
+)
 def test_memory_is_within_ten_percent_of_what_is_measured(name: str, measured_of: Measured) -> None:
     config = CONFIGS[name]
     measured = measured_of(name)

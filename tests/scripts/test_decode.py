@@ -50,7 +50,9 @@ def test_a_file_that_cannot_be_written_is_one_cause(run: Path, tmp_path: Path) -
     assert "does not answer" not in done.stderr
 
 
-@pytest.mark.parametrize(("told", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("told", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_script_that_is_told_to_end_leaves_no_process(run: Path, told: signal.Signals, status: int) -> None:
     settings = ["inference.sampling.max_new_tokens=20000", "inference.sampling.ignore_eos=true", "device=cpu"]
     command = [str(_SCRIPT), "--checkpoint", str(run), "--prompt", "early", "inference.parallel.pipeline=2", *settings]
@@ -73,6 +75,7 @@ def test_a_script_that_is_told_to_end_leaves_no_process(run: Path, told: signal.
         script.kill()
 
 
+@pytest.mark.slow
 def test_what_only_the_ranks_find_is_their_status(run: Path) -> None:
     done = _decode(run, "inference.parallel.pipeline=1", "device=cpu", NPROC_PER_NODE="3")
     assert done.returncode == 2

@@ -96,7 +96,7 @@ def _wait(is_there: Any, script: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("stages", ["1", "2"])
-@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("told", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_server_that_is_told_to_end_drains(scripts: Any, stages: str, told: signal.Signals) -> None:
     with _served(scripts, STAGES=stages) as script:
         processes = _processes_of(script)
@@ -113,6 +113,7 @@ def test_a_server_that_is_told_to_end_drains(scripts: Any, stages: str, told: si
         assert not alive
 
 
+@pytest.mark.slow
 def test_one_that_slurm_tells_with_all_its_processes_drains_too(scripts: Any) -> None:
     """The ranks, torchrun and the script hear it at once."""
     with _served(scripts, STAGES="2") as script:
@@ -122,6 +123,7 @@ def test_one_that_slurm_tells_with_all_its_processes_drains_too(scripts: Any) ->
         assert script.returncode == 0
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_a_terminal_reaches_the_script_alone(scripts: Any) -> None:
     """Which tells the ranks once, as by any other signal; they would take a second one for a wish to end at once."""
     with _served(scripts, STAGES="2") as script:
@@ -131,6 +133,7 @@ def test_an_interrupt_of_a_terminal_reaches_the_script_alone(scripts: Any) -> No
         assert set((scripts.folder / "heard").read_text().split()) == {"SIGTERM"}
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_answers(scripts: Any) -> None:
     with _served(scripts, STAGES="2", DRAIN="600") as script:
         script.send_signal(signal.SIGINT)
@@ -141,6 +144,7 @@ def test_a_second_interrupt_ends_answers(scripts: Any) -> None:
         assert (scripts.folder / "heard").read_text().split()[-1] == "SIGINT"
 
 
+@pytest.mark.slow
 def test_a_third_interrupt_ends_the_processes(scripts: Any) -> None:
     with _served(scripts, STAGES="2", DRAIN="600") as script:
         processes = _processes_of(script)

@@ -59,6 +59,7 @@ def test_an_empty_sweep_and_a_missing_file_are_refused(scripts: Any) -> None:
     assert "other.txt" in missing.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_keep_the_others_from_starting(scripts: Any) -> None:
     _write(scripts, "name=broken\nname=stopped\nname=fine\n")
     done = scripts.run("sweep.sh", "tiny.yaml", "sweep.txt")

@@ -53,6 +53,7 @@ def _listen(url: str, told: list[str]) -> None:
         told.extend(line for line in answer.iter_lines() if line)
 
 
+@pytest.mark.slow
 def test_several_processes_answer_as_one_and_are_lost_as_one(several: RunningServer, server: RunningServer) -> None:
     assert _answers(several) == _answers(server)
     told: list[str] = []

@@ -36,6 +36,7 @@ def _ask_often(server: RunningServer, prompts: list[str], key: str, times: int) 
         _ask(server, prompts, key)
 
 
+@pytest.mark.slow
 def test_a_client_with_slowdown_prompts_is_noticed_and_no_other(guarded: GuardedServer, prompts: Found) -> None:
     server, keys = guarded.server, guarded.keys
     asked = dict.fromkeys(("a", "b", "c"), prompts.normal) | {"slow": prompts.slow}

@@ -37,6 +37,7 @@ def _check_that_it_went_on(run: Path, job: Job, undisturbed: Losses, *, reason: 
     assert read_losses(run) == undisturbed, "bit for bit"
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_time_limit_saves_and_queues_again(runs: Any, undisturbed: Losses) -> None:
     job = runs.launch("signalled", MAX_REQUEUES="1")
     runs.wait_until_begun("signalled", job)

@@ -43,6 +43,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], r
     return partial(ToolsHere(monkeypatch, capsys), "bench_serve.py", "--small", "--checkpoint", run)
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_every_measure_and_field(tmp_path: Path, bench: Bench) -> None:
     output = tmp_path / "bench/serve.json"
     measures = []

@@ -156,7 +156,7 @@ def test_what_exits_say_is_what_decoding_does(run: Path, mesh: Mesh) -> None:
     assert looked_at > 20
 
 
-@pytest.mark.parametrize("cheap", [True, False])
+@pytest.mark.parametrize("cheap", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_tool_recommends_what_pays(
     run: Path,
     mesh: Mesh,

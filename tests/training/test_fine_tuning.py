@@ -47,6 +47,7 @@ def _stop_at_five(config: Config) -> None:
     train(config, until=5, save=True)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_in_mid_epoch(
     folder: Path, ranks: RankPool, whole: list[dict[str, Any]]
 ) -> None:

@@ -295,6 +295,7 @@ def test_no_rank_waits_for_one_that_cannot_read(folder: Path, ranks: RankPool) -
     assert messages == ["checkpoint.initial: embedding.weight cannot be read"] * 2
 
 
+@pytest.mark.slow
 def test_exits_that_lie_beside_the_model_come_with_it(folder: Path, ranks: RankPool) -> None:
     """Tuned on the folder, merged, and exported again: a folder whose exits are kept, trained on and added to."""
     ranks.run(1, _stop_at_three, _tune_config(folder, "first"))

@@ -208,6 +208,7 @@ def test_skipping_is_seen_by_the_oracle(ranks: RankPool) -> None:
     assert worst > 1e-2
 
 
+@pytest.mark.slow
 def test_copies_of_the_shared_norm_stay_equal(ranks: RankPool) -> None:
     """`whole` compares what several ranks hold under one name; here are four that hold the norm."""
     config = Case("", {"pipeline": 4}).config()

@@ -106,7 +106,11 @@ def test_a_distributed_optimizer_resumes_bit_for_bit(folder: Path, ranks: RankPo
         pytest.param((4, {"pipeline": 2, **DISTRIBUTED}), (1, {}), marks=pytest.mark.slow),
         pytest.param((4, {"pipeline": 2, **DISTRIBUTED}), (2, {"tensor": 2}), marks=pytest.mark.slow),
         pytest.param((2, {"pipeline": 2}), (2, {"distributed_optimizer": True}), marks=pytest.mark.slow),
-        ((2, {"distributed_optimizer": True}), (4, {"tensor": 2, "sequence": True, "distributed_optimizer": True})),
+        pytest.param(
+            (2, {"distributed_optimizer": True}),
+            (4, {"tensor": 2, "sequence": True, "distributed_optimizer": True}),
+            marks=pytest.mark.slow,
+        ),
         ((4, {"pipeline": 2, "chunks": 2, "schedule": "interleaved", **DISTRIBUTED}), (2, {"pipeline": 2})),
     ],
     ids=lambda layout: "-".join([str(layout[0]), *layout[1]]),

@@ -139,8 +139,11 @@ def test_a_checkpoint_of_exits_holds_them_alone(folder: Path, tuned: dict[str, A
     ("name", "world_size", "parallel"),
     [
         ("one", 1, {}),
-        ("idle", 2, IDLE),
-        ("shared", 4, {"pipeline": 2, "overlap_grad_reduce": True, "distributed_optimizer": True}),
+        pytest.param("idle", 2, IDLE, marks=pytest.mark.slow),
+        pytest.param(
+            *("shared", 4, {"pipeline": 2, "overlap_grad_reduce": True, "distributed_optimizer": True}),
+            marks=pytest.mark.slow,
+        ),
         ("split", 4, {"pipeline": 2, "tensor": 2, "sequence": True}),
     ],
 )
@@ -279,6 +282,7 @@ def test_exits_that_are_added_later_leave_trained_ones_alone(folder: Path, ranks
     _assert_equal(first, base)
 
 
+@pytest.mark.slow
 def test_gates_are_tuned_alone_on_exits_that_share_all_with_the_model(folder: Path, ranks: RankPool) -> None:
     """As of LayerSkip's recipe: what they share stays, and what holds for each exit is that of both runs."""
     recipe = {"layers": "all", "norm": "shared", "layerskip": {"curriculum": "none"}, "weight_schedule": {}}

@@ -110,7 +110,16 @@ def _exits_heard(of: Emission) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 30), marks=pytest.mark.slow)], ids=len)
-@pytest.mark.parametrize(("layout", "tensor"), [((5, 3), 1), ((3, 3, 2), 1), ((2, 2, 2, 2), 1), ((3, 5), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "tensor"),
+    [
+        pytest.param((5, 3), 1, marks=pytest.mark.slow),
+        ((3, 3, 2), 1),
+        pytest.param((2, 2, 2, 2), 1, marks=pytest.mark.slow),
+        ((3, 5), 2),
+    ],
+    ids=str,
+)
 def test_stages_serve_what_one_process_says_alone(
     tmp_path: Path, mesh: Mesh, ranks: RankPool, layout: tuple[int, ...], tensor: int, seeds: range
 ) -> None:

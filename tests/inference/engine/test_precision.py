@@ -70,7 +70,14 @@ def _assert_near(exact: OpenedModel, of: Request, ours: list[Emission], expected
 
 
 @pytest.mark.parametrize(
-    ("strategy", "stops"), [("lockstep", ()), ("compaction", ()), ("rebatch", ()), ("rebatch", (3, 6, 8))], ids=str
+    ("strategy", "stops"),
+    [
+        pytest.param("lockstep", (), marks=pytest.mark.slow),
+        pytest.param("compaction", (), marks=pytest.mark.slow),
+        ("rebatch", ()),
+        ("rebatch", (3, 6, 8)),
+    ],
+    ids=str,
 )
 def test_fp32_says_what_fp64_says_or_nearly(mesh: Mesh, strategy: str, stops: tuple[int, ...]) -> None:
     exact, rounded = (opened(whole_model(mesh, exits=[2, 5], dtype=dtype)) for dtype in (torch.float64, torch.float32))

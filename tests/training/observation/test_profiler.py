@@ -66,7 +66,8 @@ def _within(ranges: Ranges, *outer: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "parallel", [pytest.param(name, marks=[pytest.mark.slow] if name in IN_PARTS else []) for name in PARALLEL]
+    "parallel",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in (*IN_PARTS, "interleaved") else []) for name in PARALLEL],
 )
 def test_a_profile_holds_the_plans_actions(folder: Path, ranks: RankPool, parallel: str) -> None:
     config = _config(folder, parallel, "profiled", WINDOW)
@@ -115,6 +116,7 @@ def _train_with_warnings(config: Config, until: int) -> list[str]:
     return [warning for warning in warnings if "profile" in warning]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_within_the_window_leaves_both_parts(folder: Path, ranks: RankPool) -> None:
     config = _config(folder, "one-process", "stopped", {"start": 2, "iterations": 3})
     assert ranks.run(1, _train_with_warnings, config, 2) == [[]]

@@ -28,6 +28,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "filled": {"pipeline": 2, "schedule": "filled-1f1b", "layout": [{"layers": 2}, {"layers": 6}]},
     "data-parallel": {"pipeline": 2, "data": 2},
 }
+SLOW = ("1f1b", "data-parallel")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def _plan_of(config: Config) -> Plan:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "1f1b" else []) for name in PARALLEL]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PARALLEL]
 )
 def test_a_traced_step_shows_the_whole_plan_and_changes_nothing(folder: Path, ranks: RankPool, name: str) -> None:
     config, plain = _traced_config(folder, name, 2), _traced_config(folder, name)

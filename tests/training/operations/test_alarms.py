@@ -113,6 +113,7 @@ def test_a_leap_of_the_loss_is_said_once_with_its_step(folder: Path, ranks: Rank
     assert "deviations above" in main[0]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named_once(folder: Path, ranks: RankPool) -> None:
     config = run_config(
         folder,

@@ -62,7 +62,8 @@ def test_a_run_that_loses_a_rank_and_is_told_to_stop_goes_on_as_if_nothing_had_b
     assert len(fault["ranks"]) == 2
     assert "SIGTERM: stopped after iteration" in said
     assert outcome["reason"] == "SIGTERM" and outcome["iteration"] < TRAIN_ITERS
-    assert (run.folder / f"checkpoints/step_{outcome['iteration']:08d}/format.json").exists()
+    if outcome["iteration"] > 0:  # the rank may have been killed before anything was saved
+        assert (run.folder / f"checkpoints/step_{outcome['iteration']:08d}/format.json").exists()
     again = start_run("disturbed")
     status, said = again.end()
     assert status == COMPLETE, said
@@ -100,6 +101,7 @@ def test_a_rank_killed_while_it_saves_costs_nothing_but_time(
     _check_that_nothing_is_lost(run, undisturbed, local_rank)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_job_which_says_what_it_was_at(start_run: Callable[..., Any]) -> None:
     run = start_run("stopped", "faults.hang_timeout=8", "checkpoint.interval=0")
     run.wait_for_iteration(7)

@@ -107,6 +107,7 @@ def test_a_step_without_numbers_is_as_if_it_had_not_been(folder: Path, ranks: Ra
     assert identity["losses"]["8"] == "nan"
 
 
+@pytest.mark.slow
 def test_several_in_a_row_end_the_run_and_none_of_them_is_saved(folder: Path, ranks: RankPool) -> None:
     config = _config(folder, "diverged", "pipeline", checkpoint={"interval": 1}, faults={"max_nonfinite": 2})
     for result in ranks.run(2, _train, config, [1, 3, 4], True):

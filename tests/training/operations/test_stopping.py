@@ -84,6 +84,7 @@ def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_been(
     assert json.loads((run.folder / "attempts/2/environment.json").read_text())["started"]
 
 
+@pytest.mark.slow
 def test_a_run_stops_by_itself_before_its_limit(tmp_path: Path) -> None:
     alone = ["name=limited", "parallel.pipeline=1", "training.exit_duration=0.001"]
     command = [sys.executable, "-m", "megatron_ee.training", str(write_long_run(tmp_path)), *alone]

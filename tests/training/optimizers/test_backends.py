@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 CASES = [(layout, backend) for layout in LAYOUTS for backend in SETTINGS]
 # Of the others, those of PP2xDP2 run below in every test run, with a step that is left out.
-QUICK = [("PP2xDP2", "megatron"), ("TP2", "torch"), ("TP2", "deepspeed, offload")]
+QUICK = [("PP2xDP2", "megatron"), ("TP2", "deepspeed, offload")]
 
 
 class FusedAdam(torch.optim.Optimizer):
