@@ -8,13 +8,13 @@ Stages in other processes have no such times, so that nothing has to be sent for
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ee.errors import UserError
+from megatron_ee.inference.json_files import write_json
 from megatron_ee.inference.scheduling.fronts import LaunchPlan
 
 VERSION = 1  # of the file
@@ -135,16 +135,7 @@ def write_record(path: Path, record: DecodingRecord) -> None:
         for of in record.launches
     ]
     content = {"version": VERSION, "stops": record.stops, "launches": launches}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    write_json(path, content, indent=None)
 
 
 def read_record(path: Path) -> DecodingRecord:

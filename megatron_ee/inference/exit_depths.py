@@ -1,13 +1,13 @@
 """The file that says how deep tokens went: how many left after which layer. Imports no torch."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ee.config import ExitParams
-from megatron_ee.errors import FieldError, UserError
+from megatron_ee.errors import FieldError
+from megatron_ee.inference.json_files import write_json
 
 VERSION = 1  # of the file
 
@@ -28,16 +28,7 @@ def write_depths(path: Path, tokens: Mapping[int, int], *, num_layers: int, exit
         "tokens": {str(layer): count for layer, count in sorted(tokens.items())},
         "exit": exit.model_dump(mode="json"),
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    write_json(path, content)
 
 
 def read_depths(path: Path, exits: Sequence[int], num_layers: int) -> dict[int, int]:

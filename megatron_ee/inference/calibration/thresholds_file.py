@@ -5,7 +5,6 @@ would void the promise is refused. Imports no torch.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from megatron_ee.checkpoint.models import hash_of_model
 from megatron_ee.config import Config, ExitParams, SamplingParams, laid_over, tree_of
 from megatron_ee.config.dialect import KeyPath, Tree
 from megatron_ee.config.explain import show
-from megatron_ee.errors import FieldError, UserError
+from megatron_ee.errors import FieldError
+from megatron_ee.inference.json_files import write_json
 
 VERSION = 1  # of the file
 FIELD: KeyPath = ("inference", "thresholds_file")
@@ -142,15 +142,7 @@ def write_thresholds(
         },
         "promise": dict(promise),
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    write_json(path, content)
 
 
 def _check_same(path: Path, section: str, found: Any, promised: Any, names: Sequence[str]) -> None:

@@ -92,8 +92,8 @@ def test_any_other_file_is_refused(file: Path, text: str) -> None:
         read_thresholds(file)
 
 
-def test_a_file_that_is_not_there_and_a_folder_that_is_not(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_and_a_folder_that_is_none(file: Path, tmp_path: Path) -> None:
     with pytest.raises(FieldError, match=r"cannot be read as JSON .*No such file"):
         read_thresholds(tmp_path / "none.json")
-    with pytest.raises(UserError, match="No such file"):
-        write_thresholds(tmp_path / "none/thresholds.json", "", ExitParams(), SamplingParams(), {})
+    with pytest.raises(UserError, match=r"thresholds\.json/thresholds\.json: "):
+        write_thresholds(file / "thresholds.json", "", ExitParams(), SamplingParams(), {})
