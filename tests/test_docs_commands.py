@@ -48,6 +48,7 @@ data:
 }
 
 SLOW = (
+    "calibration",
     "recipes",
     "huggingface",
     "operations",

@@ -85,7 +85,7 @@ def write(files: Files, config: Config, swept: Swept) -> None:
 
     `files.fragment` is a config: the best setting, over what all cells had in common, which is `files.base`.
     """
-    common = config.inference.model_copy(update={"exit": ExitParams()})
+    common = config.inference.model_copy(update={"exit": ExitParams(), "thresholds_file": None})
     files.base.write_text(to_yaml(config.model_copy(update={"inference": common})), encoding="utf-8")
     files.fragment.write_text(f"base: {files.base.name}\n{fragment(swept.best)}", encoding="utf-8")
     content = {**swept.content, "best": swept.best.model_dump(include={"mode", *_FIELDS[swept.best.mode]})}

@@ -71,16 +71,10 @@ function thresholdOf({ value, dataset }) {
   return value !== dataset.own || Number(fixed) === Number(dataset.exact) ? fixed : dataset.exact;
 }
 
-function exitOf({ mode, threshold, min_exit, kv_policy }, { defaults, exits }) {
+function exitOf({ mode, threshold, min_exit, kv_policy }, { defaults }) {
   const asked = {};
   if (mode.value !== defaults.mode) asked.mode = mode.value;
-  if (!threshold.disabled && threshold.value !== threshold.dataset.own) {
-    asked.threshold = Number(threshold.value);
-    if (Object.keys(defaults.thresholds).length) {
-      // They come before `threshold`.
-      asked.thresholds = Object.fromEntries(exits.map((layer) => [layer, asked.threshold]));
-    }
-  }
+  if (!threshold.disabled && threshold.value !== threshold.dataset.own) asked.threshold = Number(threshold.value);
   if (!min_exit.disabled && Number(min_exit.value) !== defaults.min_exit) asked.min_exit = Number(min_exit.value);
   if (!kv_policy.disabled && kv_policy.value !== defaults.kv_policy) asked.kv_policy = kv_policy.value;
   return asked;

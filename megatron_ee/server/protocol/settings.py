@@ -71,7 +71,10 @@ def exit_of(request: GenerationRequest, default: ExitParams) -> ExitParams:
         if name not in names:
             hint = did_you_mean(name, names)
             raise invalid(f"early_exit.{name}", f"unknown field{hint}")
-    values = _laid_over(default.model_dump(), {name: value for name, value in said.items() if value is not None})
+    said = {name: value for name, value in said.items() if value is not None}
+    if "threshold" in said:  # it is for all exits, also where the server has others for some of them
+        said.setdefault("thresholds", {})
+    values = _laid_over(default.model_dump(), said)
     return _validate(ExitParams, values, {}, "early_exit", prefix="early_exit.")
 
 
