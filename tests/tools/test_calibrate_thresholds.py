@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.ranks import RankPool
-from helpers.runs import run_config, train_and_save, write_small_dataset
 from helpers.tools import ToolsHere
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,23 +33,6 @@ from serving_heard import Heard, Saying  # noqa: E402
 
 PROMPTS = ["early exits", "let a token", "when settled while", "deeper layers read"]
 SAID = st.lists(st.tuples(st.floats(0, 1), st.booleans()), max_size=60)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
-    """A run folder, of a model that has learned something, but not much."""
-    folder = tmp_path_factory.mktemp("calibrate")
-    write_small_dataset(folder)
-    config = run_config(
-        folder,
-        name="tiny",
-        exits={"layers": [2, 5], "weight_schedule": {"warmup_iters": 1}},
-        training={"train_iters": 30, "global_batch_size": 8},
-        optimizer={"lr": 0.01},
-        data={"split": [0.7, 0.3, 0.0]},
-    )
-    ranks.run(1, train_and_save, config)
-    return folder / "runs/tiny"
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +175,6 @@ def calibrated(run: Path, mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) 
         patch.setattr(sys, "argv", ["x", *arguments, "inference.sampling.max_new_tokens=8", "device=cpu"])
         assert calibrate_thresholds.main() == 0
     return output, said.getvalue()
-
-
-@pytest.fixture
-def tools_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> ToolsHere:
-    return ToolsHere(monkeypatch, capsys)
 
 
 def test_files_say_what_was_found(calibrated: tuple[Path, str]) -> None:

@@ -11,8 +11,6 @@ import pytest
 import torch
 from helpers.decoding import full_logits
 from helpers.models import whole_model
-from helpers.ranks import RankPool
-from helpers.runs import run_config, train_and_save, write_small_dataset
 
 from megatron_ee import LLM, ExitParams, SamplingParams
 from megatron_ee.config import SledParams, load_config
@@ -31,21 +29,6 @@ from sweep_timing import time_settings  # noqa: E402
 
 PROMPTS = ["early exits", "let a token", "when settled while", "deeper"]
 SAMPLING = SamplingParams(max_new_tokens=12)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
-    """A run folder, of a model that has learned something, but not much."""
-    folder = tmp_path_factory.mktemp("sweep")
-    write_small_dataset(folder)
-    exits = {"layers": [2, 5], "weight_schedule": {"warmup_iters": 1}}
-    training = {"train_iters": 30, "global_batch_size": 8}
-    optimizer = {"lr": 0.01}
-    config = run_config(
-        folder, name="tiny", exits=exits, training=training, optimizer=optimizer, data={"split": [0.7, 0.3, 0.0]}
-    )
-    ranks.run(1, train_and_save, config)
-    return folder / "runs/tiny"
 
 
 @pytest.fixture(scope="module")
