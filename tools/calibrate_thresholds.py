@@ -26,6 +26,7 @@ from sweep_results import check_folder
 from megatron_ee.checkpoint.folders import find_model, is_huggingface
 from megatron_ee.checkpoint.models import hash_of_model
 from megatron_ee.errors import FieldError, UserError
+from megatron_ee.exit_status import is_first_of_node
 from megatron_ee.inference.__main__ import split_settings
 from megatron_ee.inference.calibration.thresholds_file import FIELD
 from megatron_ee.inference.llm import LLM, open_model
@@ -57,7 +58,8 @@ def main() -> int:
     try:
         _calibrate(arguments)
     except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
+        if is_first_of_node():
+            print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
@@ -75,8 +77,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             raise FieldError(".".join(map(str, FIELD)), "has thresholds that are found already; set it to null")
         if inference.parallel.pipeline > 1:
             raise FieldError("inference.parallel.pipeline", "stages change no token: calibrate on one")
-        check_folder(output)
         llm = LLM.of(open_model(folder, config), config)
+        llm.from_first(lambda: check_folder(output))
         from calibration import calibrate  # imports megatron-core, which needs a chosen device
         from calibration_report import Reported, report
         from calibration_results import Terms

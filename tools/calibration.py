@@ -57,22 +57,24 @@ def calibrate(llm: LLM, parts: Parts, terms: Terms, targets: Sequence[float], wa
         bar.reset(total=len(tried))
         trial = Trial(llm, parts.calibration, terms.risk)
         measured = list(_measured(trial, tried, _BEYOND * targets[-1], bar))
-        bar.set_description("fresh prompts")
         promises = [choose(measured, target, terms) for target in targets]
+        bar.set_description("fresh prompts")
         fresh = Trial(llm, parts.fresh, terms.risk)
         full_fresh = fresh.measure(tried[0])
-        of_name = {tried[0].name: full_fresh}
-        for promise in promises:
-            if promise.chosen is not None and promise.chosen.candidate.name not in of_name:
-                of_name[promise.chosen.candidate.name] = fresh.measure(promise.chosen.candidate)
-    return Calibrated(
-        measured,
-        full_fresh,
-        [
-            promise if promise.chosen is None else replace(promise, fresh=of_name[promise.chosen.candidate.name])
-            for promise in promises
-        ],
-    )
+        return Calibrated(measured, full_fresh, list(_with_fresh(promises, fresh, full_fresh)))
+
+
+def _with_fresh(promises: Sequence[Promise], trial: Trial, full: Measured) -> Iterator[Promise]:
+    """Each chosen candidate is decoded once."""
+    known = {full.candidate.name: full}
+    for promise in promises:
+        if promise.chosen is None:
+            yield promise
+            continue
+        candidate = promise.chosen.candidate
+        if candidate.name not in known:
+            known[candidate.name] = trial.measure(candidate)
+        yield replace(promise, fresh=known[candidate.name])
 
 
 def _measured(trial: Trial, tried: Sequence[Candidate], most: float, bar: "tqdm[Any]") -> Iterator[Measured]:
