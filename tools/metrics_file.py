@@ -81,12 +81,16 @@ def _parse(line: bytes, place: str) -> Record:
         record = json.loads(line)
     except (ValueError, RecursionError):
         record = None
-    numbers = record.values() if isinstance(record, dict) else ()
-    if not (isinstance(record, dict) and isinstance(record.get("iteration"), int)) or not all(
-        isinstance(number, int | float) for number in numbers
-    ):
+    if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
         raise MetricsError(f"{place}: not a record of figures")
+    if wrong := [name for name, value in record.items() if not _is_figure(value)]:
+        raise MetricsError(f"{place}: not a record of figures: {wrong[0]} is no number")
     return record
+
+
+def _is_figure(value: object) -> bool:
+    """Whether a float can hold it, NaN among them."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _select(records: Sequence[Record], kind: str) -> list[ExitLosses]:

@@ -123,9 +123,13 @@ def _add_measured(page: HtmlPage, measured: Sequence[Measured], pictures: Module
         pictures.add_depths(page, counted)
     others = [of for of in measured if of.kind not in ("depths", "bench", "unknown")]
     sections.add_measured(page, "Sweeps and measures", others)
-    sections.add_measured(page, "Benches", [of for of in measured if of.kind == "bench"])
+    benches = [of for of in measured if of.kind == "bench"]
+    sections.add_measured(page, "Benches", benches)
+    if pictures and (goals := [goal for of in benches for goal in of.goals]):
+        pictures.add_goals(page, goals)
     if unknown := [of.path.name for of in measured if of.kind == "unknown"]:
-        page.text(f"Files that this report does not know: {', '.join(unknown)}.")
+        page.heading("Other files")
+        page.text(f"This report does not know what is in {', '.join(unknown)}.")
 
 
 def _add_config(page: HtmlPage, run: Run) -> None:

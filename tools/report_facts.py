@@ -1,5 +1,6 @@
 """What a busy engineer wants to know of a run before anything else."""
 
+import math
 from collections.abc import Mapping
 from statistics import median
 
@@ -12,6 +13,8 @@ from megatron_ee.errors import UserError
 from megatron_ee.model.vocabulary import planned_vocab_size
 from megatron_ee.parallel.estimate import estimate
 from megatron_ee.training.operations.attempts import COMPLETE, REFUSED, STOPPED
+
+_MOST_EXITS = 8  # whose losses are said
 
 
 def facts_of(run: Run) -> dict[str, Value]:
@@ -54,7 +57,8 @@ def outcome_of(run: Run) -> str:
 
 def trouble_of(run: Run) -> list[str]:
     """Skipped steps, faults, slow ranks, lost work: what was not as it should be."""
-    skipped, spoilt = int(sum(run.series("train/skipped")[1])), sum(start.spoilt_batches for start in run.starts)
+    skipped = int(sum(filter(math.isfinite, run.series("train/skipped")[1])))
+    spoilt = sum(start.spoilt_batches for start in run.starts)
     found = [f"{_times(skipped, 'step')} skipped, whose gradients were no numbers"] if skipped else []
     found += [f"{_times(spoilt, 'batch', 'batches')} noted in attempts/N/nonfinite.jsonl"] if spoilt else []
     found += [f"start {start.number}: {fault(of)}" for start in run.starts for of in start.faults]
@@ -154,7 +158,10 @@ def _validation(run: Run) -> str:
 
 
 def _each(run: Run, losses: Mapping[int, float]) -> str:
-    return ", ".join(f"{run.exit_names[layer]}: {loss:.4f}" for layer, loss in losses.items())
+    said = [f"{run.exit_names[layer]}: {loss:.4f}" for layer, loss in losses.items()]
+    if len(said) > _MOST_EXITS:
+        said = [said[0], f"... ({len(said) - 2} more below)", said[-1]]
+    return ", ".join(said)
 
 
 def _speed(run: Run) -> str:

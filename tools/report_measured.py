@@ -18,6 +18,15 @@ class Table(NamedTuple):
     caption: str = ""
 
 
+class Goal(NamedTuple):
+    """A measure over its goal, turned so that above 1 is better: the median of its rounds, p10 and p90."""
+
+    measure: str
+    ratio: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Measured:
     """One file.
@@ -26,6 +35,7 @@ class Measured:
         kind: bench, depths, or what else was measured.
         said: sentences before the tables.
         tokens: of depths: number of layers run -> tokens that came out there.
+        goals: of a bench: measures that are held against one.
     """
 
     path: Path
@@ -33,6 +43,7 @@ class Measured:
     tables: Sequence[Table] = ()
     said: Sequence[str] = ()
     tokens: Mapping[int, int] | None = None
+    goals: Sequence[Goal] = ()
 
 
 def find_measured(folder: Path) -> Iterator[Measured]:
@@ -61,7 +72,7 @@ def read_measured(path: Path, *, kind: str | None = None) -> Measured:
         return Measured(path, found)
     try:
         return _KINDS[found][1](path, content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise ReportError(f"{path}: damaged, or of another release ({type(error).__name__}: {error})") from error
 
 
@@ -93,8 +104,18 @@ def _bench(path: Path, content: Sequence[Mapping[str, Any]]) -> Measured:
         rows.append([str(of["measure"]), *map(rounded, (value, low, high, float(of["aa"]))), limit, verdict])
     held = [row[-1] for row in rows if row[-1]]
     columns = ["measure", "value", "p10", "p90", "A/A", "goal", "held"]
-    goals = f"{held.count('yes')} of {len(held)} goals are held" if held else "it has no goals"
-    return Measured(path, "bench", [Table(columns, rows, path.name)], [f"{path.name}: {goals}."])
+    said = f"{held.count('yes')} of {len(held)} goals are held" if held else "it has no goals"
+    table = Table(columns, rows, path.name)
+    return Measured(path, "bench", [table], [f"{path.name}: {said}."], goals=[*_goals(content)])
+
+
+def _goals(content: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:
+    """Those that a ratio can be taken of."""
+    for of in content:
+        values, goal = (float(of["value"]), *map(float, of["spread"])), float(of["goal"] or 0.0)
+        if goal > 0.0 and min(values) > 0.0:
+            ratio, *spread = (goal / value if of["better"] == "lower" else value / goal for value in values)
+            yield Goal(str(of["measure"]), ratio, min(spread), max(spread))
 
 
 def _depths(path: Path, content: Mapping[str, Any]) -> Measured:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from report_measured import Goal
 from report_run import Run
 from schedule_picture import Lanes, summary
 
@@ -41,10 +42,9 @@ def add_losses(page: HtmlPage, run: Run) -> None:
     """Of every exit, in training and validation."""
     with mpl.rc_context(plot_losses.STYLE):
         figure = plot_losses.draw(run.losses, run.folder)
-        page.picture(figure, alt="Loss of each exit over iterations, in nats per token", caption=_CAPTION_OF_LOSSES)
-
-
-_CAPTION_OF_LOSSES = "Thin lines: training losses, means since the record before. Points: validation."
+        points = " Points: validation." if run.losses.validation else ""
+        caption = f"Lines: training losses, means since the record before.{points}"
+        page.picture(figure, alt="Loss of each exit over iterations, in nats per token", caption=caption)
 
 
 def add_settings(page: HtmlPage, run: Run) -> None:
@@ -140,6 +140,23 @@ def add_depths(page: HtmlPage, counted: Sequence[tuple[str, Mapping[int, int]]])
         page.picture(figure, alt="How many tokens came out after how many layers")
 
 
+def add_goals(page: HtmlPage, goals: Sequence[Goal]) -> None:
+    """How a bench stands to what it is held against: right of the line is better."""
+    with mpl.rc_context(plot_losses.STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.3 * len(goals) + 1.0), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for row, goal in enumerate(goals):
+            colour = _LINE if goal.ratio >= 1 else "#d55e00"
+            axes.plot([goal.low, goal.high], [row, row], color=colour, linewidth=1.5, alpha=0.5)
+            axes.plot(goal.ratio, row, color=colour, **plot_losses.POINT)
+        axes.axvline(1.0, color="#444444", linewidth=1)
+        axes.set_yticks(range(len(goals)), [goal.measure for goal in goals], fontsize=9, parse_math=False)
+        axes.set_ylim(len(goals) - 0.5, -0.5)
+        axes.set_xlabel("times as good as its goal")
+        axes.set_axisbelow(True)
+        page.picture(figure, alt="Measures over their goals", caption="Points: medians; lines: from p10 to p90.")
+
+
 def _draw_weights(axes: Axes, weights: Mapping[str, tuple[list[int], list[float]]], run: Run) -> None:
     labels = []
     for number, (name, (iterations, values)) in enumerate(weights.items()):
@@ -193,7 +210,7 @@ def _panels(heights: Sequence[float], last_iteration: int) -> tuple[Figure, list
 def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, Any]], *, inches: float) -> None:
     """Names at the right of what they name, moved apart where they would cover each other."""
     wanted = sorted((label for label in labels if math.isfinite(label[0])), key=lambda label: label[0])
-    every = math.ceil(len(wanted) / _MOST_LABELLED)
+    every = max(1, math.ceil(len(wanted) / _MOST_LABELLED))
     wanted = wanted[::-1][::every][::-1]
     low, high = axes.get_ylim()
     apart = _LABEL / inches * (high - low)

@@ -1,6 +1,7 @@
 """The sections of a run's report."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from types import ModuleType
 from typing import Any
@@ -76,7 +77,7 @@ def add_speed(page: HtmlPage, run: Run, pictures: ModuleType | None) -> None:
         pictures.add_speed(page, run)
     phases = [(name, mean(run.series(name)[1])) for name in run.names(r"time/\w+_s") if name != "time/checkpoint_s"]
     rows: list[list[Value]] = [
-        [name.removeprefix("time/").removesuffix("_s"), rounded(seconds), share(seconds / mean(steps))]
+        [name.removeprefix("time/").removesuffix("_s"), rounded(seconds), share(seconds / (mean(steps) or math.nan))]
         for name, seconds in phases
     ]
     rows.append(["a step, all in all", rounded(mean(steps)), share(1.0)])
@@ -151,24 +152,24 @@ def add_checkpoints(page: HtmlPage, run: Run) -> None:
         page.text("There is none.")
     else:
         final = max(run.exit_names, default=0)
-        name = run.exit_names.get(final, "the last exit")
-        columns = ["step", "size", f"validation loss, {name}", "optimizer's state", "hash"]
-        page.table(columns, [_checkpoint_row(run, of, final) for of in run.checkpoints])
+        figures = [run.series(f"{kind}/exit_{final}/loss") for kind in ("val", "train")]
+        losses = [dict(zip(*of, strict=True)) for of in figures]
+        columns = ["step", "size", "validation loss", "training loss", "optimizer's state", "hash"]
+        caption = f"Losses of {run.exit_names[final]}, in nats per token" if final else ""
+        page.table(columns, [_checkpoint_row(of, losses) for of in run.checkpoints], caption=caption)
     if run.other_steps:
         page.text(f"Folders that are no checkpoints: {', '.join(run.other_steps)}.")
 
 
-def _checkpoint_row(run: Run, checkpoint: Checkpoint, final: int) -> list[Value]:
-    losses = dict(zip(*run.series(f"val/exit_{final}/loss"), strict=True))
-    loss = losses.get(checkpoint.iteration)
-    has_optimizer = "yes" if checkpoint.about.get("has_optimizer") else "no"
-    digest = str(checkpoint.about.get("hash", "-"))[:16]
+def _checkpoint_row(checkpoint: Checkpoint, losses: Sequence[Mapping[int, float]]) -> list[Value]:
+    at_step = [of.get(checkpoint.iteration) for of in losses]
+    about = checkpoint.about
     return [
         checkpoint.iteration,
         size(checkpoint.num_bytes),
-        None if loss is None else f"{loss:.4f}",
-        has_optimizer,
-        digest,
+        *(None if loss is None else f"{loss:.4f}" for loss in at_step),
+        "yes" if about.get("has_optimizer") else "no",
+        str(about.get("hash", "-"))[:16],
     ]
 
 
@@ -189,11 +190,19 @@ def add_environment(page: HtmlPage, run: Run) -> None:
             "Python": str(about.get("python", "-")),
             "Libraries": ", ".join(f"{name} {version}" for name, version in packages.items() if version) or "-",
             "Commit": f"{git.get('commit')}{changed}" if git else "not in a checkout",
+            **_other_commits(run, git.get("commit")),
         }
     )
     if variables:
         lines = "\n".join(f"{name}={value}" for name, value in sorted(variables.items()))
         page.details("The launcher's variables", lines)
+
+
+def _other_commits(run: Run, newest: Any) -> dict[str, Value]:
+    """Of starts that ran other code than the newest."""
+    commits = {start.number: _object(start.environment.get("git")).get("commit") for start in run.starts}
+    others = [f"start {number}: {commit}" for number, commit in commits.items() if commit not in (None, newest)]
+    return {"Other commits": ", ".join(others)} if others else {}
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -12,20 +12,25 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from helpers.browsing import watching
 from helpers.tools import ToolsHere
+from matplotlib.figure import Figure
 
-from megatron_ee.config import ExitParams
+from megatron_ee.config import ExitParams, load_config
 from megatron_ee.inference.exit_depths import write_depths
+from megatron_ee.parallel.pipeline.timeline import Span
+from megatron_ee.training.observation.trace import Trace, make_trace, write_trace
 from megatron_ee.training.operations.attempts import Attempt, open_attempt
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import report
 from report_words import duration, large, rounded, size, told
+from show_schedule import show
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 EVIL = "<script>alert(1)</script>"
+PICTURES = 8  # losses, settings, speed, a plan, a trace, depths, a sweep's, goals
 MakePage = Callable[..., "Seen"]
 
 
@@ -75,6 +80,8 @@ def run(undisturbed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     Attempt(run / "attempts/1").end(0, "complete", iteration=60)
     _write(run / "pictures/thresholds.json", SWEEP)
     _write(run / "bench/train.json", BENCH)
+    Figure(figsize=(1, 1)).savefig(run / "pictures/thresholds.png")
+    write_trace(run / "traces/step_00000007.json", _trace(run))
     write_depths(run / "depths.json", {1: 30, 2: 10, 4: 60}, num_layers=4, exit=ExitParams(threshold=0.75))
     return run
 
@@ -107,6 +114,16 @@ def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+def _trace(run: Path) -> Trace:
+    """A step of the run's plan, in which each action takes a millisecond."""
+    plan = show(load_config(run / "config.yaml"), 2).plan
+    recorded = [
+        [Span(action, 1e-3 * place, 1e-3 * (place + 1)) for place, action in enumerate(actions)]
+        for actions in plan.actions
+    ]
+    return make_trace(plan, recorded, iteration=7, world_size=2)
+
+
 def _record(run: Path, *records: dict[str, float]) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -119,7 +136,9 @@ def _training(iteration: int) -> dict[str, float]:
 
 
 def _start(run: Path, status: int | None, reason: str, iteration: int) -> Attempt:
-    attempt = open_attempt(run, config="", environment={"host": "node7", "variables": {"WORLD_SIZE": "16"}})
+    git = {"commit": f"c0ffee{iteration}", "has_changes": True}
+    about = {"host": "node7", "git": git, "variables": {"WORLD_SIZE": "16"}}
+    attempt = open_attempt(run, config="", environment=about)
     if status is not None:
         attempt.end(status, reason, iteration=iteration)
     return attempt
@@ -182,7 +201,8 @@ def test_all_that_the_run_has_is_there(run: Path, page: Path) -> None:
     assert [seen.row(name)[-1] for name in ("step_over_plain", "memory")] == ["yes", "NO"]
     assert "train.json: 1 of 2 goals are held." in seen.texts
     assert any(text.startswith("depths.json: 100 tokens, 2.90 of 4 layers a token; mode ") for text in seen.texts)
-    assert len(seen.pictures) == 5 and all(seen.pictures)
+    assert len(seen.pictures) == PICTURES and all(seen.pictures)
+    assert "Iteration 7 as it ran, beside its plan." in seen.texts
     assert (run / "config.yaml").read_text().strip() in seen.text
 
 
@@ -198,7 +218,7 @@ def test_it_is_whole_in_a_browser(page: Path, browser: "Browser", width: int) ->
         widths = tab.evaluate("[...document.images].map(image => image.naturalWidth)")
         reach = tab.evaluate("document.documentElement.scrollWidth")
     tab.close()
-    assert len(widths) == 5 and min(widths) > 0
+    assert len(widths) == PICTURES and min(widths) > 0
     assert reach == width, "nothing is wider than the window"
     assert not watched.complaints and watched.hosts == {""}, "nothing but the file itself was asked for"
 
@@ -212,6 +232,16 @@ def test_a_single_record_has_pictures_too(tmp_path: Path, tool_here: ToolsHere) 
     assert len(seen.pictures) == 3
     assert "final (2 layers): 1.2500 nats per token, at iteration 1" in seen.facts["Validation loss"]
     assert "The folder has no config.yaml." in seen.texts
+
+
+def test_figures_that_are_no_numbers(tmp_path: Path) -> None:
+    names = ("train/exit_1/loss", "train/grad_norm", "train/skipped", "perf/tokens_per_s", "perf/iter_time_s")
+    odd = dict.fromkeys((*names, "time/forward_s", "pipeline/bubble_fraction", "memory/peak_gib"), float("nan"))
+    infinite = dict.fromkeys(odd, float("inf"))
+    run = _record(tmp_path / "run", _training(1), {**_training(2), **odd}, {**_training(3), **infinite})
+    report.make_page(run).save(run / "report.html")
+    seen = Seen(run / "report.html")
+    assert len(seen.pictures) == 3 and "exit 1: inf" in seen.facts["Validation loss"]
 
 
 def test_a_run_without_matplotlib_has_tables(
@@ -267,6 +297,8 @@ def test_a_resumed_run(tmp_path: Path, make: MakePage) -> None:
     assert "2 steps skipped" in trouble and f"start 2: {said}" in trouble
     assert "2 records of iterations that were done again" in trouble
     assert [row[-1] for row in seen.rows if row and row[0] in ("1", "2", "3")] == ["SIGTERM", said, "exit_duration"]
+    assert seen.facts["Commit"] == "c0ffee8, with changes"
+    assert seen.facts["Other commits"] == "start 1: c0ffee4, start 2: c0ffee0"
     assert seen.facts["Time"].endswith(" in 3 starts") and seen.facts["Time"].startswith("at least ")
 
 
@@ -317,7 +349,7 @@ def test_files_from_elsewhere(tmp_path: Path, make: MakePage) -> None:
     assert seen.row("noted") == ["noted", "3", "0.9", "1.25", "1"]
     assert seen.row("2")[1:] in (["1", "50.0 %"], ["50.0 %"])
     assert seen.row("exit 2") == ["exit 2", "0.0625", "final"]
-    assert "Files that this report does not know: odd.json." in seen.texts
+    assert "This report does not know what is in odd.json." in seen.texts
 
 
 def test_a_picture_beside_figures_has_to_be_one(tmp_path: Path, make: MakePage) -> None:
