@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from helpers.ranks import RankPool
@@ -11,6 +12,9 @@ from hypothesis import settings
 from megatron_ee.config import ParallelConfig, load_config
 from megatron_ee.device import Device, choose_device
 from megatron_ee.log import quiet_dependencies
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # How long an example takes says more of the machine than of what is tested; what fails elsewhere is to be found again.
 settings.register_profile("tests", deadline=None, print_blob=True)
@@ -54,6 +58,20 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """One for all tests. It leaves an event loop in this thread."""
+    from helpers.browsing import ARGUMENTS, CHROMIUM
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        pytest.skip("no chromium (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
 def start_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., StartedRun]:
     """Starts a long run by its name, with overrides, and with environment variables by keyword."""
     config = write_long_run(tmp_path_factory.mktemp("long"))
@@ -61,8 +79,14 @@ def start_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Started
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> list[dict[str, float]]:
-    """The losses of a long run that was left alone, in ranks that are there already."""
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
+    """The folder of a long run that was left alone, in ranks that are there already."""
     config = load_config(write_long_run(tmp_path_factory.mktemp("undisturbed")), ["name=undisturbed"])
     ranks.run(2, train_to_the_end, config)
-    return read_losses(Path(config.runs) / config.name)
+    return Path(config.runs) / config.name
+
+
+@pytest.fixture(scope="session")
+def undisturbed(undisturbed_run: Path) -> list[dict[str, float]]:
+    """Its losses."""
+    return read_losses(undisturbed_run)

@@ -6,6 +6,7 @@ file, byte for byte.
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,11 @@ import jinja2
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"IEND\xaeB`\x82"
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( ?[^\d\s]{1,8})?")
+"""Also one that carries its unit, as in `1.5x` or `93.1 %`."""
 
 _TEMPLATE = Path(__file__).with_suffix(".jinja")
 
@@ -50,7 +56,7 @@ class HtmlPage:
         self._add("facts", values=dict(values))
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Value]], *, caption: str = "") -> None:
-        """Numbers are aligned to the right, text to the left.
+        """Columns of numbers are aligned to the right, those with text to the left.
 
         Raises:
             ValueError: a row has not one value for each column.
@@ -58,7 +64,8 @@ class HtmlPage:
         held = [list(row) for row in rows]
         if wrong := [row for row in held if len(row) != len(columns)]:
             raise ValueError(f"{len(wrong[0])} values for {len(columns)} columns: {wrong[0]}")
-        self._add("table", columns=list(columns), rows=held, caption=caption)
+        right = [all(_is_number(row[place]) for row in held) for place in range(len(columns))]
+        self._add("table", columns=list(columns), rows=held, right=right, caption=caption)
 
     def picture(self, figure: "Figure", *, alt: str, caption: str = "") -> None:
         """A figure of matplotlib, held in the page itself.
@@ -68,7 +75,20 @@ class HtmlPage:
         """
         held = io.BytesIO()
         figure.savefig(held, format="png", metadata={"Software": None})
-        self._add("picture", data=base64.b64encode(held.getvalue()).decode("ascii"), alt=alt, caption=caption)
+        self.image(held.getvalue(), alt=alt, caption=caption)
+
+    def image(self, png: bytes, *, alt: str, caption: str = "") -> None:
+        """A picture that is there already, as the bytes of a PNG file.
+
+        Args:
+            alt: as in `picture`.
+
+        Raises:
+            ValueError: it is none, or not a whole one.
+        """
+        if not (png.startswith(_PNG) and png.endswith(_PNG_END)):
+            raise ValueError("not a whole PNG picture")
+        self._add("picture", data=base64.b64encode(png).decode("ascii"), alt=alt, caption=caption)
 
     def details(self, summary: str, text: str) -> None:
         """Long text as it is, folded away until somebody opens it."""
@@ -78,12 +98,14 @@ class HtmlPage:
         """Write the page; a page of that name is replaced once the new one is whole."""
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
         environment.filters["value"] = _as_text
-        environment.tests["right"] = _is_number
         template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
         whole = template.render(title=self._title, subtitle=self._subtitle, parts=self._parts)
         beside = path.with_name(f"{path.name}.new")
-        beside.write_text(whole, encoding="utf-8")
-        beside.replace(path)
+        try:
+            beside.write_text(whole, encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def _add(self, kind: str, **content: Any) -> None:
         self._parts.append(_Part(kind, content))
@@ -99,5 +121,4 @@ def _as_text(value: Value) -> str:
 
 
 def _is_number(value: Value) -> bool:
-    """Also one that carries its unit, as in `1.5x` or `93.1 %`."""
-    return value is None or isinstance(value, int | float) or value[:1].isdigit()
+    return value is None or isinstance(value, int | float) or _NUMBER.fullmatch(value) is not None

@@ -32,11 +32,29 @@ class Metrics(NamedTuple):
     validation: list[ExitLosses]
 
 
+Record = dict[str, float]
+"""A line: `iteration`, and figures by their names."""
+
+
 def read_metrics(run: Path) -> Metrics:
     """The losses of a run.
 
-    Each iteration is there once: a run that is resumed sets aside what it does again. A last line without its end is
-    still being written, and is left out.
+    Raises:
+        MetricsError: see `read_records`.
+    """
+    return losses_of(read_records(run))
+
+
+def losses_of(records: Sequence[Record]) -> Metrics:
+    """What records say of losses."""
+    return Metrics(_select(records, "train"), _select(records, "val"))
+
+
+def read_records(run: Path) -> list[Record]:
+    """All figures of a run, line by line.
+
+    Each iteration is there once: a run that is resumed sets aside what it does again. Training and validation of an
+    iteration are two lines. A last line without its end is still being written, and is left out.
 
     Raises:
         MetricsError: there is no such file, it is empty, or a line of it is not a record.
@@ -48,8 +66,7 @@ def read_metrics(run: Path) -> Metrics:
         raise MetricsError(f"{path}: {error.strerror}") from None
     if not lines:
         raise MetricsError(f"{path}: empty; has the run logged anything yet?")
-    records = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-    return Metrics(_select(records, "train"), _select(records, "val"))
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def exit_names(layers: Sequence[int], run: Path) -> dict[int, str]:
@@ -59,17 +76,24 @@ def exit_names(layers: Sequence[int], run: Path) -> dict[int, str]:
     return {layer: f"final ({layer} layers)" if layer == final else f"exit {layer}" for layer in layers}
 
 
-def _parse(line: bytes, place: str) -> dict[str, float]:
+def _parse(line: bytes, place: str) -> Record:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
         raise MetricsError(f"{place}: not a record of figures")
+    if wrong := [name for name, value in record.items() if not _is_figure(value)]:
+        raise MetricsError(f"{place}: not a record of figures: {wrong[0]} is no number")
     return record
 
 
-def _select(records: Sequence[dict[str, float]], kind: str) -> list[ExitLosses]:
+def _is_figure(value: object) -> bool:
+    """Whether a float can hold it, NaN among them."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def _select(records: Sequence[Record], kind: str) -> list[ExitLosses]:
     newest = {}
     for record in records:
         matches = [(re.fullmatch(rf"{kind}/exit_(\d+)/loss", name), value) for name, value in record.items()]

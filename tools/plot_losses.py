@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from metrics_file import ExitLosses, Metrics, exit_names, read_metrics
 
 from megatron_ee.errors import UserError
@@ -90,10 +91,11 @@ def curve(measurements: Sequence[ExitLosses], layer: int) -> tuple[list[int], li
 
 
 def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss (nats per token)")
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_axisbelow(True)
     axes.legend(loc="upper right")
 

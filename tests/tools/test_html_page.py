@@ -89,3 +89,19 @@ def test_the_same_content_is_the_same_file(tmp_path: Path) -> None:
 def test_a_row_of_another_width_is_refused() -> None:
     with pytest.raises(ValueError, match="2 values for 1 columns"):
         HtmlPage("report").table(["one"], [["1", "2"]])
+
+
+def test_a_column_with_text_stands_left(tmp_path: Path) -> None:
+    page = HtmlPage("report")
+    page.table(
+        ["hash", "begun", "change"], [["12", "2026-11-27 10:58", "-0.5 %"], ["1a2b", "2026-11-28 10:58", "+1,200"]]
+    )
+    page.save(tmp_path / "page.html")
+    seen = _Seen((tmp_path / "page.html").read_text())
+    assert [of.get("class") for of in seen.all("td")] == [None, None, "right"] * 2
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg/>", b"\x89PNG\r\n\x1a\n of which the rest is missing"])
+def test_what_is_no_picture_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="not a whole PNG picture"):
+        HtmlPage("report").image(content, alt="none")

@@ -1,23 +1,13 @@
-"""One browser for all tests of the page, and a stub to open it from."""
+"""One tab for all tests of the page, and a stub to open it from."""
 
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
-from server.page.browsing import ARGUMENTS, CHROMIUM, Watched
+from helpers.browsing import Watched, watching
+from playwright.sync_api import Browser, Page, expect
 from server.page.stub import Served, Stub
 
 expect.set_options(timeout=15_000)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium (apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -48,13 +38,8 @@ def tab(browser: Browser, served: tuple[Stub, str]) -> Page:
 
 @pytest.fixture
 def watched(tab: Page) -> Iterator[Watched]:
-    watched = Watched()
-    listeners = {"console": watched.heard, "pageerror": watched.failed, "request": watched.requested}
-    for event, listener in listeners.items():
-        tab.on(event, listener)
-    yield watched
-    for event, listener in listeners.items():
-        tab.remove_listener(event, listener)
+    with watching(tab) as watched:
+        yield watched
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """What goes wrong is said in the server's words, and what has arrived stays."""
 
 import pytest
+from helpers.browsing import Watched
 from playwright.sync_api import Page, expect
-from server.page.browsing import Watched, outcome, run
+from server.page.browsing import outcome, run
 from server.page.stub import Stub, story
 
 BROKE_OFF = "The answer broke off "

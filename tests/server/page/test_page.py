@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.browsing import Watched
 from playwright.sync_api import Page, expect
-from server.page.browsing import Watched, outcome, run
+from server.page.browsing import outcome, run
 from server.page.stub import HOSTILE, PAGE, Stub, story
 
 

@@ -3,9 +3,10 @@
 import re
 
 import pytest
+from helpers.browsing import Watched
 from helpers.servers import RunningServer
 from playwright.sync_api import Page, expect
-from server.page.browsing import Watched, outcome, run
+from server.page.browsing import outcome, run
 
 
 @pytest.fixture
