@@ -36,13 +36,13 @@ class Sizes:
         load: of what the model decodes in a second, what four clients ask for together.
     """
 
-    rounds: int = 10
+    rounds: int = 6
     new_tokens: int = 64
     prompt_length: int = 32
     batch: int = 8
     candidates: int = 128
     kept: int = 8
-    requests: int = 40
+    requests: int = 34
     load: float = 0.5
 
 
