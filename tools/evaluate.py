@@ -31,6 +31,7 @@ from megatron_ee.checkpoint.fingerprint import fingerprint
 from megatron_ee.checkpoint.folders import find_model, is_huggingface
 from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import Config
+from megatron_ee.device import choose_device
 from megatron_ee.errors import FieldError, UserError
 from megatron_ee.inference.llm import LLM, open_model
 from megatron_ee.inference.opening import open_decoding_config
@@ -56,9 +57,10 @@ def main() -> int:
         output = arguments.output or pictures_of(folder)
         check_folder(output)
         path = output / f"{NAME}.json"
-        harness = _harness(arguments) if arguments.tasks else None
         with open_decoding_config(folder, arguments.settings, config_file=arguments.config) as config:
             modes = modes_of(arguments.modes, arguments.thresholds, config.inference.exit)
+            choose_device("cpu" if arguments.server else config.device)  # before megatron-core is imported
+            harness = _harness(arguments) if arguments.tasks else None
             evaluation = Evaluation(folder, config, modes, arguments, harness)
             results = evaluation.results(path)
             evaluation.run(results)

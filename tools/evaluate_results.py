@@ -12,6 +12,7 @@ from megatron_ee.errors import FieldError, UserError
 VERSION = 1  # of the file
 
 _PERCENT = ("accuracy", "agreement")
+_LARGE = 1e5  # digits beyond these say nothing
 _ORDER = ("exit", "threshold", "full", "speculative", "sled", "dola")
 
 
@@ -210,7 +211,9 @@ def _text(name: str, value: float | None, error: float | None) -> str:
     if isinstance(value, int):
         return str(value)
     spread = "" if error is None else f" ± {error:.4f}"
-    return f"{value:.1%}" if name in _PERCENT else f"{value:.4f}{spread}"
+    if name in _PERCENT:
+        return f"{value:.1%}"
+    return f"{value:.4f}{spread}" if abs(value) < _LARGE else f"{value:.4g}{spread}"
 
 
 def _line(parts: Sequence[str]) -> str:

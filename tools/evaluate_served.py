@@ -12,7 +12,6 @@ from megatron_ee.checkpoint.description import read_description
 from megatron_ee.checkpoint.folders import is_huggingface
 from megatron_ee.checkpoint.models import has_tokenizer
 from megatron_ee.config import Config
-from megatron_ee.device import choose_device
 from megatron_ee.errors import FieldError
 from megatron_ee.inference.borders import tokens_before_text
 from megatron_ee.tokenizer import Tokenizer, open_tokenizer
@@ -65,7 +64,6 @@ def _card(url: str) -> Any:
 def _tokenizer(folder: Path, config: Config) -> Tokenizer:
     if is_huggingface(folder):
         return open_tokenizer(str(folder) if has_tokenizer(folder) else config.data.tokenizer)
-    choose_device("cpu")
-    from megatron_ee.inference.loading import open_checkpoint_tokenizer  # imports megatron-core
+    from megatron_ee.inference.loading import open_checkpoint_tokenizer  # imports megatron-core, in its time
 
     return open_checkpoint_tokenizer(folder, read_description(folder))
