@@ -17,19 +17,18 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import evaluate_modes
 from compare_measures import cut, held_out, pictures_of, read_text
 from evaluate_modes import Mode, modes_of
-from evaluate_results import Cell, Results, Setting, markdown, tables, write_whole
+from evaluate_results import Cell, Results, Setting, markdown, tables, text_of, write_whole
 from sweep_results import check_folder
 from sweep_timing import progress
 
 from megatron_ee.checkpoint.description import hash_of, read_description
 from megatron_ee.checkpoint.fingerprint import fingerprint
 from megatron_ee.checkpoint.folders import find_model, is_huggingface
-from megatron_ee.checkpoint.models import read_model
 from megatron_ee.config import Config
 from megatron_ee.device import choose_device
 from megatron_ee.errors import FieldError, UserError
@@ -38,7 +37,8 @@ from megatron_ee.inference.opening import open_decoding_config
 from megatron_ee.log import quiet_dependencies
 
 if TYPE_CHECKING:
-    from evaluate_harness import Asked, Harness
+    from evaluate_harness import Harness
+    from evaluate_served import Served
     from evaluate_texts import Text
 
 Item = TypeVar("Item", str, float)
@@ -69,8 +69,9 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = f"{path} has what is done" if path and path.exists() else "nothing was done"
-        print(f"stopped; {kept}, and the same command goes on from there", file=sys.stderr)
+        kept = path is not None and path.exists()
+        left = f"{path} has what is done, and the same command goes on from there" if kept else "nothing is done yet"
+        print(f"stopped; {left}", file=sys.stderr)
         return 130
     return 0
 
@@ -91,16 +92,15 @@ class Evaluation:
         harness: "Harness | None",
     ) -> None:
         self._folder, self._config, self._modes, self._arguments = folder, config, modes, arguments
-        self._harness, self._server = harness, arguments.server
-        self._llm = None if self._server else LLM.of(open_model(folder, config), config)
-        self._texts = [] if self._llm is None else self._read_texts(self._llm)
+        self._harness = harness
+        self._asked = _asked(folder, config, arguments.server)
+        self._texts = self._read_texts(self._asked) if isinstance(self._asked, LLM) else []
 
     def results(self, path: Path) -> Results:
         """The file, with what it has already."""
         shared = self._config.inference.exit.model_dump(mode="json", exclude={"mode", "threshold", "thresholds"})
-        setting = Setting(
-            str(self._folder), _hash_of(self._folder), read_model(self._folder).num_layers, shared, self._server
-        )
+        path_and_hash = str(self._folder), _hash_of(self._folder)
+        setting = Setting(*path_and_hash, self._model, shared, self._arguments.server)
         subjects = {text.name: text.digest for text in self._texts}
         if self._harness is not None:
             subjects |= dict.fromkeys(self._harness.names, self._harness.digest)
@@ -111,15 +111,15 @@ class Evaluation:
         for text in self._texts:
             self._run_text(text, results)
         if self._harness is not None:
-            for cell in self._harness.cells(self._asked(), self._modes, results.cells):
+            for cell in self._harness.cells(self._asked, self._modes, results.cells):
                 results.keep([cell])
                 _say(cell)
 
     def _run_text(self, text: "Text", results: Results) -> None:
         from evaluate_texts import evaluate_text, rows_of
 
-        assert self._llm is not None
-        model = self._llm.model
+        assert isinstance(self._asked, LLM)
+        model = self._asked.model
         wanted = [name for name in rows_of(model.exits, self._modes) if ("text", text.name, name) not in results]
         if not wanted:
             return
@@ -129,14 +129,14 @@ class Evaluation:
         for cell in cells:
             _say(cell)
 
-    def _asked(self) -> "Asked":
-        from evaluate_harness import AtServer, InProcess
-
-        if self._llm is not None:
-            return InProcess(self._llm)
-        from evaluate_served import reach
-
-        return AtServer(reach(self._server, self._folder, self._config))
+    @property
+    def _model(self) -> dict[str, Any]:
+        """What a config may say of the model."""
+        if isinstance(self._asked, LLM):
+            exits, tokenizer = self._asked.model.exits, self._asked.model.tokenizer
+        else:
+            exits, tokenizer = self._asked.exits, self._asked.words.tokenizer
+        return {"exits": list(exits), "norm": self._config.exits.norm, "tokenizer": tokenizer.name}
 
     def _read_texts(self, llm: LLM) -> list["Text"]:
         """
@@ -173,6 +173,14 @@ def report(results: Results, checkpoint: Path) -> None:
         print(picture)
 
 
+def _asked(folder: Path, config: Config, server: str | None) -> "LLM | Served":
+    if server is None:
+        return LLM.of(open_model(folder, config), config)
+    from evaluate_served import reach
+
+    return reach(server, folder, config)
+
+
 def _harness(arguments: argparse.Namespace) -> "Harness":
     """
     Raises:
@@ -194,7 +202,7 @@ def _hash_of(folder: Path) -> str:
 
 
 def _say(cell: Cell) -> None:
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in cell.figures.items())
+    figures = ", ".join(f"{name} {text_of(name, value)}" for name, value in cell.figures.items())
     print(f"{cell.subject}, {cell.mode}: {figures}", file=sys.stderr)
 
 
@@ -209,12 +217,12 @@ def _parse() -> argparse.Namespace:
     texts = parser.add_argument_group("texts")
     texts.add_argument("--text", type=Path, action="append", default=[], metavar="FILE", help="UTF-8; several times")
     texts.add_argument("--validation", action="store_true", help="the run's split, beside --text or --tasks")
-    texts.add_argument("--sequences", type=_whole, default=SEQUENCES, metavar="N", help=_SEQUENCES)
+    texts.add_argument("--sequences", type=_at_least(1), default=SEQUENCES, metavar="N", help=_SEQUENCES)
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness")
     tasks.add_argument("--tasks", type=_list_of(str), default=(), metavar="NAME,...")
     tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="with tasks of one's own")
-    tasks.add_argument("--limit", type=_whole, metavar="N", help="so many questions of each task")
-    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
+    tasks.add_argument("--limit", type=_at_least(1), metavar="N", help="so many questions of each task")
+    tasks.add_argument("--num-fewshot", type=_at_least(0), metavar="N", help="examples before each question")
     tasks.add_argument("--server", metavar="URL", help="of python -m megatron_ee.server, instead of in process")
     parser.add_argument("settings", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
@@ -238,10 +246,14 @@ def _list_of(kind: Callable[[str], Item]) -> Callable[[str], tuple[Item, ...]]:
     return parsed
 
 
-def _whole(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
+def _at_least(least: int) -> Callable[[str], int]:
+    def parsed(text: str) -> int:
+        if (number := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return number
+
+    parsed.__name__ = "number"  # what argparse calls it
+    return parsed
 
 
 if __name__ == "__main__":

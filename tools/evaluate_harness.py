@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lm_eval
 from evaluate_modes import FULL, Mode
@@ -33,7 +33,6 @@ from megatron_ee.inference.llm import LLM
 
 _RESAMPLINGS = 1000
 """For standard errors of what is no mean."""
-
 
 _MAX_GEN_TOKS = 256
 """Of a task that doesn't say; the harness's own models take as many."""
@@ -70,13 +69,16 @@ class Harness:
         return f"lm_eval {version('lm_eval')}, limit {self._limit}, num_fewshot {self._num_fewshot}"
 
     def cells(
-        self, asked: "Asked", modes: Sequence[Mode], known: Mapping[tuple[str, str, str], Cell]
+        self, asked: LLM | Served, modes: Sequence[Mode], known: Mapping[tuple[str, str, str], Cell]
     ) -> Iterator[Cell]:
         """Those that are not known yet, as they come. A mode that says what full depth says is not run: its cell is
         full depth's, with a note.
 
+        Args:
+            asked: a server scores at full depth, whatever the mode.
+
         Raises:
-            UserError: a task asks for what the model cannot do.
+            UserError: a task asks for what the model cannot do, or the server refuses.
         """
         known = dict(known)
         for name in self.names:
@@ -87,26 +89,24 @@ class Harness:
                 if full is not None and (note := _same_as_full(mode, full.requests, asked)):
                     cell = replace(full, mode=mode.name, note=note)
                 else:
-                    cell = self._run(name, mode, asked.model(mode))
+                    cell = self._run(name, mode, asked)
                     cell = replace(cell, note=_same_as_full(mode, cell.requests, asked))
                 known["task", name, mode.name] = cell
                 yield cell
 
-    def _run(self, name: str, mode: Mode, model: "_InProcess | _OfServer") -> Cell:
-        try:
-            with _quiet():
-                found = lm_eval.simple_evaluate(
-                    model=model,
-                    tasks=[name],
-                    limit=self._limit,
-                    num_fewshot=self._num_fewshot,
-                    task_manager=self._manager,
-                    bootstrap_iters=_RESAMPLINGS,
-                    log_samples=False,
-                    gen_kwargs=model.asks_with(mode),
-                )
-        except UserError as error:
-            raise UserError(f"{name}, {mode.name}: {error}") from error
+    def _run(self, name: str, mode: Mode, asked: LLM | Served) -> Cell:
+        with _naming(f"{name}, {mode.name}", asked), _quiet():
+            model = _InProcess(asked, mode) if isinstance(asked, LLM) else _OfServer(asked, mode)
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=[name],
+                limit=self._limit,
+                num_fewshot=self._num_fewshot,
+                task_manager=self._manager,
+                bootstrap_iters=_RESAMPLINGS,
+                log_samples=False,
+                gen_kwargs=model.gen_kwargs,
+            )
         figures, errors = figures_of(found["results"], name)
         depths = dict(sorted(model.depths.items()))
         count = sum(depths.values())
@@ -115,7 +115,14 @@ class Harness:
 
 
 class _InProcess(TemplateLM):
-    """The harness's interface around a `TaskModel`."""
+    """The harness's interface around a `TaskModel`.
+
+    Attributes:
+        requests: kind -> how many were asked.
+        gen_kwargs: what a task's settings of decoding lack: nothing.
+    """
+
+    gen_kwargs = None
 
     def __init__(self, llm: LLM, mode: Mode) -> None:
         super().__init__()
@@ -137,10 +144,6 @@ class _InProcess(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         return self._words.prefix
-
-    def asks_with(self, mode: Mode) -> dict[str, Any] | None:
-        """What a task's settings of decoding lack: nothing, the mode is the model's."""
-        return None
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_kwargs: Any) -> list[int]:
         return self._words.encode(string, with_begin=add_special_tokens is not False)
@@ -175,9 +178,14 @@ class _InProcess(TemplateLM):
 
 
 class _OfServer(LocalCompletionsAPI):
-    """The harness's client, which sends the tokens that the checkpoint's own tokenizer makes."""
+    """The harness's client, which sends the tokens that the checkpoint's own tokenizer makes.
 
-    def __init__(self, of: Served) -> None:
+    Attributes:
+        requests: kind -> how many were asked.
+        gen_kwargs: what a task's settings of decoding lack: how the server is to use exits.
+    """
+
+    def __init__(self, of: Served, mode: Mode) -> None:
         super().__init__(
             model=of.model,
             base_url=f"{of.url}/v1/completions",
@@ -188,6 +196,7 @@ class _OfServer(LocalCompletionsAPI):
         )
         self._words, self.tokenizer, self.tokenized_requests = of.words, of.words.tokenizer, True
         self.requests, self.depths = Counter[str](), Counter[int]()
+        self.gen_kwargs = {"early_exit": mode.asked}
 
     @property
     def eot_token_id(self) -> int:
@@ -197,12 +206,8 @@ class _OfServer(LocalCompletionsAPI):
     def prefix_token_id(self) -> int:
         return self._words.prefix
 
-    def asks_with(self, mode: Mode) -> dict[str, Any] | None:
-        """What a task's settings of decoding lack: how the server is to use exits."""
-        return {"early_exit": mode.exit.model_dump(mode="json", exclude_defaults=True) | {"mode": mode.exit.mode}}
-
     def tok_encode(self, string: Any, add_special_tokens: bool | None = None, **_kwargs: Any) -> Any:
-        """Of one text, or of several; those that go on are given in one call, which says nothing of their beginning."""
+        """Of one text; or of several, which are to be continued, and begin as texts do."""
         if isinstance(string, str):
             return self._words.encode(string, with_begin=add_special_tokens is not False)
         return [self._words.encode(text) for text in string]
@@ -227,32 +232,6 @@ class _OfServer(LocalCompletionsAPI):
         return LocalCompletionsAPI.parse_generations(outputs, **kwargs)
 
 
-class InProcess(NamedTuple):
-    """
-    Attributes:
-        scores_by_mode: whether scores are the mode's, and not full depth's.
-    """
-
-    llm: LLM
-    scores_by_mode: bool = True
-
-    def model(self, mode: Mode) -> _InProcess:
-        return _InProcess(self.llm, mode)
-
-
-class AtServer(NamedTuple):
-    """A server scores at full depth; see `InProcess`."""
-
-    served: Served
-    scores_by_mode: bool = False
-
-    def model(self, mode: Mode) -> _OfServer:
-        return _OfServer(self.served)
-
-
-Asked = InProcess | AtServer
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the harness's bars, where nobody looks."""
@@ -263,13 +242,30 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _same_as_full(mode: Mode, requests: Mapping[str, int], asked: Asked) -> str:
+@contextmanager
+def _naming(where: str, asked: LLM | Served) -> Iterator[None]:
+    """Errors that a user can put right, with what was asked; of a server, whatever the client raises."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except ModuleNotFoundError as error:
+        if isinstance(asked, LLM):
+            raise
+        raise FieldError("--server", "needs the harness's client: pip install 'megatron-ee[eval]'") from error
+    except Exception as error:
+        if isinstance(asked, LLM):
+            raise
+        raise UserError(f"{where}: {asked.url} does not answer as it should ({error})") from error
+
+
+def _same_as_full(mode: Mode, requests: Mapping[str, int], asked: LLM | Served) -> str:
     """Why the mode says what full depth says, of such requests; empty: it may say something else."""
     if mode.name == FULL or requests.get("generate_until"):
         return ""
     if mode.exit.mode == "speculative":
         return "full depth's: drafts change no score"
-    return "" if asked.scores_by_mode else "full depth's: a server scores nothing else"
+    return "" if isinstance(asked, LLM) else "full depth's: a server scores nothing else"
 
 
 def _settings(request: Instance) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The ways of decoding that an evaluation compares, by name: full depth, early exit at some thresholds, and so on."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_ee.config import ExitParams
 from megatron_ee.errors import FieldError, did_you_mean
@@ -10,6 +10,14 @@ FULL = "full"
 NAMES = (FULL, "early_exit", "speculative", "sled", "dola")
 DEFAULT = (FULL, "early_exit")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+_FIELDS = {
+    "full": (),
+    "early_exit": ("measure", "threshold", "thresholds", "exits", "min_exit", "patience", "kv_policy"),
+    "speculative": ("draft_exit", "draft_length", "draft_threshold", "exits", "min_exit"),
+    "sled": ("sled",),
+    "dola": ("dola",),
+}
 
 
 class Mode(NamedTuple):
@@ -22,8 +30,9 @@ class Mode(NamedTuple):
     exit: ExitParams
 
     @property
-    def is_early_exit(self) -> bool:
-        return self.exit.mode == "early_exit"
+    def asked(self) -> dict[str, Any]:
+        """The fields of a request to a server, so that none of its own defaults has a say in it."""
+        return self.exit.model_dump(mode="json", include={"mode", *_FIELDS[self.exit.mode]}, exclude_none=True)
 
 
 def modes_of(names: Sequence[str], thresholds: Sequence[float], base: ExitParams) -> list[Mode]:

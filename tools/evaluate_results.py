@@ -49,21 +49,22 @@ class Setting:
     Attributes:
         checkpoint: its path, for people.
         hash: says which checkpoint it is.
+        model: of exits and tokenizer, what a config may say beside the checkpoint.
         exit: `inference.exit`, but for mode and threshold.
         server: the address that tasks were asked at; None: in process.
     """
 
     checkpoint: str
     hash: str
-    num_layers: int
+    model: Mapping[str, Any]
     exit: Mapping[str, Any]
     server: str | None = None
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """In words, what makes figures no neighbours."""
-        named = {"hash": "checkpoint", "num_layers": "checkpoint", "exit": "inference.exit", "server": "--server"}
+        named = {"hash": "checkpoint", "model": "exits or tokenizer", "exit": "inference.exit", "server": "--server"}
         mine = json.loads(json.dumps(asdict(self)))
-        return list(dict.fromkeys(name for key, name in named.items() if mine[key] != other.get(key)))
+        return [name for key, name in named.items() if mine[key] != other.get(key)]
 
 
 class Results:
@@ -181,6 +182,18 @@ def markdown(title: str, cells: Sequence[Cell]) -> str:
     return "\n".join([*lines, *_notes(cells)]).rstrip() + "\n"
 
 
+def text_of(name: str, value: float | None, error: float | None = None) -> str:
+    """A figure, with its standard error, as people read it."""
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    spread = "" if error is None else f" ± {error:.4f}"
+    if name in _PERCENT:
+        return f"{value:.1%}"
+    return f"{value:.4f}{spread}" if abs(value) < _LARGE else f"{value:.4g}{spread}"
+
+
 def subjects_of(cells: Iterable[Cell]) -> dict[tuple[str, str], list[Cell]]:
     """Kind and name -> its cells, in their order."""
     subjects: dict[tuple[str, str], list[Cell]] = {}
@@ -194,7 +207,7 @@ def _tables(cells: Sequence[Cell]) -> Iterable[tuple[str, list[str], list[list[s
         names = list(dict.fromkeys(name for cell in own for name in cell.figures))
         rows = [
             [cell.mode, "-" if cell.mean_depth is None else f"{cell.mean_depth:.2f}"]
-            + [_text(name, cell.figures.get(name), cell.errors.get(name)) for name in names]
+            + [text_of(name, cell.figures.get(name), cell.errors.get(name)) for name in names]
             for cell in own
         ]
         yield f"{kind} {subject}", ["", "mean depth", *names], rows
@@ -203,17 +216,6 @@ def _tables(cells: Sequence[Cell]) -> Iterable[tuple[str, list[str], list[list[s
 def _place(cell: Cell) -> tuple[int, float]:
     name, _, number = cell.mode.partition(" ")
     return _ORDER.index(name), float(number or 0)
-
-
-def _text(name: str, value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return str(value)
-    spread = "" if error is None else f" ± {error:.4f}"
-    if name in _PERCENT:
-        return f"{value:.1%}"
-    return f"{value:.4f}{spread}" if abs(value) < _LARGE else f"{value:.4g}{spread}"
 
 
 def _line(parts: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ class Served(NamedTuple):
     Attributes:
         url: without a slash at its end.
         model: what the server calls it.
+        exits: the layers after which it has early exits.
         max_length: positions of a text.
         concurrent: requests at a time.
     """
@@ -31,6 +32,7 @@ class Served(NamedTuple):
     url: str
     model: str
     words: Words
+    exits: tuple[int, ...]
     max_length: int
     concurrent: int = 4
 
@@ -48,7 +50,8 @@ def reach(url: str, folder: Path, config: Config) -> Served:
     tokenizer = _tokenizer(folder, config)
     words = Words(tokenizer, tokens_before_text(folder, tokenizer))
     try:
-        return Served(url, str(card["id"]), words, int(card["early_exit"]["max_model_len"]))
+        own = card["early_exit"]
+        return Served(url, str(card["id"]), words, tuple(own["exits"]), int(own["max_model_len"]))
     except (KeyError, TypeError, ValueError) as error:
         raise FieldError("--server", f"{url} is no server of megatron_ee's") from error
 

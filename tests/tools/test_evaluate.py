@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from helpers.confidences import leaves_at, said_at_exits
 from helpers.decoding import full_logits, opened
 from helpers.models import whole_model
-from helpers.ranks import RankPool
-from helpers.runs import run_config, train_and_save, write_small_dataset
+from helpers.runs import write_small_dataset
+from helpers.saved import save_random_run
 from helpers.tools import TOOLS, ToolsHere
 
 from megatron_ee import LLM, ExitParams, SamplingParams
@@ -32,20 +33,22 @@ from evaluate_texts import Text, evaluate_text, rows_of
 from evaluate_words import Words
 
 EXITS = [2, 4, 6]
-SETTING = Setting("runs/x", "hash", 8, {"measure": "margin"})
+SETTING = Setting("runs/x", "hash", {"exits": [2]}, {"measure": "margin"})
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
-    """A run folder, of a model that has learned something, but not much."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    write_small_dataset(folder)
-    exits = {"layers": [2, 5], "weight_schedule": {"warmup_iters": 1}}
-    training = {"train_iters": 20, "global_batch_size": 8}
-    data = {"split": [0.7, 0.3, 0.0]}
-    config = run_config(folder, name="tiny", exits=exits, training=training, optimizer={"lr": 0.01}, data=data)
-    ranks.run(1, train_and_save, config)
-    return folder / "runs/tiny"
+def run(tmp_path_factory: pytest.TempPathFactory, mesh: Mesh) -> Path:
+    """A run folder; the model is random."""
+    folder = tmp_path_factory.mktemp("evaluate") / "tiny"
+    save_random_run(folder, mesh, layers=[2, 5])
+    return folder
+
+
+def _thresholds(llm: LLM, measure: str = "max_probability") -> tuple[float, float]:
+    """At which some tokens leave at every exit: a random model is never sure of anything."""
+    mode = Mode("x", ExitParams(threshold=0.0, measure=measure))
+    said = TeacherForced(llm.model, [mode]).said([list(b"early exits let a token leave")], [20])
+    return tuple(float(np.quantile(np.concatenate(list(said.confidences.values())), q)) for q in (0.4, 0.7))
 
 
 @pytest.fixture
@@ -118,7 +121,7 @@ def test_it_is_what_decoding_does(run: Path, mesh: Mesh, base: ExitParams) -> No
     """Texts that are decoded with exits, and then given: the same tokens, from the same exits."""
     llm = LLM(run, device="cpu")
     depths = set()
-    for mode in modes_of(("early_exit",), (0.1, 0.25, 0.4), base):
+    for mode in modes_of(("early_exit",), _thresholds(llm, base.measure), base):
         assert mode.exit.kv_policy == "recompute"
         texts = llm.generate(["early exits", "let a"], SamplingParams(max_new_tokens=20, ignore_eos=True), mode.exit)
         asked = TeacherForced(llm.model, [mode])
@@ -155,6 +158,16 @@ def test_what_one_pass_cannot_say_is_refused(mesh: Mesh) -> None:
 
 def test_long_ones_run_together() -> None:
     assert list(in_batches([3, 9, 1, 9, 4], 2)) == [[1, 3], [4, 0], [2]]
+
+
+def test_what_a_server_is_asked_for() -> None:
+    base = ExitParams(measure="margin", thresholds={2: 0.3}, min_exit=2)
+    full, half, drafts = modes_of(("speculative", "full", "early_exit"), (0.5,), base)
+    assert full.asked == {"mode": "full"}
+    expected = {"measure": "margin", "threshold": 0.5, "thresholds": {}, "min_exit": 2, "patience": 1}
+    assert half.asked == {"mode": "early_exit", **expected, "kv_policy": "recompute"}
+    drafting = {"draft_exit": "auto", "draft_length": "auto", "draft_threshold": 0.0, "min_exit": 2}
+    assert drafts.asked == {"mode": "speculative", **drafting}
 
 
 def _figures(folder: Path) -> dict[tuple[str, str], Any]:
@@ -212,17 +225,18 @@ def test_a_run_that_is_stopped_goes_on(run: Path, tool: ToolsHere, tmp_path: Pat
     assert longer.returncode == 2 and "measured otherwise (one, two)" in longer.stderr
     assert _figures(parts) == expected
     anew = tool(*command[:-1], "3", "--output", parts, "--again")
-    assert anew.returncode == 0 and _figures(parts)["one", "full"]["figures"]["tokens"] == 3 * 16
+    assert anew.returncode == 0 and _figures(parts)["one", "full"]["figures"]["tokens"] == 3 * 12
 
 
-def test_the_validation_split_is_the_default(run: Path, tool: ToolsHere, mesh: Mesh) -> None:
-    done = tool("evaluate.py", run, "--sequences", "8", "--thresholds", "0.5", "--modes", "early_exit,full,dola")
+def test_the_validation_split_is_the_default(run: Path, tool: ToolsHere, tmp_path: Path, mesh: Mesh) -> None:
+    data = (f"data.dataset={write_small_dataset(tmp_path)}", f"data.folder={tmp_path}", "data.split=[0.7,0.3,0.0]")
+    modes = ("--thresholds", "0.5", "--modes", "early_exit,full,dola")
+    done = tool("evaluate.py", run, "--sequences", "8", *modes, *data)
     assert done.returncode == 0, done.stderr
     figures = _figures(run / "pictures")
     assert {subject for subject, _ in figures} == {"validation"}
     assert "loss" not in figures["validation", "dola"]["figures"], "it rules tokens out"
-    assert figures["validation", "full"]["figures"]["tokens"] == 8 * 16
-    assert figures["validation", "exit 2"]["figures"]["loss"] > figures["validation", "full"]["figures"]["loss"]
+    assert figures["validation", "full"]["figures"]["tokens"] == 8 * 12
 
 
 WRONG = [
@@ -262,7 +276,7 @@ def test_tasks_are_scored_at_full_depth_and_by_exits(run: Path, mesh: Mesh) -> N
             ("e", "x" * 30),
         )
     ]
-    full, half = modes_of(("full", "early_exit"), (0.25,), ExitParams())
+    full, half = modes_of(("full", "early_exit"), _thresholds(llm)[:1], ExitParams())
     model = TaskModel(llm, full)
     scores = model.score(pairs)
     for (context, answer), score in zip(pairs, scores, strict=True):
@@ -287,7 +301,7 @@ def test_tasks_are_scored_at_full_depth_and_by_exits(run: Path, mesh: Mesh) -> N
 
 def test_tasks_are_decoded(run: Path, mesh: Mesh) -> None:
     llm = LLM(run, device="cpu")
-    _, half = modes_of(("full", "early_exit"), (0.25,), ExitParams())
+    (half,) = modes_of(("early_exit",), _thresholds(llm)[:1], ExitParams())
     sampling = sampling_of({"until": ["zz", ""], "do_sample": False, "temperature": 0.7, "max_gen_toks": 12})
     assert sampling == SamplingParams(max_new_tokens=12, stop=("zz",))
     prompts = [list(b"early exits"), list(b"let")]
@@ -352,8 +366,9 @@ def test_the_file_by_hand(tmp_path: Path) -> None:
     ]
     assert dict(opened_again.cells["text", "a", "threshold 0.5"].depths) == {2: 6, 8: 2}
     for setting, subjects, message in (
-        (Setting("runs/x", "other", 8, {"measure": "margin"}), {}, r"measured otherwise \(checkpoint\)"),
-        (Setting("runs/x", "hash", 8, {"measure": "margin"}, "http://x"), {}, r"\(--server\)"),
+        (replace(SETTING, hash="other"), {}, r"measured otherwise \(checkpoint\)"),
+        (replace(SETTING, model={"exits": [3]}), {}, r"measured otherwise \(exits or tokenizer\)"),
+        (replace(SETTING, server="http://x"), {}, r"\(--server\)"),
         (SETTING, {"a": "2"}, r"measured otherwise \(a\)"),
     ):
         with pytest.raises(FieldError, match=message):

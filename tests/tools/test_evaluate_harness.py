@@ -48,11 +48,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tasks(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """Half of the answers that are right are those that the model gives, by transformers' own generate."""
     tokenizer, hf = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
-    answers = []
+    answers, lengths = [], []
     for number, text in enumerate(texts_of_tasks()):
         prompt = tokenizer(text, return_tensors="pt").input_ids[:, -(LENGTH - 8) :]
         said = hf.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
+        lengths.append(len(tokenizer(text).input_ids))
         answers.append(tokenizer.decode(said, skip_special_tokens=True) if number % 2 else "the")
+    assert min(lengths) < LENGTH < max(lengths)
     return write_tasks(tmp_path_factory.mktemp("tasks"), answers)
 
 
