@@ -166,7 +166,7 @@ class _InProcess(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_kwargs: Any
     ) -> list[tuple[float, bool]]:
-        return [tuple(score) for score in self._model.score([(context, answer) for _, context, answer in requests])]
+        return [*self._model.score([(context, answer) for _, context, answer in requests])]
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
         """Each token once, after as many as fit before it."""
@@ -224,7 +224,7 @@ class _OfServer(LocalCompletionsAPI):
         self.requests["generate_until"] += len(requests)
         return super().generate_until(requests, disable_tqdm=True)
 
-    def parse_generations(self, outputs: Any, **kwargs: Any) -> list[str]:  # type: ignore[override]
+    def parse_generations(self, outputs: Any, **kwargs: Any) -> list[str]:
         """The harness's own, and how deep the tokens went."""
         for output in outputs if isinstance(outputs, list) else [outputs]:
             for choice in output["choices"]:
