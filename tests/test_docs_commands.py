@@ -53,6 +53,7 @@ SLOW = (
     "huggingface",
     "operations",
     "decoding",
+    "evaluation",
 )  # many runs and programs, which other tests call without starting them
 
 SBATCH = """#!/bin/sh

@@ -9,47 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.harness import write_tasks
 from helpers.huggingface import save_model
 from helpers.servers import RunningServer, start_server
 from helpers.tokenizers import write_bpe_folder
 
 pytestmark = [pytest.mark.slow]
 PYTHON = os.environ.get("LM_EVAL_PYTHON", sys.executable)
-
-_CHOICES = """\
-task: choices
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/choices.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}} "
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-_TEXTS = """\
-task: texts
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/texts.jsonl}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
-"""
-_ANSWERS = """\
-task: answers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/texts.jsonl}}}}
-test_split: test
-output_type: generate_until
-generation_kwargs: {{until: ["zz"], max_gen_toks: 8, do_sample: false, temperature: 0}}
-doc_to_text: "{{{{text}}}}"
-doc_to_target: "the"
-metric_list: [{{metric: exact_match}}]
-"""
-_SENTENCE = "the model reads a text and says what comes next while every layer has its own idea of it"
-_WORDS = _SENTENCE.split(" ")
 
 
 def _has_lm_eval() -> bool:
@@ -58,17 +24,7 @@ def _has_lm_eval() -> bool:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    questions, texts = [], []
-    for number in range(24):
-        words = [_WORDS[(number * step) % len(_WORDS)] for step in range(1, 9)]
-        questions.append({"question": " ".join(words), "choices": _WORDS[number % 9 :][:4], "answer": number % 4})
-        texts.append({"text": " ".join(words * 3)})
-    for name, rows in (("choices", questions), ("texts", texts)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, text in (("choices", _CHOICES), ("texts", _TEXTS), ("answers", _ANSWERS)):
-        (folder / f"{name}.yaml").write_text(text.format(folder=folder))
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
