@@ -1,5 +1,6 @@
 """From prompts to promises: candidates, their losses, and which of them may be deployed."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +57,7 @@ def calibrate(llm: LLM, parts: Parts, terms: Terms, targets: Sequence[float], wa
         tried = candidates(hear(llm, parts.choosing.prompts), base, exits, way)
         bar.reset(total=len(tried))
         trial = Trial(llm, parts.calibration, terms.risk)
-        measured = list(_measured(trial, tried, _BEYOND * targets[-1], bar))
+        measured = list(_measured(trial, tried, _BEYOND * targets[-1], bar, says=llm.is_first))
         promises = [choose(measured, target, terms) for target in targets]
         bar.set_description("fresh prompts")
         fresh = Trial(llm, parts.fresh, terms.risk)
@@ -77,13 +78,17 @@ def _with_fresh(promises: Sequence[Promise], trial: Trial, full: Measured) -> It
         yield replace(promise, fresh=known[candidate.name])
 
 
-def _measured(trial: Trial, tried: Sequence[Candidate], most: float, bar: "tqdm[Any]") -> Iterator[Measured]:
+def _measured(
+    trial: Trial, tried: Sequence[Candidate], most: float, bar: "tqdm[Any]", *, says: bool
+) -> Iterator[Measured]:
     """One after another, until the losses are above all that may be deployed; where that is depends on the losses
     alone, which changes nothing of what the tests before it have shown."""
     for candidate in tried:
         bar.set_description(candidate.name)
         measured = trial.measure(candidate)
         bar.update()
+        if bar.disable and says:  # in a log, a line for each
+            print(f"{candidate.name}: risk {measured.risk:.2%}, {measured.seconds:.0f} s", file=sys.stderr, flush=True)
         yield measured
         if measured.risk > most:
             return
