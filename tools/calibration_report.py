@@ -133,10 +133,11 @@ def page_of(of: Reported, files: dict[float, Path]) -> HtmlPage:
     _pictures(page, of)
     page.heading("Candidates")
     p_values = [f"p at {promise.target:g}" for promise in calibrated.promises]
+    exits = sorted({layer for measured in calibrated.measured for layer in measured.candidate.params.thresholds})
     page.table(
-        ["candidate", "risk", "worst tenth", *p_values, "mean depth", "speed", "thresholds"],
-        [_candidate_row(measured, of) for measured in calibrated.measured],
-        caption=f"on {len(of.parts.calibration.prompts)} prompts, from the most careful on",
+        ["candidate", "risk", "worst tenth", *p_values, "depth", "speed", *(f"exit {layer}" for layer in exits)],
+        [_candidate_row(measured, of, exits) for measured in calibrated.measured],
+        caption=f"on {len(of.parts.calibration.prompts)} prompts, from the most careful on; thresholds by exit",
     )
     page.heading("What the promise rests on")
     page.points(assumptions(of))
@@ -197,8 +198,9 @@ def _row(promise: Promise, of: Reported) -> list[str | float | None]:
     ]
 
 
-def _candidate_row(measured: Measured, of: Reported) -> list[str | float | None]:
+def _candidate_row(measured: Measured, of: Reported, exits: Sequence[int]) -> list[str | float | None]:
     p_values = [p_value_of(measured, promise.target, of.terms) for promise in of.calibrated.promises]
+    thresholds = measured.candidate.params.thresholds
     return [
         measured.candidate.name,
         f"{measured.risk:.2%}",
@@ -206,7 +208,7 @@ def _candidate_row(measured: Measured, of: Reported) -> list[str | float | None]
         *(None if p_value is None else f"{p_value:.3f}" for p_value in p_values),
         f"{measured.mean_depth:.2f}",
         f"{measured.tokens_per_second / of.calibrated.full.tokens_per_second:.2f}x",
-        thresholds_as_text(measured.candidate.params.thresholds) or "-",
+        *(None if (at := thresholds.get(layer, 1.0)) >= 1 else f"{at:g}" for layer in exits),
     ]
 
 
