@@ -64,7 +64,7 @@ def _by_exit(texts: Sequence[Heard], exits: Sequence[int]) -> Iterator[tuple[str
             thresholds[layer] = min(before[layer], most_eager(said, error))
             here = [token for token in here if token[layer].confidence < thresholds[layer]]
         before = thresholds
-        yield f"{100 * error:g} % wrong an exit", thresholds
+        yield f"{100 * error:g} % wrong", thresholds
 
 
 def most_eager(said: Sequence[tuple[float, bool]], error: float) -> float:

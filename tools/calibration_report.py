@@ -137,7 +137,7 @@ def page_of(of: Reported, files: dict[float, Path]) -> HtmlPage:
     page.table(
         ["candidate", "risk", "worst tenth", *p_values, "depth", "speed", *(f"exit {layer}" for layer in exits)],
         [_candidate_row(measured, of, exits) for measured in calibrated.measured],
-        caption=f"on {len(of.parts.calibration.prompts)} prompts, from the most careful on; thresholds by exit",
+        caption=f"on {len(of.parts.calibration.prompts)} prompts: how many may be wrong at each exit, and thresholds",
     )
     page.heading("What the promise rests on")
     page.points(assumptions(of))
