@@ -1,6 +1,5 @@
 """What a calibration leaves: files of thresholds, all figures as json, and a page for people."""
 
-import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from html_page import HtmlPage
 from megatron_ee import __version__
 from megatron_ee.config import Config, to_yaml
 from megatron_ee.inference.calibration.thresholds_file import write_thresholds
+from megatron_ee.inference.json_files import write_json
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def report(output: Path, of: Reported) -> None:
         write_thresholds(files[promise.target], of.checkpoint_hash, promise.params, sampling, said)
         print(files[promise.target])
     figures = output / "calibration.json"
-    figures.write_text(json.dumps(content(of), indent=1) + "\n", encoding="utf-8")
+    write_json(figures, content(of))
     print(figures)
     page = page_of(of, files)
     page.save(output / "calibration.html")

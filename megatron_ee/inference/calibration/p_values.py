@@ -34,15 +34,21 @@ def betting(losses_N: Losses, target: float) -> float:
     Args:
         target: above 0 and below 1.
     """
-    count, _ = _checked(losses_N, target)
+    _checked(losses_N, target)
+    capital_N = np.cumsum(np.log1p(stakes(losses_N, target) * (target - losses_N)))
+    return float(min(1.0, math.exp(-max(0.0, capital_N.max()))))
+
+
+def stakes(losses_N: Losses, target: float) -> Losses:
+    """What is put on each loss, as a multiple of the capital; each knows the losses before its own alone, or the bet
+    would be no fair one."""
+    count = len(losses_N)
     losses_N = np.asarray(losses_N, dtype=np.float64)
     after_N = np.arange(1, count + 1)
     means_N = (0.5 * target + np.cumsum(losses_N)) / (after_N + 1)
     variances_N = (0.25 * target + np.cumsum((losses_N - means_N) ** 2)) / (after_N + 1)
-    known_N = np.concatenate([[0.25 * target], variances_N[:-1]])  # a stake knows the losses before its own alone
-    stakes_N = np.minimum(np.sqrt(2 * math.log(1 / _BET_FOR) / (known_N * count)), _MOST / (1 - target))
-    capital_N = np.cumsum(np.log1p(stakes_N * (target - losses_N)))
-    return float(min(1.0, math.exp(-max(0.0, capital_N.max()))))
+    known_N = np.concatenate([[0.25 * target], variances_N[:-1]])
+    return np.minimum(np.sqrt(2 * math.log(1 / _BET_FOR) / (known_N * count)), _MOST / (1 - target))
 
 
 _BET_FOR = 0.1

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ee.inference.calibration.guarantees import P_VALUES
-from megatron_ee.inference.calibration.p_values import betting, hoeffding_bentkus
+from megatron_ee.inference.calibration.p_values import betting, hoeffding_bentkus, stakes
 
 PValue = Callable[[np.ndarray, float], float]
 TARGETS = st.floats(0.01, 0.5)
@@ -90,11 +90,13 @@ def test_bets_need_fewer_where_losses_spread_little() -> None:
     assert betting(losses_N, 0.06) < 0.05 < 0.4 < hoeffding_bentkus(losses_N, 0.06)
 
 
-def test_stakes_know_nothing_of_their_own_loss() -> None:
-    """Whoever bets with what comes next always wins: another last loss must not change what was won before."""
-    losses_N = np.array([0.0, 0.3, 0.1, 0.0, 0.2] * 8)
+@given(seed=st.integers(0, 1000), at=st.integers(0, 99))
+def test_a_stake_knows_nothing_of_its_own_loss_and_later_ones(seed: int, at: int) -> None:
+    """Whoever bets with what comes next always wins, and p-values would be too small."""
+    losses_N = np.random.default_rng(seed).uniform(size=100)
     changed_N = losses_N.copy()
-    changed_N[-1] = 1.0
-    before = betting(losses_N[:-1], 0.3)
-    assert betting(changed_N, 0.3) <= 1.0 and before <= 1.0
-    assert betting(changed_N, 0.3) >= betting(losses_N, 0.3)
+    changed_N[at:] = 1 - losses_N[at:]
+    kept, target = slice(0, at + 1), 0.5
+    stakes_N = stakes(losses_N, target)
+    np.testing.assert_array_equal(stakes_N[kept], stakes(changed_N, target)[kept])
+    assert len(set(stakes_N[10:])) == 90, "none of them is at its limit, where it would know nothing anyway"
