@@ -1,0 +1,94 @@
+"""Train and measure all that docs/results.md says, and write it: reproduce.py [--books FILE] [--only NAME ...]
+
+    python tools/reproduce.py --books books.jsonl.gz     everything; hours on two cores, minutes of training on a GPU
+    python tools/reproduce.py --quick                    everything in miniature, on the built-in corpus: no figures
+    python tools/reproduce.py --budget                   what would be trained, and for how long; nothing is started
+
+What is there is kept: stopped at any time, the same command goes on. --only names runs or questions.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from reproduce_corpus import Corpus, make_corpus
+from reproduce_runs import Commands, Place, Run, StoppedError, all_runs, in_order
+from reproduce_training import QUICK, budget, machine_overrides, train_and_measure
+
+from megatron_ee.errors import FieldError, UserError
+from megatron_ee.inference.json_files import write_json
+from megatron_ee.log import quiet_dependencies
+
+RESULTS = Path("docs/results")
+
+
+def main() -> int:
+    """Returns the exit status: 2 when the user has to change something, 75 when it was stopped."""
+    arguments = _parse()
+    quiet_dependencies()
+    try:
+        chosen = [*machine_overrides(), *(QUICK if arguments.quick else ())]
+        place = Place(arguments.folder, chosen)
+        runs = _chosen(all_runs(1 if arguments.quick else 3), arguments.only)
+        if arguments.budget:
+            print(budget(runs, place))
+            return 0
+        corpus = make_corpus(arguments.books, arguments.folder / "data")
+        train(runs, Place(arguments.folder, [*corpus.overrides, *chosen]), corpus, arguments)
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except StoppedError:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        return 75
+    return 0
+
+
+def train(runs: list[Run], place: Place, corpus: Corpus, arguments: argparse.Namespace) -> None:
+    """Every run, and its figures into runs.json as soon as there are any."""
+    path = arguments.output / "runs.json"
+    figures: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
+    commands = Commands()
+
+    def work(run: Run) -> None:
+        figures[run.name] = train_and_measure(run, place, corpus, commands)
+
+    with commands.handed_signals():
+        for run in in_order(runs, arguments.at_once, work):
+            losses = "  ".join(f"{layer}: {loss:.4f}" for layer, loss in figures[run.name]["loss"].items())
+            print(f"{run.name:<22}{losses}", flush=True)
+            whole = {name: figures[name] for name in sorted(figures)}
+            write_json(path, {"held_out": corpus.held_out, "runs": whole}, indent=None)
+
+
+def _chosen(runs: list[Run], only: list[str] | None) -> list[Run]:
+    """Those that are asked for, by the name of the run or of its config.
+
+    Raises:
+        FieldError: there is none of a name.
+    """
+    if only is None:
+        return runs
+    if unknown := [name for name in only if not any(name in (run.name, run.config) for run in runs)]:
+        raise FieldError("--only", f"there is no run {unknown[0]!r}")
+    return [run for run in runs if run.name in only or run.config in only]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--books", type=Path, metavar="FILE", help="a .jsonl(.gz) of `title` and `text`; default: the built-in corpus"
+    )
+    parser.add_argument("--only", action="append", metavar="NAME", help="may be given several times")
+    parser.add_argument("--quick", action="store_true", help="in miniature: minutes, and no figures")
+    parser.add_argument("--budget", action="store_true", help="print what is trained for how long, and end")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs that train beside each other (1)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/results"), help="of runs and data")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="of figures")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
