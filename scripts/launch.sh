@@ -56,15 +56,18 @@ share_out() {
 # Options for a torchrun that leaves its ranks to themselves when it is told to end, and gives those that are left, once
 # one has failed, so many seconds:  leave_ranks_alone SECONDS
 leave_ranks_alone() {
-  # An older torchrun knows neither, and listens to SIGTERM, SIGINT and SIGHUP always.
-  if "$PYTHON" -c '
+  # An older torchrun knows neither, and listens to SIGTERM, SIGINT and SIGHUP always; torch 2.11's knows the first.
+  local options
+  options=$("$PYTHON" -c '
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 folder = Path(find_spec("torch").submodule_search_locations[0])  # without an import, which takes seconds
-sys.exit("--signals-to-handle" not in (folder / "distributed" / "run.py").read_text())'; then
-    launch+=(--signals-to-handle SIGQUIT --shutdown-timeout "$1")
-  fi
+known = (folder / "distributed" / "run.py").read_text()
+print(*(part for pair in zip(sys.argv[1::2], sys.argv[2::2]) if f"\"{pair[0]}\"" in known for part in pair))' \
+    --signals-to-handle SIGQUIT --shutdown-timeout "$1") || exit
+  read -ra options <<<"$options"
+  launch+=("${options[@]}")
 }
 
 # Where the ranks leave their own word for how it went, because torchrun ends with 1 whatever they had to say.
