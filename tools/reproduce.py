@@ -9,13 +9,18 @@ What is there is kept: stopped at any time, the same command goes on. --only nam
 
 import argparse
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from reproduce_corpus import Corpus, make_corpus
-from reproduce_runs import Commands, Place, Run, StoppedError, all_runs, in_order
-from reproduce_training import QUICK, budget, machine_overrides, train_and_measure
+from reproduce_costs import measure_costs
+from reproduce_page import Results, page_of
+from reproduce_pictures import save_pictures
+from reproduce_runs import Place, Run, StoppedError, all_runs, in_order
+from reproduce_training import QUICK, Work, begin, budget, machine_overrides
 
 from megatron_ee.errors import FieldError, UserError
 from megatron_ee.inference.json_files import write_json
@@ -35,8 +40,11 @@ def main() -> int:
         if arguments.budget:
             print(budget(runs, place))
             return 0
-        corpus = make_corpus(arguments.books, arguments.folder / "data")
-        train(runs, Place(arguments.folder, [*corpus.overrides, *chosen]), corpus, arguments)
+        if not arguments.page:
+            corpus = make_corpus(arguments.books, arguments.folder / "data", quick=arguments.quick)
+            train(runs, Place(arguments.folder, [*corpus.overrides, *chosen]), corpus, arguments)
+            measure(arguments)
+        write_page(arguments.output)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -50,17 +58,31 @@ def train(runs: list[Run], place: Place, corpus: Corpus, arguments: argparse.Nam
     """Every run, and its figures into runs.json as soon as there are any."""
     path = arguments.output / "runs.json"
     figures: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
-    commands = Commands()
+    begun = partial(begin, place.folder / "logs/worker.log")
+    for run, of_run in in_order(runs, arguments.at_once, Work(place, corpus, quick=arguments.quick), begun):
+        figures[run.name] = of_run
+        print(f"{run.name:<22}" + "  ".join(f"{at}: {loss:.4f}" for at, loss in of_run["loss"].items()), flush=True)
+        whole = {name: figures[name] for name in sorted(figures)}
+        write_json(path, {"held_out": corpus.held_out, "runs": whole}, indent=None)
 
-    def work(run: Run) -> None:
-        figures[run.name] = train_and_measure(run, place, corpus, commands)
 
-    with commands.handed_signals():
-        for run in in_order(runs, arguments.at_once, work):
-            losses = "  ".join(f"{layer}: {loss:.4f}" for layer, loss in figures[run.name]["loss"].items())
-            print(f"{run.name:<22}{losses}", flush=True)
-            whole = {name: figures[name] for name in sorted(figures)}
-            write_json(path, {"held_out": corpus.held_out, "runs": whole}, indent=None)
+def measure(arguments: argparse.Namespace) -> None:
+    """What is not there yet of the figures beside those of runs."""
+    path = arguments.output / "costs.json"
+    if not path.exists():
+        write_json(path, measure_costs(quick=arguments.quick))
+
+
+def write_page(folder: Path) -> None:
+    """The page beside the folder of figures, with its pictures in there; without one where figures are missing."""
+    results = Results.read(folder)
+    if missing := [run.config for run in all_runs() if run.config not in results.by_config]:
+        print(f"no page yet: there are no figures of {missing[0]}")
+        return
+    save_pictures(results, folder)
+    page = folder.with_suffix(".md")
+    page.write_text(page_of(results), encoding="utf-8")
+    print(page)
 
 
 def _chosen(runs: list[Run], only: list[str] | None) -> list[Run]:
@@ -84,10 +106,18 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="NAME", help="may be given several times")
     parser.add_argument("--quick", action="store_true", help="in miniature: minutes, and no figures")
     parser.add_argument("--budget", action="store_true", help="print what is trained for how long, and end")
-    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs that train beside each other (1)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/results"), help="of runs and data")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="of figures")
-    return parser.parse_args()
+    parser.add_argument("--page", action="store_true", help="write the page of the figures that are there, and end")
+    parser.add_argument(
+        "--at-once", type=int, default=os.cpu_count(), metavar="N", help="runs beside each other (one a core)"
+    )
+    parser.add_argument("--folder", type=Path, help="of runs and data (runs/results; quick: runs/quick_results)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of figures (docs/results; quick: in --folder)")
+    arguments = parser.parse_args()
+    if arguments.quick and arguments.books is not None:
+        parser.error("--quick is on the built-in corpus, without --books")
+    arguments.folder = arguments.folder or Path("runs/quick_results" if arguments.quick else "runs/results")
+    arguments.output = arguments.output or (arguments.folder / "results" if arguments.quick else RESULTS)
+    return arguments
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from megatron_ee.data.corpus import documents
@@ -15,6 +16,7 @@ from megatron_ee.data.preprocess import Job, preprocess, tokenizer_path
 from megatron_ee.errors import UserError
 
 VOCAB_SIZE = 8192
+QUICK_VOCAB_SIZE = 512
 VALIDATION = (
     "A Christmas Carol",
     "Northanger Abbey",
@@ -56,17 +58,18 @@ class Corpus:
         return [f"data.dataset={self.prefix}", f"data.tokenizer={self.tokenizer}", f"data.split=[{split}]"]
 
 
-def make_corpus(books: Path | None, folder: Path) -> Corpus:
+def make_corpus(books: Path | None, folder: Path, *, quick: bool = False) -> Corpus:
     """Write the dataset, its tokenizer and the prompts, unless they are there.
 
     Args:
+        quick: of the built-in corpus only a part, and a small vocabulary.
         books: a .jsonl, or .jsonl.gz, with `title` and `text` a line; None: the built-in corpus, whose last documents
             are held out.
 
     Raises:
         UserError: the books cannot be read, or one that is to be held out is not among them.
     """
-    texts = _built_in() if books is None else _read(books)
+    texts = _built_in(share=0.1 if quick else 1.0) if books is None else _read(books)
     train, validation, test = parts = _split(texts, books)
     prefix = folder / ("corpus" if books is None else "books")
     corpus = Corpus(prefix, (len(train), len(validation), len(test)), {"validation": [*validation], "test": [*test]})
@@ -77,7 +80,9 @@ def make_corpus(books: Path | None, folder: Path) -> Corpus:
     for source, of_part in zip(sources, parts, strict=True):
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in of_part.values()))
     for_training = folder / f"{prefix.name}_train"
-    learned = preprocess(Job(sources[:1], for_training, bpe_vocab_size=VOCAB_SIZE, overwrite=True))
+    learned = preprocess(
+        Job(sources[:1], for_training, bpe_vocab_size=QUICK_VOCAB_SIZE if quick else VOCAB_SIZE, overwrite=True)
+    )
     corpus.tokenizer.write_bytes(tokenizer_path(for_training).read_bytes())
     whole = preprocess(Job(sources, prefix, tokenizer=str(corpus.tokenizer), num_workers=2, overwrite=True))
     print(f"{prefix}: {learned.num_tokens:,} tokens to train on, {whole.num_tokens - learned.num_tokens:,} held out")
@@ -95,8 +100,8 @@ def _read(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: not a .jsonl of objects with `title` and `text`: {error!r}") from error
 
 
-def _built_in() -> dict[str, str]:
-    return {f"file {number}": text for number, text in enumerate(documents(), start=1)}
+def _built_in(share: float) -> dict[str, str]:
+    return {f"file {number}": text for number, text in enumerate(islice(documents(), 0, None, round(1 / share)))}
 
 
 def _split(texts: dict[str, str], books: Path | None) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:

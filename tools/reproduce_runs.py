@@ -1,16 +1,15 @@
-"""The runs of the results, and how they are trained: each by scripts/train.sh, some at once, none twice."""
+"""The runs of the results: which there are, and in which order they are trained, some beside each other."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_ee.checkpoint.folders import whole_checkpoints
 from megatron_ee.config import load_config
@@ -18,7 +17,8 @@ from megatron_ee.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs/results"
-SAVED_AND_STOPPED = 75
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +86,32 @@ class Place:
 
 
 class StoppedError(Exception):
-    """A signal came; runs have saved, and the same command goes on from there."""
+    """A signal came: what was being trained has been saved, and the same command goes on from there."""
 
 
-def in_order(runs: Sequence[Run], at_once: int, work: Callable[[Run], Any]) -> Iterator[Run]:
-    """Call `work` for each run, some at once, and yield each once it is done. What a run begins with is done before it;
-    a run without that among `runs` takes it as it lies. One that fails stops none but those that begin with it.
+class FailedError(Exception):
+    """A run needs something changed. Of a worker, whose errors have to be pickled."""
+
+
+def in_order(
+    runs: Sequence[Run], at_once: int, work: Callable[[Run], Result], begin: Callable[[], None]
+) -> Iterator[tuple[Run, Result]]:
+    """Call `work` for each run in processes of their own, some at once, and yield what comes of each once it is done.
+    What a run begins with is done before it; a run without that among `runs` takes it as it lies. One that fails stops
+    none but those that begin with it.
+
+    Args:
+        work, begin: functions of a module: a process calls the second first, once.
 
     Raises:
         UserError: some failed; all others are done.
-        StoppedError: `work` was stopped; what had begun has ended, and nothing else began.
+        StoppedError: a signal came, here or in a process.
     """
     left, names, done = list(runs), {run.name for run in runs}, set()
     failures: list[str] = []
-    with ThreadPoolExecutor(at_once) as pool:
-        going: dict[Future[Any], Run] = {}
+    context = multiprocessing.get_context("spawn")
+    with _handed_on() as told, ProcessPoolExecutor(at_once, mp_context=context, initializer=begin) as pool:
+        going: dict[Future[Result], Run] = {}
         while True:
             ready = [run for run in left if run.initial not in names or run.initial in done]
             for run in ready[: at_once - len(going)]:
@@ -111,70 +122,34 @@ def in_order(runs: Sequence[Run], at_once: int, work: Callable[[Run], Any]) -> I
             for future in wait(going, return_when=FIRST_COMPLETED).done:
                 run = going.pop(future)
                 try:
-                    future.result()
-                except UserError as error:
+                    result = future.result()
+                except FailedError as error:
                     failures.append(f"{run.name}: {error}")
+                except BrokenProcessPool as error:
+                    if told:
+                        raise StoppedError from None
+                    raise UserError(f"a process ended while {run.name} ran; too little memory for so many?") from error
                 else:
                     done.add(run.name)
-                    yield run
+                    yield run, result
     if failures:
-        raise UserError("\n\n".join(failures + [f"{run.name}: begins with {run.initial}" for run in left]))
+        raise UserError("\n".join(failures + [f"{run.name}: begins with {run.initial}" for run in left]))
 
 
-class Commands:
-    """Programs that run beside each other. A signal that asks for the end is handed on to all of them."""
+@contextmanager
+def _handed_on() -> Iterator[list[int]]:
+    """While it lasts, SIGTERM and Ctrl-C tell the processes of this one to stop; yields the signals that came."""
+    told: list[int] = []
 
-    def __init__(self) -> None:
-        self._going: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
-        self._told: int | None = None
+    def take(number: int, _frame: Any) -> None:
+        told.append(number)
+        for process in multiprocessing.active_children():
+            if process.pid is not None:
+                os.kill(process.pid, signal.SIGTERM)
 
-    def run(self, command: Sequence[object], log: Path) -> None:
-        """Run a program to its end, what it prints goes to `log`.
-
-        Raises:
-            StoppedError: it, or this program, was told to stop.
-            UserError: it failed; with the end of its log.
-        """
-        log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": _python_path()}
-        with log.open("ab") as file:
-            with self._lock:
-                if self._told is not None:
-                    raise StoppedError
-                # a session of its own: Ctrl-C reaches it once, through `_hand_on`
-                process = subprocess.Popen(
-                    [str(part) for part in command],
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,
-                )
-                self._going.add(process)
-            status = process.wait()
-        with self._lock:
-            self._going.discard(process)
-        if self._told is not None or status == SAVED_AND_STOPPED:
-            raise StoppedError
-        if status != 0:
-            end = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-            raise UserError(f"{' '.join(map(str, command))}: status {status}\n{end}\nall of it: {log}")
-
-    @contextmanager
-    def handed_signals(self) -> Iterator[None]:
-        """While it lasts, SIGTERM and Ctrl-C tell all programs to stop, and nothing else."""
-        before = {number: signal.signal(number, self._hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _hand_on(self, number: int, _frame: Any) -> None:
-        self._told = number
-        for process in list(self._going):
-            process.send_signal(signal.SIGTERM)
-
-
-def _python_path() -> str:
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    before = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

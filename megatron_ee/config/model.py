@@ -145,8 +145,8 @@ class ExitsConfig(Section):
     )
     loss_chunk_rows: NonNegativeInt = Field(
         512,
-        description="tokens whose logits exist at a time in training; 0: all of a micro-batch's. On a GPU few at a time "
-        "take little memory and long: 512 three times as long as all, 2048 a third longer",
+        description="tokens whose logits exist at a time in training; 0: all of a micro-batch's. On a GPU few at a "
+        "time take little memory and long: 512 three times as long as all, 2048 a third longer",
     )
 
     @model_validator(mode="after")

@@ -44,7 +44,7 @@ def main() -> int:
             device = choose_device(config.device)
             from megatron_ee.training.build import build_trainer  # imports megatron-core, which needs a chosen device
 
-            status = _train(build_trainer(config, device, stop_requests))
+            status = train(build_trainer(config, device, stop_requests))
     except UserError as error:
         if is_first_of_node():
             print(error, file=sys.stderr)
@@ -58,7 +58,7 @@ def _is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _train(trainer: "Trainer") -> int:
+def train(trainer: "Trainer") -> int:
     """Run it, watched over, and leave the outcome; returns the exit status that it asks for."""
     with trainer.watched():
         try:

@@ -1,0 +1,49 @@
+"""The page of results: its numbers are those of the files beside it, and of nothing else."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from reproduce_page import Results, Spread, page_of
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs/results"
+
+
+def test_the_page_is_what_its_figures_make() -> None:
+    """After a change of the template or of figures: tools/reproduce.py --page"""
+    assert page_of(Results.read(FOLDER)) == (ROOT / "docs/results.md").read_text()
+
+
+def test_another_figure_makes_another_page() -> None:
+    content = Results.read(FOLDER).content
+    for name in ("runs", "costs"):
+        changed = json.loads(json.dumps(content))
+        if name == "runs":
+            changed["runs"]["runs"]["every_second-2"]["loss"]["4"] += 0.1
+        else:
+            changed["costs"]["steps"]["mlp_heads"]["ratio"] += 0.1
+        assert page_of(Results(changed)) != page_of(Results(content)), name
+
+
+def test_runs_of_two_machines_are_not_set_beside_each_other() -> None:
+    changed = json.loads(json.dumps(Results.read(FOLDER).content))
+    changed["runs"]["runs"]["none-1"]["precision"] = "fp32"
+    with pytest.raises(ValueError, match="too many values"):
+        page_of(Results(changed))
+
+
+def test_its_pictures_and_links_are_there() -> None:
+    linked = re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs/results.md").read_text())
+    assert len(linked) > 3
+    assert [path for path in linked if not (ROOT / "docs" / path).exists()] == []
+
+
+def test_a_spread_says_how_far_seeds_are_from_their_mean() -> None:
+    assert Spread((1.0, 2.0, 4.5)).text(".2f") == "2.50 ±2.00"
+    assert Spread((1.25,)).text(".2f") == "1.25"
