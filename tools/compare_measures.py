@@ -2,8 +2,8 @@
 
 All tokens of held-out text are run once through all layers, teacher-forced, and every threshold is tried on what the
 exits say. Prints, for each measure that the model has, the share of tokens on which early exits choose as full depth
-does, at several mean depths; and how well gates are calibrated. Writes RUN/pictures/measures.json, and measures.png
-beside it.
+does, at several mean depths; how often an exit is right about the text where the final one is wrong, and the other way
+round; and how well gates are calibrated. Writes RUN/pictures/measures.json, and measures.png beside it.
 
 A gate that was trained with false_exit_cost c says r / (r + c (1 - r)) where its exit is right with probability r;
 its calibration is that of the r that this stands for. Depth counts layers alone: gates and cosines also spare the
@@ -146,9 +146,11 @@ def report(model: "OpenedModel", observed: "Observed", output: Path, *, cost: fl
     }
     depths = depths_between(max(layers[0] for layers in asked.values()), num_layers)
     _print_curves(curves, depths, observed.agrees_EN, exits)
+    _print_against_the_text(against_the_text(observed, exits))
     _print_gates(gates, target, cost)
     output.parent.mkdir(parents=True, exist_ok=True)
     content = _as_json(curves, gates, depths, num_tokens=observed.agrees_EN.shape[1], target=target)
+    content["against_the_text"] = against_the_text(observed, exits)
     output.write_text(json.dumps(content, indent=1) + "\n")
     print(output)
     try:
@@ -161,6 +163,22 @@ def report(model: "OpenedModel", observed: "Observed", output: Path, *, cost: fl
     picture = output.with_suffix(".png")
     save_picture(picture, curves, gates, title="early exits against full depth")
     print(picture)
+
+
+def against_the_text(observed: "Observed", exits: list[int]) -> dict[str, dict[str, float]]:
+    """By exit: the shares of tokens on which it alone is right, or the final exit alone."""
+    final_N = observed.final_correct_N
+    return {
+        str(layer): {"only_exit": float((own_N & ~final_N).mean()), "only_final": float((final_N & ~own_N).mean())}
+        for layer, own_N in zip(exits, observed.correct_EN, strict=True)
+    }
+
+
+def _print_against_the_text(shares: Mapping[str, Mapping[str, float]]) -> None:
+    for layer, of in shares.items():
+        alone = f"full depth alone on {of['only_final']:.2%}"
+        print(f"exit {layer} alone is right about the text on {of['only_exit']:.2%} of tokens, {alone}")
+    print()
 
 
 def _rows(layers: list[int], exits: list[int]) -> list[int]:

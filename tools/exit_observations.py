@@ -20,11 +20,12 @@ _ROWS = 1024  # tokens whose logits exist at a time
 @dataclass(frozen=True, slots=True)
 class Observed:
     """Of each exit at each token: confidences by measure (gates' of the exits that have one), and whether its choice is
-    the final exit's, or the label."""
+    the final exit's, or the label; and whether the final exit's choice is the label."""
 
     confidences_EN: dict[str, np.ndarray]
     agrees_EN: np.ndarray
     correct_EN: np.ndarray
+    final_correct_N: np.ndarray
 
 
 def exits_asked(model: OpenedModel) -> dict[str, list[int]]:
@@ -49,6 +50,7 @@ def observe(model: OpenedModel, windows_BS: np.ndarray) -> Observed:
         {name: joined([part.confidences_EN[name] for part in parts]) for name in parts[0].confidences_EN},
         joined([part.agrees_EN for part in parts]),
         joined([part.correct_EN for part in parts]),
+        np.concatenate([part.final_correct_N for part in parts]),
     )
 
 
@@ -83,8 +85,14 @@ def _observe(model: OpenedModel, windows_BS: torch.Tensor) -> Observed:
     def stacked(values: list[torch.Tensor]) -> np.ndarray:
         return torch.stack(values).cpu().numpy()
 
-    agrees, correct = ([of == truth_N for of in early] for truth_N in (final_N, labels_SB.flatten()))
-    return Observed({name: stacked(values) for name, values in confidences.items()}, stacked(agrees), stacked(correct))
+    labels_N = labels_SB.flatten()
+    agrees, correct = ([of == truth_N for of in early] for truth_N in (final_N, labels_N))
+    return Observed(
+        {name: stacked(values) for name, values in confidences.items()},
+        stacked(agrees),
+        stacked(correct),
+        (final_N == labels_N).cpu().numpy(),
+    )
 
 
 def _hear(

@@ -21,7 +21,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import exit_observations  # noqa: E402
-from compare_measures import pictures_of  # noqa: E402
+from compare_measures import against_the_text, pictures_of  # noqa: E402
 from exit_curves import curve_of, depths_between, reliability_of, without_cost  # noqa: E402
 
 
@@ -95,6 +95,13 @@ def test_what_exits_are_seen_to_say(mesh: Mesh, monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_array_equal(observed.agrees_EN, choices_EN[:-1] == choices_EN[-1])
     labels_N = [windows_BS[window, at + 1] for window, at in order]
     np.testing.assert_array_equal(observed.correct_EN, choices_EN[:-1] == np.array(labels_N))
+    np.testing.assert_array_equal(observed.final_correct_N, choices_EN[-1] == np.array(labels_N))
+
+
+def test_who_alone_is_right_by_hand() -> None:
+    correct_EN, final_N = np.array([[True, True, False, False, False]]), np.array([True, False, True, True, False])
+    observed = exit_observations.Observed({}, correct_EN == final_N, correct_EN, final_N)
+    assert against_the_text(observed, [2]) == {"2": {"only_exit": 0.2, "only_final": 0.4}}
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +132,8 @@ def test_a_model_with_gates_is_compared(trained: Path) -> None:
     content = json.loads((pictures / "measures.json").read_text())
     assert content["tokens"] == 20 * 16
     assert content["gates"].keys() == {"5"}
+    assert "exit 2 alone is right about the text on " in done.stdout
+    assert content["against_the_text"].keys() == {"2", "5"}
     assert sum(content["gates"]["5"]["counts"]) == 320
     at_depth = content["at_mean_depth"]
     assert (at_depth["depth"][0], at_depth["depth"][-1]) == (5.0, 8.0)
