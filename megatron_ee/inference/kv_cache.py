@@ -79,6 +79,17 @@ class KeyValueCache:
         keys_GTD, values_GTD = room_G2MD[:, :, self.where(slot, range(length))].unbind(1)
         return keys_GTD, values_GTD
 
+    def to_write(self, places: slice) -> Mapping[int, torch.Tensor]:
+        """Keys and values [N, G, 2, D] at neighbouring places, by attention: views, of which those of all attentions
+        take as long as those of two, one by one."""
+        room_ANG2D = self._rooms_A1G2MD[:, 0, :, :, places].permute(0, 3, 1, 2, 4)
+        return dict(zip(self.windows, room_ANG2D.unbind(), strict=True))
+
+    def to_read(self, places: slice) -> Mapping[int, tuple[torch.Tensor, ...]]:
+        """The same as keys, and values, each [1, G, T, D]."""
+        keys_A1GTD, values_A1GTD = self._rooms_A1G2MD[..., places, :].unbind(3)
+        return dict(zip(self.windows, zip(keys_A1GTD.unbind(), values_A1GTD.unbind(), strict=True), strict=True))
+
     def blocks_of(self, slots: Sequence[int], length: int) -> torch.Tensor:
         """int64 [B, X], on the CPU: the blocks that hold so many positions of sequences; where one has fewer, the block
         of zeros."""

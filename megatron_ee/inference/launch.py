@@ -34,7 +34,7 @@ class Launch:
     """
 
     def __init__(self, rows: Sequence[SequenceRows], cache: KeyValueCache, rotation: RotationTable) -> None:
-        self.rows, self._windows = rows, cache.windows
+        self.rows, self._windows, self._parts = rows, cache.windows, (cache.group, 2)
         counts = [len(positions) for _, positions in rows]
         self.num_rows, self._most = sum(counts), max(counts)
         self._length = max(positions.stop for _, positions in rows)
@@ -54,8 +54,8 @@ class Launch:
     def attend(self, attention: int, qkv_NGXD: torch.Tensor, scale: float) -> torch.Tensor:
         """Rotary positions, the cache, and attention. X is R queries, a key and a value. Returns [N, G * R * D]."""
         turned_NGXD = turn(qkv_NGXD, *self.places.rotation)
-        self.places.write(attention, turned_NGXD[:, :, -2:])
-        query_NGRD = turned_NGXD[:, :, :-2]
+        query_NGRD, kv_NG2D = turned_NGXD.split_with_sizes(self._parts, 2)
+        self.places.write(attention, kv_NG2D)
         if not self._groups:
             return self._read_and_attend(attention, query_NGRD, scale)
         context_NH = query_NGRD.new_empty(self.num_rows, query_NGRD[0].numel())

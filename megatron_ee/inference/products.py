@@ -6,7 +6,6 @@ Shapes: N rows, I inputs, O outputs.
 from functools import cached_property
 
 import torch
-from torch.nn.functional import linear
 
 from megatron_ee.inference import large_pages
 
@@ -31,7 +30,9 @@ class Product:
     def __call__(self, x_NI: torch.Tensor) -> torch.Tensor:
         if self._packs and x_NI.shape[0] > 1:
             return self._by_packed(x_NI)
-        return linear(x_NI, self._weight_OI, self._bias_O)
+        if self._bias_O is None:  # what torch's `linear` calls in the end
+            return torch.mm(x_NI, self._transposed_IO)
+        return torch.addmm(self._bias_O, x_NI, self._transposed_IO)
 
     def added_to(self, residual_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
         """residual + x W^T; there is no bias."""

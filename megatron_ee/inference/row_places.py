@@ -4,7 +4,7 @@ Shapes: N rows, B sequences, T positions attended to, M places in the cache, G k
 of each of them, D head dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -47,36 +47,39 @@ class RowPlaces(Protocol):
 
 
 def places_of(rows: Sequence[SequenceRows], cache: KeyValueCache, rotation: RotationTable) -> RowPlaces:
-    return Neighbours(rows[0], cache, rotation) if len(rows) == 1 else Scattered(rows, cache, rotation)
+    if len(rows) == 1 and cache.blocks.start(rows[0].slot) is not None:
+        return Neighbours(rows[0], cache, rotation)
+    return Scattered(rows, cache, rotation)
 
 
 class Neighbours:
-    """Of one sequence: its rows follow each other, mostly in the cache too, and are found without a list of places."""
+    """Of one sequence whose positions follow each other in the cache: its rows are found without a list of places, and
+    those of all attentions at once."""
 
     def __init__(self, rows: SequenceRows, cache: KeyValueCache, rotation: RotationTable) -> None:
         self._rows, self._cache = rows, cache
         self._own = slice(rows.positions.start, rows.positions.stop)
-        self._start = cache.blocks.start(rows.slot)
-        self._written = cache.where(rows.slot, rows.positions)
-        self.rotation = rotation.of(self._own)
-        self._read: slice | torch.Tensor = slice(0)
+        start = cache.blocks.start(rows.slot)
+        assert start is not None, "its blocks are in pieces"
+        self._start = start
+        self._read: Mapping[int, tuple[torch.Tensor, ...]] = {}
         self._length = 0
+        self.rotation = rotation.of(self._own)
+
+    @cached_property
+    def _written(self) -> Mapping[int, torch.Tensor]:
+        return self._cache.to_write(slice(self._start + self._own.start, self._start + self._own.stop))
 
     def positions(self) -> torch.Tensor:
         return self._cache.positions_M[self._own]
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
-        kv_1G2ND = kv_NG2D.permute(1, 2, 0, 3)[None]
-        room_1G2MD = self._cache.of(attention)
-        if isinstance(self._written, slice):
-            room_1G2MD[:, :, :, self._written].copy_(kv_1G2ND)
-        else:
-            room_1G2MD.index_copy_(3, self._written, kv_1G2ND)
+        self._written[attention].copy_(kv_NG2D)
 
     def read(self, attention: int, length: int) -> tuple[torch.Tensor, ...]:
         if length != self._length:
-            self._read, self._length = self._cache.where(self._rows.slot, range(length)), length
-        return self._cache.of(attention)[:, :, :, self._read].unbind(2)
+            self._read, self._length = self._cache.to_read(slice(self._start, self._start + length)), length
+        return self._read[attention]
 
     def among(self, room: int) -> slice | torch.Tensor:
         slot, positions = self._rows

@@ -36,9 +36,14 @@ def cache_of(stage: Stage, order: str = "one after the other") -> KeyValueCache:
     return KeyValueCache(stage, blocks)
 
 
-def both(stage: Stage, rows: SequenceRows, order: str) -> list[tuple[KeyValueCache, RowPlaces]]:
+def all_kinds(stage: Stage, rows: SequenceRows) -> list[tuple[KeyValueCache, RowPlaces]]:
+    """By slices; by a list of the same places; and by a list where the sequence is in pieces."""
     found: list[tuple[KeyValueCache, RowPlaces]] = []
-    for kind in (lambda *of: Neighbours(rows, *of), lambda *of: Scattered([rows], *of)):
+    for kind, order in (
+        (lambda *of: Neighbours(rows, *of), "one after the other"),
+        (lambda *of: Scattered([rows], *of), "one after the other"),
+        (lambda *of: Scattered([rows], *of), "in pieces"),
+    ):
         cache = cache_of(stage, order)
         found.append((cache, kind(cache, rotation_of(stage, cache))))
     return found
@@ -49,27 +54,29 @@ def rotation_of(stage: Stage, cache: KeyValueCache) -> RotationTable:
     return RotationTable(Rotary(stage.model, device), CAPACITY, cache.group, torch.float64, device)
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("slot", [0, 2])
 @pytest.mark.parametrize("positions", [range(1), range(5), range(7, 8), range(7, 12)], ids=str)
-def test_slices_and_lists_of_places_are_the_same(stage: Stage, slot: int, positions: range, order: str) -> None:
-    (cache, ours), (expected_cache, expected) = both(stage, SequenceRows(slot, positions), order)
-    assert torch.equal(ours.positions(), expected.positions())
-    assert ours.positions().tolist() == list(positions)
-    for part, other in zip(ours.rotation, expected.rotation, strict=True):
-        assert torch.equal(part, other)
+def test_slices_and_lists_of_places_are_the_same(stage: Stage, slot: int, positions: range) -> None:
+    (cache, ours), *others = all_kinds(stage, SequenceRows(slot, positions))
     kv_NG2D = torch.randn(len(positions), cache.heads, 2, stage.config.kv_channels, dtype=torch.float64)
-    for places in (ours, expected):
-        places.write(3, kv_NG2D)
-    for attention, length in product((3, 4), (positions.stop, CAPACITY)):
-        for part, other in zip(ours.read(attention, length), expected.read(attention, length), strict=True):
+    for attention in (1, 3):
+        ours.write(attention, attention * kv_NG2D)
+    assert ours.positions().tolist() == list(positions)
+    for expected_cache, expected in others:
+        for attention in (1, 3):
+            expected.write(attention, attention * kv_NG2D)
+        assert torch.equal(ours.positions(), expected.positions())
+        for part, other in zip(ours.rotation, expected.rotation, strict=True):
             assert torch.equal(part, other)
-    for of_slot in range(3):
-        for part, other in zip(
-            cache.read(3, of_slot, CAPACITY), expected_cache.read(3, of_slot, CAPACITY), strict=True
-        ):
-            assert torch.equal(part, other)
-            assert part.any() == (of_slot == slot)
+        for attention, length in product(cache.windows, (positions.stop, CAPACITY)):
+            for part, other in zip(ours.read(attention, length), expected.read(attention, length), strict=True):
+                assert torch.equal(part, other)
+                assert part.any() == (attention in (1, 3))
+        for attention, of_slot in product(cache.windows, range(3)):
+            of_slots = (of.read(attention, of_slot, CAPACITY) for of in (cache, expected_cache))
+            for part, other in zip(*of_slots, strict=True):
+                assert torch.equal(part, other)
+                assert part.any() == (of_slot == slot and attention in (1, 3))
 
 
 @pytest.mark.parametrize("room", [5, 7, CAPACITY])
@@ -77,15 +84,16 @@ def test_slices_and_lists_of_places_are_the_same(stage: Stage, slot: int, positi
 def test_states_wait_where_those_of_a_room_before_them_did(stage: Stage, room: int, positions: range) -> None:
     """In one piece, or in two where the room ends between them."""
     list_of_all = torch.arange(3 * room)
-    for _, places in both(stage, SequenceRows(2, positions), "in pieces"):
+    for _, places in all_kinds(stage, SequenceRows(2, positions)):
         assert list_of_all[places.among(room)].tolist() == [2 * room + position % room for position in positions]
 
 
-def test_one_sequence_is_found_by_slices_and_several_by_lists(stage: Stage) -> None:
-    cache = cache_of(stage)
+def test_one_sequence_is_found_by_slices_and_several_or_one_in_pieces_by_lists(stage: Stage) -> None:
+    cache, pieces = (cache_of(stage, order) for order in ORDERS)
     rows = [SequenceRows(0, range(2, 4)), SequenceRows(2, range(5, 6))]
     assert isinstance(places_of(rows[:1], cache, rotation_of(stage, cache)), Neighbours)
     assert isinstance(places_of(rows, cache, rotation_of(stage, cache)), Scattered)
+    assert isinstance(places_of(rows[:1], pieces, rotation_of(stage, pieces)), Scattered)
 
 
 @pytest.mark.parametrize("slots", [[0, 1], [0, 1, 2], [1, 2], [0, 2], [2, 0, 1]], ids=str)
