@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
+import torch
 from bench_decode_costs import measured_costs
 from bench_decode_ideal import KvPolicy, LaunchCosts, Need, full_need, need
 from bench_decode_setup import Decoding, Prompts, Sizes, context_of, full_depth
 from bench_report import Measure, Rounds, all_take_turns, measure_of
+from torch.nn.functional import cross_entropy
 
 from megatron_ee.config import ExitParams
 
@@ -34,7 +36,7 @@ class Cell:
     rounds: Rounds
     costs: LaunchCosts
     sizes: Sizes
-    agreement: float
+    judged: "Judged"
 
     @property
     def speeds(self) -> list[float]:
@@ -98,7 +100,8 @@ class Cell:
             self.sizes,
             mean_depth=self.mean_depth,
             tokens_by_exit=self.by_exit,
-            agreement=self.agreement,
+            agreement=self.judged.agreement,
+            loss_under_full_depth=self.judged.loss,
             ideal=statistics.median(self.ideals),
             verdict=self.verdict,
             eta=self.costs.eta,
@@ -120,36 +123,48 @@ def exit_cells(model: "OpenedModel", prompts: Prompts, sizes: Sizes) -> list[Cel
     costs = {measure: measured_costs(model, sizes, measure) for measure in dict.fromkeys(of.measure for of in settings)}
     decodings = [Decoding(model, prompts, sizes, setting) for setting in settings]
     rounds = all_take_turns(sizes.exit_rounds, Decoding(model, prompts, sizes, full_depth()), [*decodings])
-    agreement = Agreement(model, prompts)
+    judge = Judge(model, prompts)
     return [
-        Cell(decoding, of, costs[decoding.exit.measure], sizes, agreement.of(decoding))
+        Cell(decoding, of, costs[decoding.exit.measure], sizes, judge.of(decoding))
         for decoding, of in zip(decodings, rounds, strict=True)
     ]
 
 
-class Agreement:
-    """The share of tokens that full depth would have chosen too, given the same text before them."""
+class Judged(NamedTuple):
+    """Of tokens, by the full model, given the same text before them: the share that it would have chosen, and the loss
+    that they have there, in nats per token."""
+
+    agreement: float
+    loss: float
+
+
+class Judge:
+    """Reads all texts again, at full depth; each once, as exact policies say the same."""
 
     def __init__(self, model: "OpenedModel", prompts: Prompts) -> None:
         self._model, self._prompts = model, prompts
-        self._agreed: dict[tuple[int, ...], int] = {}  # exact policies say the same
+        self._heard: dict[tuple[int, ...], tuple[int, float]] = {}
 
-    def of(self, decoding: Decoding) -> float:
+    def of(self, decoding: Decoding) -> Judged:
         """Over all rounds."""
-        agreed = total = 0
+        agreed, loss, total = 0, 0.0, 0
         for number, said in decoding.said.items():
             for prompt, text in zip(self._prompts.of_round(number, len(said)), said, strict=True):
                 tokens = [emission.token for emission in text]
-                agreed += self._count(prompt, tokens)
-                total += len(tokens)
-        return agreed / total
+                of_text = self._hear(prompt, tokens)
+                agreed, loss, total = agreed + of_text[0], loss + of_text[1], total + len(tokens)
+        return Judged(agreed / total, loss / total)
 
-    def _count(self, prompt: tuple[int, ...], tokens: list[int]) -> int:
+    @torch.inference_mode()
+    def _hear(self, prompt: tuple[int, ...], tokens: list[int]) -> tuple[int, float]:
+        """Tokens that the full model would have chosen, and the sum of all their losses."""
         whole = (*prompt, *tokens)
-        if whole not in self._agreed:
-            choices = self._model.full_depth_choices(list(whole))[len(prompt) - 1 : -1]
-            self._agreed[whole] = sum(token == choice for token, choice in zip(tokens, choices, strict=True))
-        return self._agreed[whole]
+        if whole not in self._heard:
+            logits_TV = self._model.full_depth_logits(whole)[len(prompt) - 1 : -1].float()
+            said_T = torch.tensor(tokens, device=logits_TV.device)
+            agreed = int((logits_TV.argmax(-1) == said_T).sum())
+            self._heard[whole] = agreed, float(cross_entropy(logits_TV, said_T, reduction="sum"))
+        return self._heard[whole]
 
 
 def exit_table(cells: list[Cell]) -> Iterator[str]:
@@ -159,8 +174,8 @@ def exit_table(cells: list[Cell]) -> Iterator[str]:
     many = "one sequence" if sizes.sequences == 1 else f"{sizes.sequences} sequences"
     yield f"{many}: full depth {full:.0f} tokens/s; to ask an exit costs {costs.eta:.2f} layers"
     yield (
-        f"{'missing KV, measure':<20}{'threshold':>9}{'depth':>7}{'agrees':>8}{'speed':>8}{'p10':>7}{'p90':>7}"
-        f"{'A/A':>7}{'ideal':>8}{'of ideal':>9}  {'verdict':<14}tokens by exit"
+        f"{'missing KV, measure':<20}{'threshold':>9}{'depth':>7}{'agrees':>8}{'loss':>7}{'speed':>8}{'p10':>7}"
+        f"{'p90':>7}{'A/A':>7}{'ideal':>8}{'of ideal':>9}  {'verdict':<14}tokens by exit"
     )
     for cell in cells:
         speed, over_ideal = cell.measures
@@ -169,6 +184,7 @@ def exit_table(cells: list[Cell]) -> Iterator[str]:
         used = "  ".join(f"{layer}: {count / total:.0%}" for layer, count in cell.by_exit.items())
         yield (
             f"{cell.label:<20}{cell.decoding.exit.threshold:>9g}{cell.mean_depth:>7.2f}"
-            f"{cell.agreement:>8.1%}{speed.value:>7.2f}x{low:>7.2f}{high:>7.2f}{speed.aa:>7.3f}"
+            f"{cell.judged.agreement:>8.1%}{cell.judged.loss:>7.3f}"
+            f"{speed.value:>7.2f}x{low:>7.2f}{high:>7.2f}{speed.aa:>7.3f}"
             f"{speed.context['ideal']:>7.2f}x{over_ideal.value:>9.2f}  {cell.verdict:<14}{used}"
         )

@@ -62,6 +62,7 @@ def test_a_small_run_writes_every_measure_and_field(tmp_path: Path, run: Path, b
             context = measure["context"]
             assert context["verdict"] in ("pays", "does not pay", "even")
             assert 2 <= context["mean_depth"] <= 8 and 0 <= context["agreement"] <= 1
+            assert context["loss_under_full_depth"] > 0
             assert sum(context["tokens_by_exit"].values()) == 2 * 6 * (3 if name.endswith("_b3") else 1)
     for policy in POLICIES:  # nothing is that sure of itself: all at full depth, which agrees with itself
         context = of[f"exits_over_full_{policy}_0.9_b1"]["context"]
