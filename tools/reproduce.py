@@ -17,8 +17,10 @@ from typing import Any
 
 from reproduce_corpus import Corpus, make_corpus
 from reproduce_costs import measure_costs
-from reproduce_page import Results, page_of
+from reproduce_measurements import make, measurements, train_trunk
+from reproduce_page import page_of
 from reproduce_pictures import save_pictures
+from reproduce_results import Results
 from reproduce_runs import Place, Run, StoppedError, all_runs, in_order
 from reproduce_training import QUICK, Work, begin, budget, machine_overrides
 
@@ -43,7 +45,7 @@ def main() -> int:
         if not arguments.page:
             corpus = make_corpus(arguments.books, arguments.folder / "data", quick=arguments.quick)
             train(runs, Place(arguments.folder, [*corpus.overrides, *chosen]), corpus, arguments)
-            measure(arguments)
+            measure(corpus, arguments)
         write_page(arguments.output)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
@@ -66,11 +68,15 @@ def train(runs: list[Run], place: Place, corpus: Corpus, arguments: argparse.Nam
         write_json(path, {"held_out": corpus.held_out, "runs": whole}, indent=None)
 
 
-def measure(arguments: argparse.Namespace) -> None:
+def measure(corpus: Corpus, arguments: argparse.Namespace) -> None:
     """What is not there yet of the figures beside those of runs."""
     path = arguments.output / "costs.json"
     if not path.exists():
         write_json(path, measure_costs(quick=arguments.quick))
+    if not arguments.quick:
+        train_trunk(arguments.folder / "logs/trunk.log")
+    for measurement in measurements(arguments.folder, corpus, quick=arguments.quick):
+        make(measurement, arguments.output, arguments.folder / "logs" / f"{measurement.name}.log")
 
 
 def write_page(folder: Path) -> None:

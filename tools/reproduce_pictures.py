@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib as mpl
+import reproduce_measured
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plot_losses import STYLE, WITHOUT_DATE
-from reproduce_page import LAYERSKIP, ON_A_FINISHED_MODEL, Results
+from reproduce_page import LAYERSKIP, ON_A_FINISHED_MODEL
+from reproduce_results import Results
 
 SIZE = (7.0, 4.0)  # inches
 DEPTH = "layers"
@@ -37,7 +39,9 @@ NAMES = {
 
 def save_pictures(results: Results, folder: Path) -> None:
     """One a question, as PNG; the same figures give the same bytes."""
-    for name, draw in PICTURES.items():
+    for name, (drawn, draw) in PICTURES.items():
+        if drawn not in results.content:
+            continue
         with mpl.rc_context(STYLE):
             figure = Figure(figsize=SIZE, dpi=110, layout="constrained")
             draw(results, figure.subplots())
@@ -86,9 +90,70 @@ def _heads(results: Results, axes: Axes) -> None:
     axes.grid(alpha=0.3)
 
 
-PICTURES: Mapping[str, Callable[[Results, Axes], None]] = {
-    "exits": _exits,
-    "heads": _heads,
-    "layerskip": _layerskip,
-    "tuned": _tuned,
+def _measures(results: Results, axes: Axes) -> None:
+    for name, curve in results.content["measures"]["curves"].items():
+        axes.plot(curve["mean_depth"], curve["agreement"], label=name.replace("_", " "), linewidth=1.3)
+    axes.set(xlabel=f"mean depth, {DEPTH}", ylabel="agreement with full depth")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _speculation(results: Results, axes: Axes) -> None:
+    """Measured speed by length, a line an exit; the law as dots."""
+    points: dict[str, list[tuple[int, float, float]]] = {}
+    for exit, length, *_, speed, law, _ in reproduce_measured.speculation_rows(results.content["decode"], 1):
+        if length.isdecimal():
+            points.setdefault(exit, []).append((int(length), float(speed.split()[0]), float(law)))
+    for exit, of_exit in points.items():
+        lengths, speeds, laws = zip(*of_exit, strict=True)
+        (line,) = axes.plot(lengths, speeds, "o-", label=f"exit {exit} drafts", markersize=4)
+        axes.plot(lengths, laws, "_", color=line.get_color(), markersize=12)
+    axes.axhline(1.0, color="#888888", linewidth=0.8)
+    axes.set(xlabel="tokens a draft", ylabel="speed over full depth (dash: the law)")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _serving(results: Results, axes: Axes) -> None:
+    """Tokens per second over full depth, a group a load and policy."""
+    speeds = {
+        (strategy, load, policy): float(over_full.split()[0])
+        for load in ("r16", "r64")
+        for strategy, policy, over_full, *_ in reproduce_measured.serving_rows(results.content["serve"], load)
+    }
+    groups = list(dict.fromkeys((load, policy) for _, load, policy in speeds))
+    for number, strategy in enumerate(dict.fromkeys(strategy for strategy, *_ in speeds)):
+        own = {(load, policy): speed for (name, load, policy), speed in speeds.items() if name == strategy}
+        places = [place + 0.27 * (number - 1) for place in range(len(groups))]
+        axes.bar(places, [own.get(group, 0.0) for group in groups], 0.25, label=strategy)
+    axes.set_xticks(range(len(groups)), [f"{load[1:]} at a time\n{policy}" for load, policy in groups], fontsize=8)
+    axes.axhline(1.0, color="#888888", linewidth=0.8)
+    axes.set(ylabel="tokens/s over full depth")
+    axes.legend(fontsize=8)
+
+
+def _sled(results: Results, axes: Axes) -> None:
+    """Difference in accuracy by alpha, a line a scale, on code."""
+    cells = results.content["sled_code"]["cells"]
+    for top_k in dict.fromkeys(cell["top_k"] for cell in cells):
+        own = [cell for cell in cells if cell["top_k"] == top_k]
+        values, errors = ([100 * cell[name] for cell in own] for name in ("difference", "standard_error"))
+        axes.errorbar([cell["alpha"] for cell in own], values, yerr=errors, fmt="o-", label=f"k {top_k}", markersize=4)
+    axes.set_xscale("log")
+    axes.axhline(0.0, color="#888888", linewidth=0.8)
+    axes.set(xlabel="alpha", ylabel="next tokens right, points over full depth")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+PICTURES: Mapping[str, tuple[str, Callable[[Results, Axes], None]]] = {
+    "exits": ("runs", _exits),
+    "heads": ("costs", _heads),
+    "layerskip": ("runs", _layerskip),
+    "tuned": ("runs", _tuned),
+    "measures": ("measures", _measures),
+    "speculation": ("decode", _speculation),
+    "serving": ("serve", _serving),
+    "sled": ("sled_code", _sled),
 }
+"""By name: the file that it draws, and how."""

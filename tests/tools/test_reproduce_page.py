@@ -9,7 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-from reproduce_page import Results, Spread, page_of
+from reproduce_claims import claims_of
+from reproduce_page import page_of
+from reproduce_results import Results, Spread
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs/results"
@@ -47,3 +49,30 @@ def test_its_pictures_and_links_are_there() -> None:
 def test_a_spread_says_how_far_seeds_are_from_their_mean() -> None:
     assert Spread((1.0, 2.0, 4.5)).text(".2f") == "2.50 ±2.00"
     assert Spread((1.25,)).text(".2f") == "1.25"
+
+
+CLAIMS = [
+    "1.5 to 3 times",
+    "batches above 32",
+    "1.8 times on mixed loads",
+    "sweet spot",
+    "95 to 99 % of the quality",
+    "a fifth to a third of the depth",
+    "15 % less memory",
+    "SLED improves accuracy",
+    "intermediate layers sometimes beat the last",
+    "a frozen model gives unstable exits",
+    "1,000 iterations of warm-up",
+    "saves energy",
+]
+
+
+def test_what_is_often_said_has_its_line() -> None:
+    results = Results.read(FOLDER)
+    if not results.is_complete:
+        assert "## What is often said" not in page_of(results)
+        return
+    rows = list(claims_of(results))
+    assert len(rows) == len(CLAIMS)
+    assert [claim for claim, row in zip(CLAIMS, rows, strict=True) if claim not in row[0]] == []
+    assert all(len(row) == 3 and all(row) for row in rows)
