@@ -1,7 +1,6 @@
 """The runs of the results: which there are, and in which order they are trained, some beside each other."""
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -138,14 +137,14 @@ def in_order(
 
 @contextmanager
 def _handed_on() -> Iterator[list[int]]:
-    """While it lasts, SIGTERM and Ctrl-C tell the processes of this one to stop; yields the signals that came."""
+    """While it lasts, SIGTERM and Ctrl-C tell the processes that begin in it to stop; yields the signals that came."""
     told: list[int] = []
+    others = set(multiprocessing.active_children())
 
     def take(number: int, _frame: Any) -> None:
         told.append(number)
-        for process in multiprocessing.active_children():
-            if process.pid is not None:
-                os.kill(process.pid, signal.SIGTERM)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()  # a SIGTERM
 
     before = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

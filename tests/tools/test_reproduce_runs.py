@@ -1,8 +1,10 @@
 """Which runs the results have, and in which order they go."""
 
+import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,9 +73,14 @@ def test_one_that_fails_stops_none_but_those_that_begin_with_it(tmp_path: Path) 
 def test_a_signal_ends_all_and_begins_nothing(tmp_path: Path) -> None:
     asked = [reproduce_runs.Run("none", seed) for seed in (1, 2, 3)]
     before = signal.getsignal(signal.SIGTERM)
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other.start()
     work = reproducing.Noting(tmp_path / "noted", failing=(), seconds=30)
     reproducing.when((tmp_path / "noted"), "none-1:begin", lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(reproduce_runs.StoppedError):
         list(reproduce_runs.in_order(asked, 1, work, reproducing.nothing))
     assert "none-2:begin" not in (tmp_path / "noted").read_text()
     assert signal.getsignal(signal.SIGTERM) is before
+    assert other.is_alive(), "what began before is not the runs'"
+    other.kill()
+    other.join()
