@@ -50,7 +50,7 @@ def main() -> int:
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    except StoppedError:
+    except (StoppedError, KeyboardInterrupt):
         print("stopped; the same command goes on from there", file=sys.stderr)
         return 75
     return 0
@@ -119,6 +119,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="of runs and data (runs/results; quick: runs/quick_results)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="of figures (docs/results; quick: in --folder)")
     arguments = parser.parse_args()
+    if arguments.at_once < 1:
+        parser.error(f"--at-once: {arguments.at_once} is below 1")
     if arguments.quick and arguments.books is not None:
         parser.error("--quick is on the built-in corpus, without --books")
     arguments.folder = arguments.folder or Path("runs/quick_results" if arguments.quick else "runs/results")

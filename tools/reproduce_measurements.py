@@ -1,7 +1,7 @@
 """What is measured once the runs are trained: programs of tools/, each of which leaves a file of figures.
 
-Decoding is measured on the model of `make bench-checkpoint`, of the built-in corpus, which has seen a fifth of its
-text once and is surer of what it says than the runs on books; corrections on one of these too.
+Decoding is measured on the model of `make bench-checkpoint`, of the built-in corpus, which is surer of itself than
+the runs on books; corrections on one of these too.
 """
 
 import json

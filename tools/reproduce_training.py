@@ -40,7 +40,7 @@ DRAFTING_EXITS = (2, 4, 6)
 DRAFT_LENGTH = 4
 NEW_TOKENS = 64
 SECONDS_PER_ITERATION = {"cpu": 8.0, "cuda": 0.07}
-"""As measured: on one core, and of one of fifteen runs that share an H200."""
+"""Roughly, for the budget: on one core, and of one of fifteen runs that share an H200."""
 
 
 def machine_overrides() -> list[str]:

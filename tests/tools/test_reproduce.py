@@ -28,6 +28,7 @@ def test_the_budget_names_every_config_and_starts_nothing(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--at-once", "0"], "--at-once: 0 is below 1"),
         (["--only", "nine"], "--only: there is no run 'nine'"),
         (["--books", "nowhere.jsonl"], "nowhere.jsonl: not a .jsonl of objects with `title` and `text`"),
         (["--quick", "--books", "x.jsonl"], "--quick is on the built-in corpus, without --books"),
