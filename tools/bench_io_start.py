@@ -20,6 +20,7 @@ from megatron_ee.device import choose_device
 choose_device("cpu")
 import megatron_ee.training.build
 import torch._dynamo
+print(flush=True)
 """
 
 
@@ -28,7 +29,7 @@ def start_measures(folder: Path, *, small: bool) -> list[Measure]:
     sizes = SMALL if small else Sizes()
     runs = _Runs(sizes, folder)
     runs.first_step()  # prepares the data's index
-    rounds = take_turns(sizes.rounds if small else 6, _imports, runs.first_step)
+    rounds = take_turns(sizes.rounds if small else 8, _imports, runs.first_step)
     beyond = [first - imports for imports, first in zip(rounds.a, rounds.b, strict=True)]
     context = context_of(sizes, imports_s=rounds.a, first_step_s=rounds.b)
     waits = runs.data_over_step(num_iters=10 if small else 40)
@@ -56,9 +57,12 @@ class _Runs:
         self._path.write_text(to_yaml(config.model_copy(update=changes)))
 
     def first_step(self) -> float:
-        """Seconds from the start of the program to its first record."""
+        """Seconds from the start of the program to the record of its first step, one of a single sequence.
+
+        How long the arithmetic of a large step takes says nothing about starting.
+        """
         started = time.perf_counter()
-        process, record = self._start(train_iters=1)
+        process, record = self._start(1, "training.global_batch_size=1", "training.micro_batch_size=1")
         while not record.exists() or not record.stat().st_size:
             if process.poll() not in (None, 0):
                 raise RuntimeError("the run failed")
@@ -69,22 +73,25 @@ class _Runs:
 
     def data_over_step(self, num_iters: int) -> list[float]:
         """Of each step but the first ones, what share it waits for its batch."""
-        process, record = self._start(train_iters=num_iters)
+        process, record = self._start(num_iters)
         if process.wait():
             raise RuntimeError("the run failed")
         lines = [json.loads(line) for line in record.read_text().splitlines()]
         return [line["time/data_s"] / line["perf/iter_time_s"] for line in lines if "time/data_s" in line][3:]
 
-    def _start(self, train_iters: int) -> tuple[subprocess.Popen[bytes], Path]:
+    def _start(self, train_iters: int, *overrides: str) -> tuple[subprocess.Popen[bytes], Path]:
         self._number += 1
-        overrides = [f"name=run-{self._number}", f"training.train_iters={train_iters}"]
+        overrides = (f"name=run-{self._number}", f"training.train_iters={train_iters}", *overrides)
         command = [sys.executable, "-m", "megatron_ee.training", str(self._path), *overrides]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return process, self._folder / "started" / f"run-{self._number}" / "metrics.jsonl"
 
 
 def _imports() -> float:
-    """Seconds to start Python and import what a run imports."""
+    """Seconds to start Python and import what a run imports, without how long Python takes to end."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-W", "ignore", "-c", _IMPORTS], check=True, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    command = [sys.executable, "-W", "ignore", "-c", _IMPORTS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        if not process.stdout or not process.stdout.readline():
+            raise RuntimeError("the imports failed")
+        return time.perf_counter() - started
