@@ -87,8 +87,7 @@ class KeyValueCache:
 
     def to_read(self, places: slice) -> Mapping[int, tuple[torch.Tensor, ...]]:
         """The same as keys, and values, each [1, G, T, D]."""
-        keys_A1GTD, values_A1GTD = self._rooms_A1G2MD[..., places, :].unbind(3)
-        return dict(zip(self.windows, zip(keys_A1GTD.unbind(), values_A1GTD.unbind(), strict=True), strict=True))
+        return self._parts_of_all(self._rooms_A1G2MD[..., places, :])
 
     def blocks_of(self, slots: Sequence[int], length: int) -> torch.Tensor:
         """int64 [B, X], on the CPU: the blocks that hold so many positions of sequences; where one has fewer, the block
@@ -106,16 +105,21 @@ class KeyValueCache:
         within_S = self.positions_M[: self.blocks.size]
         return (blocks_BX[:, :, None] * self.blocks.size + within_S).flatten(1)[:, :length].flatten()
 
-    def spaced(self, attention: int, first: int, spacing: int, count: int, length: int) -> tuple[torch.Tensor, ...]:
-        """Keys and values, each [B, G, T, D], of sequences that begin at places at equal distances: no copy."""
-        room_1G2MD = self.of(attention)
-        _, per_head, per_part, per_place, _ = room_1G2MD.stride()
-        num_heads, head_dim = room_1G2MD.shape[1], room_1G2MD.shape[-1]
-        return room_1G2MD.as_strided(
-            (count, num_heads, 2, length, head_dim),
-            (spacing * per_place, per_head, per_part, per_place, 1),
-            room_1G2MD.storage_offset() + first * per_place,
-        ).unbind(2)
+    def spaced(self, first: int, spacing: int, count: int, length: int) -> Mapping[int, tuple[torch.Tensor, ...]]:
+        """Keys, and values, each [B, G, T, D], of sequences that begin at places at equal distances, by attention: no
+        copy."""
+        num_attentions, _, num_heads, _, _, head_dim = self._rooms_A1G2MD.shape
+        per_attention, _, per_head, per_part, per_place, _ = self._rooms_A1G2MD.stride()
+        rooms_ABG2TD = self._rooms_A1G2MD.as_strided(
+            (num_attentions, count, num_heads, 2, length, head_dim),
+            (per_attention, spacing * per_place, per_head, per_part, per_place, 1),
+            self._rooms_A1G2MD.storage_offset() + first * per_place,
+        )
+        return self._parts_of_all(rooms_ABG2TD)
+
+    def _parts_of_all(self, rooms_ABG2TD: torch.Tensor) -> Mapping[int, tuple[torch.Tensor, ...]]:
+        keys_ABGTD, values_ABGTD = rooms_ABG2TD.unbind(3)
+        return dict(zip(self.windows, zip(keys_ABGTD.unbind(), values_ABGTD.unbind(), strict=True), strict=True))
 
     def picked(self, attention: int, places_X: torch.Tensor, length: int) -> tuple[torch.Tensor, ...]:
         """Keys and values, each [B, G, T, D], of places [B * T] wherever they are: a copy."""

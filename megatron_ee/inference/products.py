@@ -11,6 +11,8 @@ from megatron_ee.inference import large_pages
 
 _PACKED_ROWS = 16
 """The number of rows that a packed matrix is made for; it serves any."""
+_FEWEST_WEIGHTS = 1 << 18
+"""A smaller matrix is multiplied sooner as it is: a call of oneDNN's costs more than its layout saves."""
 _FEWEST_ROWS = 3
 """oneDNN reads a packed matrix for two rows at half the speed that it has for three to six: two are sent twice."""
 
@@ -19,13 +21,13 @@ class Product:
     """x W^T + b.
 
     Args:
-        packs: of several rows, multiply by a copy of the matrix that is laid out for them. It is made when it is first
-            needed, and takes as much memory as the matrix.
+        packs: of several rows, multiply by a copy of a large matrix that is laid out for them. It is made when it is
+            first needed, and takes as much memory as the matrix.
     """
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, packs: bool) -> None:
         self._weight_OI, self._bias_O, self._transposed_IO = weight_OI, bias_O, weight_OI.t()
-        self._packs = packs and can_pack(weight_OI)
+        self._packs = packs and weight_OI.numel() >= _FEWEST_WEIGHTS and can_pack(weight_OI)
 
     def __call__(self, x_NI: torch.Tensor) -> torch.Tensor:
         if self._packs and x_NI.shape[0] > 1:

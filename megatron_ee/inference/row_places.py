@@ -95,7 +95,9 @@ class Scattered:
     def __init__(self, rows: Sequence[SequenceRows], cache: KeyValueCache, rotation: RotationTable) -> None:
         self._rows, self._cache, self._rotations = rows, cache, rotation
         self._sequences = [slot for slot, _ in rows]
-        self._read: _Spaced | _Picked | None = None
+        self._spaced: Mapping[int, tuple[torch.Tensor, ...]] = {}
+        self._picked_X: torch.Tensor | None = None
+        self._length = 0
 
     # Each is made when it is first needed: sequences that attend apart from others need none of them.
 
@@ -104,57 +106,57 @@ class Scattered:
         """int64 [3, N]: slots, positions, and places in the cache."""
         slots = [slot for slot, positions in self._rows for _ in positions]
         positions = [position for _, of in self._rows for position in of]
-        places = [place for slot, of in self._rows for place in self._cache.blocks.places(slot, of)]
-        return torch.from_numpy(np.array([slots, positions, places], dtype=np.int64)).to(self._rotations.device)
+        table = np.array([slots, positions, self._places_in_cache], dtype=np.int64)
+        return torch.from_numpy(table).to(self._rotations.device)
+
+    @cached_property
+    def _places_in_cache(self) -> list[int]:
+        return [place for slot, of in self._rows for place in self._cache.blocks.places(slot, of)]
 
     @cached_property
     def rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._rotations.at(self.positions())
 
     @cached_property
-    def _written(self) -> torch.Tensor:
+    def _written(self) -> Mapping[int, torch.Tensor] | None:
+        """The rows of each attention, where they are at equal distances: a copy to them is all that a write takes."""
+        places = self._places_in_cache
+        spacing = places[1] - places[0] if len(places) > 1 else 1
+        if spacing < 1 or places != list(range(places[0], places[0] + len(places) * spacing, spacing)):
+            return None
+        return self._cache.to_write(slice(places[0], places[-1] + 1, spacing))
+
+    @cached_property
+    def _written_vectors(self) -> torch.Tensor:
         return self._cache.vectors_at(self._places[2])
 
     def positions(self) -> torch.Tensor:
         return self._places[1]
 
     def write(self, attention: int, kv_NG2D: torch.Tensor) -> None:
-        self._cache.vectors_of(attention).index_copy_(0, self._written, kv_NG2D.flatten(0, 2))
+        if self._written is not None:
+            self._written[attention].copy_(kv_NG2D)
+        else:
+            self._cache.vectors_of(attention).index_copy_(0, self._written_vectors, kv_NG2D.flatten(0, 2))
 
     def read(self, attention: int, length: int) -> tuple[torch.Tensor, ...]:
-        if self._read is None or self._read.length != length:
-            self._read = _reading(self._cache, self._sequences, length)
-        return self._read.of(self._cache, attention)
+        if length != self._length:
+            self._find(length)
+        if self._picked_X is None:
+            return self._spaced[attention]
+        return self._cache.picked(attention, self._picked_X, length)
+
+    def _find(self, length: int) -> None:
+        """Where so many positions of each sequence are: as they lie, or in a copy."""
+        blocks, self._length, self._picked_X = self._cache.blocks, length, None
+        spacing = blocks.spacing_of(self._sequences, length)
+        if spacing is not None:
+            first = blocks.start(self._sequences[0])
+            assert first is not None
+            self._spaced = self._cache.spaced(first, spacing, len(self._sequences), length)
+        else:
+            blocks_BX = self._cache.blocks_of(self._sequences, length).to(self._rotations.device)
+            self._picked_X = self._cache.places_of(blocks_BX, length)
 
     def among(self, room: int) -> torch.Tensor:
         return self._places[0] * room + self._places[1] % room
-
-
-class _Spaced(NamedTuple):
-    """Sequences at equal distances, with nobody else between them."""
-
-    first: int
-    spacing: int
-    num_sequences: int
-    length: int
-
-    def of(self, cache: KeyValueCache, attention: int) -> tuple[torch.Tensor, ...]:
-        return cache.spaced(attention, self.first, self.spacing, self.num_sequences, self.length)
-
-
-class _Picked(NamedTuple):
-    places_X: torch.Tensor
-    length: int
-
-    def of(self, cache: KeyValueCache, attention: int) -> tuple[torch.Tensor, ...]:
-        return cache.picked(attention, self.places_X, self.length)
-
-
-def _reading(cache: KeyValueCache, slots: Sequence[int], length: int) -> _Spaced | _Picked:
-    spacing = cache.blocks.spacing_of(slots, length)
-    if spacing is not None:
-        first = cache.blocks.start(slots[0])
-        assert first is not None
-        return _Spaced(first, spacing, len(slots), length)
-    blocks_BX = cache.blocks_of(slots, length).to(cache.positions_M.device)
-    return _Picked(cache.places_of(blocks_BX, length), length)

@@ -54,8 +54,11 @@ class StaticRows:
         positions_N, written_N = self._places_2N.unbind()
         self._cosine, self._sine = self._rotation.at(positions_N)
         self._written_NX = self._cache.vectors_at(written_N)
-        if not self._extent.are_spaced:
-            self._read_X = self._cache.places_of(self._blocks_NB, self._extent.length)
+        rows, length, are_spaced = self._extent
+        if are_spaced:
+            self._spaced = self._cache.spaced(0, self._cache.blocks.spacing, rows, length)
+        else:
+            self._read_X = self._cache.places_of(self._blocks_NB, length)
         windows = {self._narrow(window) for window in self._cache.windows.values()}
         self._masks = {window: self._mask(window, positions_N) for window in windows}
 
@@ -73,10 +76,9 @@ class StaticRows:
 
     def _read(self, attention: int) -> tuple[torch.Tensor, ...]:
         """Keys and values, each [N, G, T, D]."""
-        rows, length, are_spaced = self._extent
-        if are_spaced:
-            return self._cache.spaced(attention, 0, self._cache.blocks.spacing, rows, length)
-        return self._cache.picked(attention, self._read_X, length)
+        if self._extent.are_spaced:
+            return self._spaced[attention]
+        return self._cache.picked(attention, self._read_X, self._extent.length)
 
     def _narrow(self, window: Window) -> Window:
         return window if window is not None and window < self._extent.length else None

@@ -142,3 +142,31 @@ def test_beyond_its_end_a_sequence_reads_zeros_and_nothing_of_anybody_else(stage
 def test_no_positions_are_nowhere(stage: Stage, order: str) -> None:
     keys_GTD, values_GTD = cache_of(stage, order).read(3, 1, 0)
     assert keys_GTD.shape[1] == values_GTD.shape[1] == 0
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {0: range(2, 3), 1: range(2, 3), 2: range(2, 3)},
+        {0: range(4, 6), 1: range(3, 5), 2: range(4, 6)},
+        {2: range(1, 2), 0: range(1, 2)},
+        {1: range(12)},
+        {0: range(11, 12), 1: range(2)},
+    ],
+    ids=str,
+)
+def test_what_rows_write_is_theirs_wherever_they_are(stage: Stage, order: str, rows: dict[int, range]) -> None:
+    """At equal distances, by a copy to them, or one by one; nothing else is touched."""
+    cache = cache_of(stage, order)
+    places = Scattered([SequenceRows(*of) for of in rows.items()], cache, rotation_of(stage, cache))
+    kv_NG2D = torch.randn(places.positions().numel(), cache.heads, 2, stage.config.kv_channels, dtype=torch.float64)
+    places.write(3, kv_NG2D)
+    before = 0
+    for slot, positions in rows.items():
+        written_GND = kv_NG2D[before : before + len(positions)].permute(2, 1, 0, 3)
+        for part_GTD, own_GND in zip(cache.read(3, slot, CAPACITY), written_GND, strict=True):
+            assert torch.equal(part_GTD[:, positions.start : positions.stop], own_GND)
+        before += len(positions)
+    assert cache.of(3).count_nonzero() == kv_NG2D.numel()
+    assert not cache.of(1).any()
