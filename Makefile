@@ -1,6 +1,7 @@
 # `make` lists the targets. Everything runs in .venv, which `make install` builds and every other target keeps current.
 
 PYTHON ?= python3
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,8 +23,8 @@ serve: $(INSTALLED) ## serve the model of `make demo` on this machine; its page 
 	@PYTHON=$(CURDIR)/$(BIN)/python scripts/serve.sh configs/serve/demo.yaml
 
 # One thread per process: tests start several processes, and tiny tensors gain nothing from more.
-test: $(INSTALLED) ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: $(INSTALLED) ## run the tests, WORKERS files of them beside each other (2)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder
 
 test-slow: $(INSTALLED) ## run the long sweeps, which `make test` leaves out
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

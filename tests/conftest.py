@@ -15,6 +15,8 @@ from megatron_ee.log import quiet_dependencies
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+    from xdist.remote import Producer
+    from xdist.scheduler.loadfile import LoadFileScheduling
 
 # How long an example takes says more of the machine than of what is tested; what fails elsewhere is to be found again.
 settings.register_profile("tests", deadline=None, print_blob=True)
@@ -26,6 +28,13 @@ _CPU = choose_device("cpu")
 from helpers.long_run import StartedRun, read_losses, train_to_the_end, write_long_run  # noqa: E402  (needs a chosen device, as the next does)
 
 from megatron_ee.parallel.mesh import Mesh, close_mesh, open_mesh  # noqa: E402
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadFileScheduling":
+    """Files beside each other share nothing but the machine, of which there is one SLURM."""
+    from helpers.sharing import OneSlurm
+
+    return OneSlurm(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -43,7 +43,7 @@ class Sizes:
     full_rounds: int = 16
     exit_rounds: int = 16
     cost_rounds: int = 15
-    thresholds: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.99)
+    thresholds: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
     measures: tuple[tuple[str, float], ...] = (("margin", 0.8), ("entropy", 0.8), ("cosine", 0.9), ("gate", 0.7))
     draft_lengths: tuple[int, ...] = (1, 2, 3, 4, 6)
     speculation_rounds: int = 10
@@ -68,7 +68,7 @@ def suite() -> Suite:
     alone, many = Sizes(1), Sizes(16, new_tokens=64, exit_rounds=6, cost_rounds=7, measures=())
     speculating = replace(many, speculation_rounds=6, draft_lengths=(2, 4))
     return Suite(
-        full=(alone, Sizes(16, full_rounds=8)),
+        full=(alone, Sizes(16)),
         exits=(alone, many),
         speculation=(alone, replace(speculating, sequences=4), speculating),
     )

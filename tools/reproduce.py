@@ -4,20 +4,22 @@
     python tools/reproduce.py --quick                    everything in miniature, on the built-in corpus: no figures
     python tools/reproduce.py --budget                   what would be trained, and for how long; nothing is started
 
-What is there is kept: stopped at any time, the same command goes on. --only names runs or questions.
+What is there is kept: stopped at any time, the same command goes on. --only names runs, their configs, or what is
+measured when they are trained, and does nothing else.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from reproduce_corpus import Corpus, make_corpus
 from reproduce_costs import measure_costs
-from reproduce_measurements import make, measurements, train_trunk
+from reproduce_measurements import NAMES, TRUNK, make, measurements, train_trunk
 from reproduce_page import page_of
 from reproduce_pictures import save_pictures
 from reproduce_results import Results
@@ -29,6 +31,8 @@ from megatron_ee.inference.json_files import write_json
 from megatron_ee.log import quiet_dependencies
 
 RESULTS = Path("docs/results")
+COSTS = "costs"
+"""The name of what steps cost; see `measure_costs`."""
 
 
 def main() -> int:
@@ -38,14 +42,14 @@ def main() -> int:
     try:
         chosen = [*machine_overrides(), *(QUICK if arguments.quick else ())]
         place = Place(arguments.folder, chosen)
-        runs = _chosen(all_runs(1 if arguments.quick else 3), arguments.only)
+        runs, names = _chosen(all_runs(1 if arguments.quick else 3), arguments.only)
         if arguments.budget:
             print(budget(runs, place))
             return 0
         if not arguments.page:
             corpus = make_corpus(arguments.books, arguments.folder / "data", quick=arguments.quick)
             train(runs, Place(arguments.folder, [*corpus.overrides, *chosen]), corpus, arguments)
-            measure(corpus, arguments)
+            measure(names, corpus, arguments)
         write_page(arguments.output)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
@@ -68,22 +72,24 @@ def train(runs: list[Run], place: Place, corpus: Corpus, arguments: argparse.Nam
         write_json(path, {"held_out": corpus.held_out, "runs": whole}, indent=None)
 
 
-def measure(corpus: Corpus, arguments: argparse.Namespace) -> None:
-    """What is not there yet of the figures beside those of runs."""
-    path = arguments.output / "costs.json"
-    if not path.exists():
+def measure(names: Sequence[str], corpus: Corpus, arguments: argparse.Namespace) -> None:
+    """What is not there yet of these."""
+    path = arguments.output / f"{COSTS}.json"
+    if COSTS in names and not path.exists():
         write_json(path, measure_costs(quick=arguments.quick))
-    if not arguments.quick:
+    chosen = [of for of in measurements(arguments.folder, corpus, quick=arguments.quick) if of.name in names]
+    if any(TRUNK in of.arguments for of in chosen):
         train_trunk(arguments.folder / "logs/trunk.log")
-    for measurement in measurements(arguments.folder, corpus, quick=arguments.quick):
+    for measurement in chosen:
         make(measurement, arguments.output, arguments.folder / "logs" / f"{measurement.name}.log")
 
 
 def write_page(folder: Path) -> None:
     """The page beside the folder of figures, with its pictures in there; without one where figures are missing."""
     results = Results.read(folder)
-    if missing := [run.config for run in all_runs() if run.config not in results.by_config]:
-        print(f"no page yet: there are no figures of {missing[0]}")
+    missing = [run.config for run in all_runs() if run.config not in results.by_config]
+    if missing or COSTS not in results.content:
+        print(f"no page yet: there are no figures of {[*missing, COSTS][0]}")
         return
     save_pictures(results, folder)
     page = folder.with_suffix(".md")
@@ -91,17 +97,19 @@ def write_page(folder: Path) -> None:
     print(page)
 
 
-def _chosen(runs: list[Run], only: list[str] | None) -> list[Run]:
-    """Those that are asked for, by the name of the run or of its config.
+def _chosen(runs: list[Run], only: list[str] | None) -> tuple[list[Run], Sequence[str]]:
+    """Runs, by their names or those of their configs, and measurements.
 
     Raises:
         FieldError: there is none of a name.
     """
+    measured = (COSTS, *NAMES)
     if only is None:
-        return runs
-    if unknown := [name for name in only if not any(name in (run.name, run.config) for run in runs)]:
-        raise FieldError("--only", f"there is no run {unknown[0]!r}")
-    return [run for run in runs if run.name in only or run.config in only]
+        return runs, measured
+    for name in only:
+        if name not in measured and not any(name in (run.name, run.config) for run in runs):
+            raise FieldError("--only", f"there is no run {name!r}, and nothing of that name is measured")
+    return [run for run in runs if run.name in only or run.config in only], [name for name in measured if name in only]
 
 
 def _parse() -> argparse.Namespace:
@@ -109,7 +117,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--books", type=Path, metavar="FILE", help="a .jsonl(.gz) of `title` and `text`; default: the built-in corpus"
     )
-    parser.add_argument("--only", action="append", metavar="NAME", help="may be given several times")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="NAME",
+        help=f"of a run, a config or a measurement ({', '.join((COSTS, *NAMES))}); may be given several times",
+    )
     parser.add_argument("--quick", action="store_true", help="in miniature: minutes, and no figures")
     parser.add_argument("--budget", action="store_true", help="print what is trained for how long, and end")
     parser.add_argument("--page", action="store_true", help="write the page of the figures that are there, and end")

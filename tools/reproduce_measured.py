@@ -83,6 +83,15 @@ def agreement_rows(measures: Figures) -> Iterator[list[str]]:
             yield [name.replace("_", " "), *(f"{value:.1%}" for value in values)]
 
 
+def ranking(measures: Figures) -> str:
+    """Measures of confidence, the best first, by their agreement with full depth in the middle of the depths."""
+    depths = measures["at_mean_depth"]["depth"]
+    found = {name: of[len(depths) // 2] for name, of in measures["at_mean_depth"].items() if name != "depth"}
+    best_first = sorted(found, key=lambda name: -found[name])
+    said = ", ".join(f"{name.replace('_', ' ')} {found[name]:.1%}" for name in best_first)
+    return f"At a mean depth of {depths[len(depths) // 2]:g} layers they agree with full depth on: {said}"
+
+
 def best_sled(sweep: Figures) -> Figures:
     """The setting that gains the most tokens over full depth, by chance or not."""
     return max(sweep["cells"], key=lambda cell: cell["difference"])
@@ -103,13 +112,21 @@ def correction_rows(evaluation: Figures) -> Iterator[list[str]]:
 
 
 def fastest_exit(bench: Bench, sequences: int, least_agreement: float) -> Figures:
-    """The fastest setting of the largest probability that agrees so often."""
-    names = [measure for measure, _ in _named(bench, "exits_over_full_", f"_b{sequences}")]
-    return max((of for of in names if of["context"]["agreement"] >= least_agreement), key=lambda of: of["value"])
+    """The fastest setting, of any policy and measure, that agrees so often."""
+    settings = [of for of, _ in _named(bench, "exits_over_full_", f"_b{sequences}")]
+    return max((of for of in settings if of["context"]["agreement"] >= least_agreement), key=lambda of: of["value"])
+
+
+def exit_setting(measure: Figures) -> str:
+    """The policy or measure of such a setting, and its threshold."""
+    words, threshold, _ = str(measure["measure"]).removeprefix("exits_over_full_").rsplit("_", 2)
+    return f"{words.replace('_', ' ')}, {threshold}"
 
 
 def fastest_speculation(bench: Bench, sequences: int) -> Figures:
-    return max((of for of, _ in _named(bench, "speculation_over_full_", f"_b{sequences}")), key=lambda of: of["value"])
+    """Of what is drafted: a setting that learns to draft nothing is as fast as full depth, give or take."""
+    settings = [of for of, _ in _named(bench, "speculation_over_full_", f"_b{sequences}")]
+    return max((of for of in settings if of["context"]["acceptance"] > 0), key=lambda of: of["value"])
 
 
 def setting_of(measure: Figures) -> list[str]:

@@ -21,6 +21,8 @@ from megatron_ee.errors import UserError
 TRUNK = Path("runs/bench/checkpoint")
 ON_BOOKS = "gates-1"
 NUM_COPIES = 256
+NAMES = ("decode", "serve", "measures", "sled_code", "sled_books", "corrections_code", "corrections_books")
+"""Of all measurements, in the order in which they are made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Measurement:
 
 
 def measurements(folder: Path, corpus: Corpus, *, quick: bool) -> Iterator[Measurement]:
-    """In the order in which they are made.
+    """All of `NAMES`.
 
     Args:
         folder: of the runs.

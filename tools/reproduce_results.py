@@ -38,7 +38,7 @@ class Spread:
 
     def text(self, form: str) -> str:
         shown = format(self.mean, form)
-        return shown if len(self.values) == 1 else f"{shown} ±{format(self.widest, form)}"
+        return shown if len(self.values) == 1 else f"{shown} ±{format(self.widest, form.lstrip('+'))}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Results:
     def by_config(self) -> dict[str, list[dict[str, Any]]]:
         """Config -> its runs, by seed."""
         found: dict[str, list[dict[str, Any]]] = {}
-        for run in sorted(self.content["runs"]["runs"].values(), key=lambda run: (run["config"], run["seed"])):
+        runs = self.content["runs"]["runs"].values() if "runs" in self.content else ()
+        for run in sorted(runs, key=lambda run: (run["config"], run["seed"])):
             found.setdefault(run["config"], []).append(run)
         return found
 

@@ -29,7 +29,7 @@ def test_the_budget_names_every_config_and_starts_nothing(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (["--at-once", "0"], "--at-once: 0 is below 1"),
-        (["--only", "nine"], "--only: there is no run 'nine'"),
+        (["--only", "nine"], "--only: there is no run 'nine', and nothing of that name is measured"),
         (["--books", "nowhere.jsonl"], "nowhere.jsonl: not a .jsonl of objects with `title` and `text`"),
         (["--quick", "--books", "x.jsonl"], "--quick is on the built-in corpus, without --books"),
     ],
@@ -38,6 +38,16 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, arguments: list[str], m
     done = _reproduce(*arguments, "--folder", tmp_path)
     assert (done.returncode, message in done.stderr.splitlines()[-1]) == (2, True), done.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_what_is_named_is_measured_and_nothing_trained(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    done = _reproduce("--quick", "--only", "costs", "--folder", tmp_path / "runs", "--output", results)
+    assert done.returncode == 0, done.stderr
+    assert "no page yet: there are no figures of " in done.stdout
+    assert [path.name for path in results.iterdir()] == ["costs.json"]
+    assert set(json.loads((results / "costs.json").read_text())["steps"]) > {"every_second", "layerskip"}
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["data"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
+import reproduce_measured
 from reproduce_claims import claims_of
 from reproduce_page import page_of
 from reproduce_results import Results, Spread
@@ -48,7 +49,33 @@ def test_its_pictures_and_links_are_there() -> None:
 
 def test_a_spread_says_how_far_seeds_are_from_their_mean() -> None:
     assert Spread((1.0, 2.0, 4.5)).text(".2f") == "2.50 ±2.00"
+    assert Spread((1.0, 2.0, 4.5)).text("+.1f") == "+2.5 ±2.0"
     assert Spread((1.25,)).text(".2f") == "1.25"
+
+
+def test_of_drafts_the_fastest_that_drafts_is_named() -> None:
+    """One that learns to draft nothing is full depth, and by chance faster than it."""
+    settings = (("E4_d3", 1.1, 0.9), ("E2_d4", 0.7, 0.6), ("E6_auto", 1.2, 0.0))
+    bench = [
+        {"measure": f"speculation_over_full_{name}_b1", "value": speed, "context": {"acceptance": accepted}}
+        for name, speed, accepted in settings
+    ]
+    assert reproduce_measured.setting_of(reproduce_measured.fastest_speculation(bench, 1)) == ["4", "3"]
+
+
+def test_of_exits_the_fastest_that_agrees_is_named() -> None:
+    settings = (("recompute_0.7", 0.9, 1.0), ("recompute_gate_0.7", 1.2, 0.96), ("propagate_0.7", 1.5, 0.9))
+    bench = [
+        {"measure": f"exits_over_full_{name}_b1", "value": speed, "context": {"agreement": agreement}}
+        for name, speed, agreement in settings
+    ]
+    assert reproduce_measured.exit_setting(reproduce_measured.fastest_exit(bench, 1, 0.95)) == "recompute gate, 0.7"
+
+
+def test_measures_of_confidence_are_ranked_in_the_middle_of_the_depths() -> None:
+    of = {"depth": [2.0, 5.0, 8.0], "entropy": [0.9, 0.7, 1.0], "max_probability": [0.5, 0.8, 1.0]}
+    said = reproduce_measured.ranking({"at_mean_depth": of})
+    assert said == "At a mean depth of 5 layers they agree with full depth on: max probability 80.0%, entropy 70.0%"
 
 
 CLAIMS = [
