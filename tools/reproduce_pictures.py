@@ -128,8 +128,9 @@ def _serving(results: Results, axes: Axes) -> None:
         axes.bar(places, [own.get(group, 0.0) for group in groups], 0.25, label=strategy)
     axes.set_xticks(range(len(groups)), [f"{load[1:]} at a time\n{policy}" for load, policy in groups], fontsize=8)
     axes.axhline(1.0, color="#888888", linewidth=0.8)
-    axes.set(ylabel="tokens/s over full depth")
-    axes.legend(fontsize=8)
+    axes.set(ylabel="tokens/s over full depth", ylim=(0.0, 1.2))
+    axes.set_axisbelow(True)  # the grid
+    axes.legend(fontsize=8, ncols=3, loc="upper right")
 
 
 def _sled(results: Results, axes: Axes) -> None:

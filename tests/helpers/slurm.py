@@ -149,9 +149,15 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for process in processes_with(f"SLURM_CONF={self.folder}/slurm.conf"):
+        wait_until(self._has_ended)
+
+    def _has_ended(self) -> bool:
+        """Whether nothing is left; what is left, is killed. Some start others while they are looked for."""
+        left = processes_with(f"SLURM_CONF={self.folder}/slurm.conf")
+        for process in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+        return not left
 
     def _start(self) -> None:
         key, munge_socket = self.folder / "munge.key", self.folder / "munge.socket"
