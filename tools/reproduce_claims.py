@@ -25,19 +25,26 @@ def claims_of(results: Results) -> Iterator[list[str]]:
 
 
 def _speed(results: Results) -> tuple[str, str]:
-    alone, many = (measured.fastest_exit(results.content["decode"], count, AGREEING) for count in (1, 16))
-    gpu = measured.find(results.content["gpu"], "decode_speed_ratio_threshold_0.5_batch_1")
+    decode = results.content["decode"]
+    most = measured.most_sequences(decode)
+    alone, many = (measured.fastest_exit(decode, count, AGREEING) for count in (1, most))
+    at_best = f"{measured.ratio(alone)} for one sequence, {measured.ratio(many)} for {most}"
+    said = f"At 95 % agreement at best {at_best}, on a CPU core"
+    if "gpu" in results.content:
+        gpu = measured.find(results.content["gpu"], "decode_speed_ratio_threshold_0.5_batch_1")
+        said += f". On an H200, a model of 24 layers that counts, all tokens leaving after 6: {gpu['value']:.2f}"
     return (
-        f"At 95 % agreement at best {measured.ratio(alone)} for one sequence, {measured.ratio(many)} for sixteen, on a "
-        f"CPU core. On an H200, a model of 24 layers that counts, all tokens leaving after 6: {gpu['value']:.2f}",
+        said,
         "an exit's projection costs as much as three of these layers; in a model of 4096 and 32 layers, a part of one",
     )
 
 
 def _large_batches(results: Results) -> tuple[str, str]:
-    over = [float(row[2].split()[0]) for row in measured.serving_rows(results.content["serve"], "r64")]
+    serve = results.content["serve"]
+    most = measured.residents(serve)[-1]
+    over = [float(row[2].split()[0]) for row in measured.serving_rows(serve, most)]
     return (
-        f"64 at a time: {min(over):.2f} to {max(over):.2f} of full depth, by strategy and policy",
+        f"{most} at a time: {min(over):.2f} to {max(over):.2f} of full depth, by strategy and policy",
         "a full launch computes, instead of waiting for weights: exits spare nothing under exact keys and values, as "
         "each token runs through all layers in the end",
     )
@@ -45,7 +52,7 @@ def _large_batches(results: Results) -> tuple[str, str]:
 
 def _mixed(results: Results) -> tuple[str, str]:
     serve = results.content["serve"]
-    rows = [row for load in ("r16", "r64") for row in measured.serving_rows(serve, load)]
+    rows = [row for number in measured.residents(serve) for row in measured.serving_rows(serve, number)]
     best = max(rows, key=lambda row: float(row[2].split()[0]))
     lockstep = max(float(row[3].split()[0]) for row in rows)
     return (
@@ -64,7 +71,8 @@ def _sweet_spot(results: Results) -> tuple[str, str]:
 
 
 def _quality(results: Results) -> tuple[str, str]:
-    (row,) = (row for row in measured.exit_rows(results.content["decode"], 1) if row[:2] == ["recompute", "0.95"])
+    rows = [row for row in measured.exit_rows(results.content["decode"], 1) if row[0] == "recompute"]
+    row = min(rows, key=lambda row: abs(float(row[1]) - 0.95))
     return (
         f"{row[3]} of tokens as at full depth, at mean depth {row[2]} of 8",
         "exact keys and values keep errors from adding up",
@@ -114,11 +122,13 @@ def _beaten(results: Results) -> tuple[str, str]:
 
 def _frozen(results: Results) -> tuple[str, str]:
     cold, tuned, trained = (results.loss(config, 2) for config in ("cold", "tuned", "every_second"))
-    return (
+    said = (
         f"loss at a quarter of the depth {cold.text('.3f')} cold, {tuned.text('.3f')} tuned, {trained.text('.3f')} "
-        f"trained with exits; seeds are {cold.widest / trained.widest:.1f} times as far apart as with exits",
-        "larger models keep more to the last layers",
+        "trained with exits"
     )
+    if trained.widest:
+        said += f"; cold, seeds are {cold.widest / trained.widest:.1f} times as far apart as trained with exits"
+    return said, "larger models keep more to the last layers"
 
 
 def _warm_up(results: Results) -> tuple[str, str]:

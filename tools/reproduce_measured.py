@@ -1,5 +1,6 @@
 """Rows of the page's tables from the files of the benches and of other programs."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,25 @@ Bench = Sequence[Figures]
 def find(bench: Bench, name: str) -> Figures:
     """One measure of a bench."""
     return next(measure for measure in bench if measure["measure"] == name)
+
+
+def sizes(bench: Bench, prefix: str, letter: str) -> list[int]:
+    """The numbers of sequences at which measures with such names were taken, ascending; a name ends in letter and
+    number."""
+    ends = (re.fullmatch(rf"{prefix}.*_{letter}(\d+)", measure["measure"]) for measure in bench)
+    return sorted({int(end[1]) for end in ends if end})
+
+
+def most_sequences(decode: Bench) -> int:
+    return sizes(decode, "exits_over_full_", "b")[-1]
+
+
+def residents(serve: Bench) -> list[int]:
+    return sizes(serve, "serve_over_full_", "r")
+
+
+def streams(serve: Bench) -> list[int]:
+    return sizes(serve, "pipeline_over_full_", "s")
 
 
 def ratio(measure: Figures) -> str:
@@ -51,11 +71,11 @@ def speculation_rows(bench: Bench, sequences: int) -> Iterator[list[str]]:
         ]
 
 
-def serving_rows(bench: Bench, load: str) -> Iterator[list[str]]:
+def serving_rows(bench: Bench, residents: int) -> Iterator[list[str]]:
     """Of each strategy and policy: tokens per second over full depth and over lockstep, what all wait, forced exits."""
-    for measure, setting in _named(bench, "serve_over_full_", f"_{load}"):
+    for measure, setting in _named(bench, "serve_over_full_", f"_r{residents}"):
         strategy, _, policy = setting.partition("_")
-        over = [of for of, name in _named(bench, "serve_over_lockstep_", f"_{load}") if name == setting]
+        over = [of for of, name in _named(bench, "serve_over_lockstep_", f"_r{residents}") if name == setting]
         report = measure["context"]["report"]
         yield [
             strategy,
@@ -70,10 +90,10 @@ def serving_rows(bench: Bench, load: str) -> Iterator[list[str]]:
 
 def pipeline_rows(bench: Bench) -> Iterator[list[str]]:
     """Of stages that sleep: their cut, the policy, streams, and tokens per second over full depth."""
-    for streams in (1, 4, 16):
-        for measure, setting in _named(bench, "pipeline_over_full_", f"_s{streams}"):
+    for number in streams(bench):
+        for measure, setting in _named(bench, "pipeline_over_full_", f"_s{number}"):
             cut, _, policy = setting.partition("_")
-            yield [str(streams), cut, policy, ratio(measure), f"{measure['aa']:.2f}"]
+            yield [str(number), cut, policy, ratio(measure), f"{measure['aa']:.2f}"]
 
 
 def agreement_rows(measures: Figures) -> Iterator[list[str]]:
@@ -112,9 +132,10 @@ def correction_rows(evaluation: Figures) -> Iterator[list[str]]:
 
 
 def fastest_exit(bench: Bench, sequences: int, least_agreement: float) -> Figures:
-    """The fastest setting, of any policy and measure, that agrees so often."""
+    """The fastest setting, of any policy and measure, that agrees so often; where none does, the fastest of all."""
     settings = [of for of, _ in _named(bench, "exits_over_full_", f"_b{sequences}")]
-    return max((of for of in settings if of["context"]["agreement"] >= least_agreement), key=lambda of: of["value"])
+    agreeing = [of for of in settings if of["context"]["agreement"] >= least_agreement]
+    return max(agreeing or settings, key=lambda of: of["value"])
 
 
 def exit_setting(measure: Figures) -> str:
@@ -126,7 +147,8 @@ def exit_setting(measure: Figures) -> str:
 def fastest_speculation(bench: Bench, sequences: int) -> Figures:
     """Of what is drafted: a setting that learns to draft nothing is as fast as full depth, give or take."""
     settings = [of for of, _ in _named(bench, "speculation_over_full_", f"_b{sequences}")]
-    return max((of for of in settings if of["context"]["acceptance"] > 0), key=lambda of: of["value"])
+    drafting = [of for of in settings if of["context"]["acceptance"] > 0]
+    return max(drafting or settings, key=lambda of: of["value"])
 
 
 def setting_of(measure: Figures) -> list[str]:

@@ -117,16 +117,18 @@ def _speculation(results: Results, axes: Axes) -> None:
 def _serving(results: Results, axes: Axes) -> None:
     """Tokens per second over full depth, a group a load and policy."""
     speeds = {
-        (strategy, load, policy): float(over_full.split()[0])
-        for load in ("r16", "r64")
-        for strategy, policy, over_full, *_ in reproduce_measured.serving_rows(results.content["serve"], load)
+        (strategy, residents, policy): float(over_full.split()[0])
+        for residents in reproduce_measured.residents(results.content["serve"])
+        for strategy, policy, over_full, *_ in reproduce_measured.serving_rows(results.content["serve"], residents)
     }
-    groups = list(dict.fromkeys((load, policy) for _, load, policy in speeds))
+    groups = list(dict.fromkeys((residents, policy) for _, residents, policy in speeds))
     for number, strategy in enumerate(dict.fromkeys(strategy for strategy, *_ in speeds)):
-        own = {(load, policy): speed for (name, load, policy), speed in speeds.items() if name == strategy}
+        own = {(residents, policy): speed for (name, residents, policy), speed in speeds.items() if name == strategy}
         places = [place + 0.27 * (number - 1) for place in range(len(groups))]
         axes.bar(places, [own.get(group, 0.0) for group in groups], 0.25, label=strategy)
-    axes.set_xticks(range(len(groups)), [f"{load[1:]} at a time\n{policy}" for load, policy in groups], fontsize=8)
+    axes.set_xticks(
+        range(len(groups)), [f"{residents} at a time\n{policy}" for residents, policy in groups], fontsize=8
+    )
     axes.axhline(1.0, color="#888888", linewidth=0.8)
     axes.set(ylabel="tokens/s over full depth", ylim=(0.0, 1.2))
     axes.set_axisbelow(True)  # the grid

@@ -11,7 +11,6 @@ from typing import Any
 FILES = (
     "runs",
     "costs",
-    "gpu",
     "decode",
     "serve",
     "measures",
