@@ -33,9 +33,10 @@ def _speed(results: Results) -> tuple[str, str]:
     if "gpu" in results.content:
         gpu = measured.find(results.content["gpu"], "decode_speed_ratio_threshold_0.5_batch_1")
         said += f". On an H200, a model of 24 layers that counts, all tokens leaving after 6: {gpu['value']:.2f}"
+    asking = measured.find_any(decode, "exits_over_full_")["context"]["eta"]
     return (
         said,
-        "an exit's projection costs as much as three of these layers; in a model of 4096 and 32 layers, a part of one",
+        f"to ask an exit costs {asking:.1f} of these layers; in a model of width 4096, a part of one",
     )
 
 

@@ -14,6 +14,11 @@ def find(bench: Bench, name: str) -> Figures:
     return next(measure for measure in bench if measure["measure"] == name)
 
 
+def find_any(bench: Bench, prefix: str) -> Figures:
+    """The first measure whose name begins so."""
+    return next(measure for measure in bench if measure["measure"].startswith(prefix))
+
+
 def sizes(bench: Bench, prefix: str, letter: str) -> list[int]:
     """The numbers of sequences at which measures with such names were taken, ascending; a name ends in letter and
     number."""

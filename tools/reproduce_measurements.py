@@ -6,7 +6,6 @@ the runs on books; corrections on one of these too.
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from reproduce_corpus import Corpus
 from reproduce_runs import ROOT
 
 from megatron_ee.errors import UserError
+from megatron_ee.inference.json_files import write_json
 
 TRUNK = Path("runs/bench/checkpoint")
 ON_BOOKS = "gates-1"
@@ -78,7 +78,7 @@ def make(measurement: Measurement, output: Path, log: Path) -> None:
     if not kept.exists():
         measurement.left.parent.mkdir(parents=True, exist_ok=True)
         _run(measurement.arguments, log)
-        shutil.copyfile(measurement.left, kept)
+        write_json(kept, json.loads(measurement.left.read_text()))
         print(kept, flush=True)
 
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_ee.errors import UserError
+
 FILES = (
     "runs",
     "costs",
@@ -19,6 +21,20 @@ FILES = (
     "corrections_code",
     "corrections_books",
 )
+
+
+def read_figures(path: Path) -> Any:
+    """What a file of figures holds.
+
+    Raises:
+        UserError: nothing that is JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not JSON ({error}); what is measured is measured again where its file is gone"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +68,11 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> "Results":
-        return cls({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))})
+        """
+        Raises:
+            UserError: a file of it holds something else.
+        """
+        return cls({path.stem: read_figures(path) for path in sorted(folder.glob("*.json"))})
 
     @property
     def is_complete(self) -> bool:
@@ -108,6 +128,12 @@ class Results:
         """Than a model without exits has; how weights change adds none."""
         steps = self.content["costs"]["steps"]
         return format(steps.get(config, steps["every_second"])["more_parameters"], ",")
+
+    @property
+    def minutes(self) -> float:
+        """Of all runs' steps, where they were trained, one after another."""
+        runs = (run for runs in self.by_config.values() for run in runs)
+        return sum(float(run["iterations"] * run["seconds_per_iteration"]) for run in runs) / 60
 
     @property
     def cpu_hours(self) -> float:

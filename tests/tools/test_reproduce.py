@@ -50,6 +50,16 @@ def test_what_is_named_is_measured_and_nothing_trained(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["data"]
 
 
+@pytest.mark.parametrize("content", ["", '[{"measure": "full'])
+def test_figures_that_are_none_are_named(tmp_path: Path, content: str) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "decode.json").write_text(content)
+    done = _reproduce("--page", "--output", results, "--folder", tmp_path / "runs")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"{results}/decode.json: not JSON (")
+
+
 @pytest.mark.slow
 def test_all_of_it_in_miniature(tmp_path: Path) -> None:
     arguments = ("--quick", "--at-once", 2, "--folder", tmp_path, "--output", tmp_path / "results")
