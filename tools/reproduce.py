@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from report_run import read_json
 from reproduce_corpus import Corpus, make_corpus
 from reproduce_costs import measure_costs
 from reproduce_measurements import NAMES, TRUNK, make, measurements, train_trunk
 from reproduce_page import page_of
 from reproduce_pictures import save_pictures
-from reproduce_results import Results, read_figures
+from reproduce_results import Results
 from reproduce_runs import Place, Run, StoppedError, all_runs, in_order
 from reproduce_training import QUICK, Work, begin, budget, machine_overrides
 
@@ -62,7 +63,7 @@ def main() -> int:
 def train(runs: list[Run], place: Place, corpus: Corpus, arguments: argparse.Namespace) -> None:
     """Every run, and its figures into runs.json as soon as there are any."""
     path = arguments.output / "runs.json"
-    figures: dict[str, Any] = read_figures(path)["runs"] if path.exists() else {}
+    figures: dict[str, Any] = read_json(path)["runs"] if path.exists() else {}
     begun = partial(begin, place.folder / "logs/worker.log")
     for run, of_run in in_order(runs, arguments.at_once, Work(place, corpus, quick=arguments.quick), begun):
         figures[run.name] = of_run

@@ -1,6 +1,5 @@
 """The figures of docs/results, as the page asks for them."""
 
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.errors import UserError
+from report_run import read_json
 
 FILES = (
     "runs",
@@ -21,20 +20,6 @@ FILES = (
     "corrections_code",
     "corrections_books",
 )
-
-
-def read_figures(path: Path) -> Any:
-    """What a file of figures holds.
-
-    Raises:
-        UserError: nothing that is JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not JSON ({error}); what is measured is measured again where its file is gone"
-        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +55,9 @@ class Results:
     def read(cls, folder: Path) -> "Results":
         """
         Raises:
-            UserError: a file of it holds something else.
+            ReportError: a file of it holds something else.
         """
-        return cls({path.stem: read_figures(path) for path in sorted(folder.glob("*.json"))})
+        return cls({path.stem: read_json(path) for path in sorted(folder.glob("*.json"))})
 
     @property
     def is_complete(self) -> bool:

@@ -57,7 +57,7 @@ def test_figures_that_are_none_are_named(tmp_path: Path, content: str) -> None:
     (results / "decode.json").write_text(content)
     done = _reproduce("--page", "--output", results, "--folder", tmp_path / "runs")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"{results}/decode.json: not JSON (")
+    assert done.stderr.splitlines()[-1].startswith(f"{results}/decode.json: cannot be read as JSON (")
 
 
 @pytest.mark.slow
